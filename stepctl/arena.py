@@ -1,0 +1,178 @@
+"""The memory that training uses: arenas for what lasts, a workspace for what a step leaves behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+
+
+def aligned_empty(shape: Shape, dtype: npt.DTypeLike) -> Array:
+    """Return an uninitialised C-ordered array whose first element is 64-byte aligned."""
+    dtype = np.dtype(dtype)
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+class Arena(Mapping[str, Array]):
+    """One contiguous, 64-byte aligned, 1-D buffer that holds many named arrays as views.
+
+    `flat` is the whole buffer, with zeros in the gaps that alignment leaves; `arena["dense0/weight"]` is a
+    view into it. Names are paths; no name may be a folder of another.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], dtype: npt.DTypeLike) -> None:
+        _check_names(shapes)
+        self.shapes: dict[str, Shape] = {name: tuple(shape) for name, shape in shapes.items()}
+        self.dtype = np.dtype(dtype)
+        step = ALIGNMENT // self.dtype.itemsize
+        starts, end = {}, 0
+        for name, shape in self.shapes.items():
+            starts[name] = end
+            size = int(np.prod(shape, dtype=np.int64))
+            end += -(-size // step) * step
+        self.flat = aligned_empty((end,), self.dtype)
+        self.flat.fill(0)
+        self._views = {
+            name: self.flat[starts[name] : starts[name] + int(np.prod(shape, dtype=np.int64))].reshape(shape)
+            for name, shape in self.shapes.items()
+        }
+
+    def __getitem__(self, name: str) -> Array:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    @property
+    def n_elements(self) -> int:
+        """Elements in the named arrays, gaps not counted."""
+        return sum(view.size for view in self._views.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the whole buffer."""
+        return self.flat.nbytes
+
+    def like(self) -> Arena:
+        """Return a new arena of the same layout, filled with zeros."""
+        return Arena(self.shapes, self.dtype)
+
+    def copy_from(self, other: Arena) -> None:
+        """Take over every value of an arena of the same layout."""
+        self.flat[:] = other.flat
+
+    def same_bits(self, other: Mapping[str, Array]) -> bool:
+        """Tell whether both hold the same names, shapes, dtypes and bits (NaN payloads and signs of zero too)."""
+        return self.keys() == other.keys() and all(same_bits(self[name], other[name]) for name in self)
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Tell whether two arrays are the same to the bit."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def _check_names(names: Mapping[str, Shape]) -> None:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"array name {name!r}: use letters, digits, '_', '-', '.', and '/' between folders")
+        parts = name.split("/")
+        for end in range(1, len(parts)):
+            folder = "/".join(parts[:end])
+            if folder in names:
+                raise ValueError(f"array name {name!r}: {folder!r} is an array already, so it cannot be a folder")
+
+
+class Workspace:
+    """The temporary arrays of one forward and backward pass, made once and reused by every later pass.
+
+    The n-th request of a pass gets the n-th buffer, so a pass that asks for the same shapes in the same order
+    allocates nothing. `rng(stream)` gives the pass's random generator for a named stream; it is None when
+    there is nothing random about the pass (evaluation), and layers then act in inference mode.
+    """
+
+    def __init__(self, dtype: npt.DTypeLike) -> None:
+        self.dtype = np.dtype(dtype)
+        self.rng: Callable[[str], np.random.Generator] | None = None
+        self._buffers: list[Array] = []
+        self._next = 0
+
+    def start(self, rng: Callable[[str], np.random.Generator] | None = None) -> None:
+        """Begin a pass: every buffer is free again."""
+        self.rng = rng
+        self._next = 0
+
+    def empty(self, shape: Shape, dtype: npt.DTypeLike | None = None) -> Array:
+        """Return an uninitialised array that is this caller's until the next `start`."""
+        dtype = self.dtype if dtype is None else dtype
+        if self._next == len(self._buffers):
+            self._buffers.append(aligned_empty(shape, dtype))
+        buffer = self._buffers[self._next]
+        if buffer.shape != shape or buffer.dtype != dtype:
+            buffer = self._buffers[self._next] = aligned_empty(shape, dtype)
+        self._next += 1
+        return buffer
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held by all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+
+class TreeSum:
+    """The sum of n arenas in the order of a fixed binary tree: ((0 + 1) + (2 + 3)) + ...
+
+    Write the k-th summand into `leaf()` and call `add()`; `total()` is the sum. At most log2(n) + 1 arenas
+    are held. Who computes a subtree does not change the result.
+    """
+
+    def __init__(self, layout: Arena) -> None:
+        self._layout = layout
+        self._free: list[Arena] = []
+        self._stack: list[tuple[int, Arena]] = []  # (height, sum), heights strictly falling
+        self._leaf: Arena | None = None
+
+    def leaf(self) -> Arena:
+        """Return the arena for the next summand. Its old values must be overwritten, all of them."""
+        if self._leaf is None:
+            self._leaf = self._free.pop() if self._free else self._layout.like()
+        return self._leaf
+
+    def add(self) -> None:
+        """Take what stands in `leaf()` as the next summand."""
+        height, node = 0, self.leaf()
+        self._leaf = None
+        while self._stack and self._stack[-1][0] == height:
+            node = self._merge(self._stack.pop()[1], node)
+            height += 1
+        self._stack.append((height, node))
+
+    def total(self) -> Arena:
+        """Return the sum of all summands since the last total; it is valid until the next `leaf()`."""
+        _, node = self._stack.pop()
+        while self._stack:
+            node = self._merge(self._stack.pop()[1], node)
+        self._free.append(node)
+        return node
+
+    def _merge(self, left: Arena, right: Arena) -> Arena:
+        np.add(left.flat, right.flat, out=left.flat)
+        self._free.append(right)
+        return left

@@ -1,0 +1,1 @@
+"""Checkpoints: what one file holds (codec), and which files there are (store)."""

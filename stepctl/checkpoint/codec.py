@@ -1,0 +1,329 @@
+"""TrainState <-> the bytes of one HDF5 file, format version 1.
+
+    /counters/<name>   /params/<path>   /optimizers/<name>/<slot>/<path>   /buffers/<path>
+    /hooks/<name>/<key>   /config (YAML)   /numerics (JSON)
+
+Root attributes: format, format_version, global_step, created_by, run. Same state, same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import h5py
+import numpy as np
+
+from stepctl import __version__
+from stepctl.arena import Array
+from stepctl.checkpoint import userblock
+from stepctl.errors import CheckpointError
+from stepctl.state import GLOBAL_STEP, Counters, TrainState
+
+FORMAT = "stepctl-checkpoint"
+FORMAT_VERSION = 1
+FILE_NAME = re.compile(r"step-([0-9]{8,19})\.h5")
+_LIBRARY_VERSION = ("v110", "v110")
+_NUMBERS = ("<f4", "<f8", "<i8", "|u1")
+_MAX_OBJECTS = 100_000
+_MAX_DEPTH = 32
+_ROOT_ATTRIBUTES = {"format", "format_version", "global_step", "created_by", "run"}
+_GROUPS = {"counters", "params", "optimizers", "buffers", "ema", "hooks"}
+_TEXTS = {"config", "numerics"}
+
+
+def file_name(step: int) -> str:
+    """Return the file name of the checkpoint of a global step."""
+    return f"step-{step:08d}.h5"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says beside its arrays."""
+
+    global_step: int
+    counters: dict[str, int]
+    created_by: str
+    run: str
+    config: str
+    numerics: str
+    sha256: str
+
+
+def encode(state: TrainState, *, run: str, config: str, numerics: str) -> list[bytes | memoryview]:
+    """Return the bytes of a checkpoint, user block first, in parts."""
+    with _create() as file:
+        root = file.attrs
+        root.create("format", _text(FORMAT))
+        root.create("format_version", np.int64(FORMAT_VERSION))
+        root.create("global_step", np.int64(state.counters.global_step))
+        root.create("created_by", _text(f"stepctl {__version__}"))
+        root.create("run", _text(run))
+        groups = {"": file.id}
+        for group in ("counters", "params", "optimizers", "buffers", "hooks"):
+            _group(groups, group)
+        for name, value in state.counters.items():
+            _write(groups, f"counters/{name}", np.array(value, "<i8"))
+        for path, array in state.arrays().items():
+            _write(groups, path, array)
+        _write(groups, "config", _text(config))
+        _write(groups, "numerics", _text(numerics))
+        file.flush()
+        body = memoryview(file.id.get_file_image())  # from the superblock on, without the user block
+    return [userblock.make(body), body]
+
+
+@contextlib.contextmanager
+def _create() -> Iterator[h5py.File]:
+    # in memory, with no times in any header, so that the same state makes the same bytes
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fapl_core(1 << 20, False)
+    bound = getattr(h5py.h5f, f"LIBVER_{_LIBRARY_VERSION[0].upper()}")
+    access.set_libver_bounds(bound, bound)
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_userblock(userblock.SIZE)
+    creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+    creation.set_obj_track_times(False)
+    with h5py.File(h5py.h5f.create(b"checkpoint", h5py.h5f.ACC_TRUNC, creation, access)) as file:
+        yield file
+
+
+def _group(groups: dict[str, Any], path: str) -> Any:
+    if path not in groups:
+        parent, _, name = path.rpartition("/")
+        creation = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+        creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+        creation.set_obj_track_times(False)
+        groups[path] = h5py.h5g.create(_group(groups, parent), name.encode(), gcpl=creation)
+    return groups[path]
+
+
+def _write(groups: dict[str, Any], path: str, array: Array) -> None:
+    parent, _, name = path.rpartition("/")
+    space = h5py.h5s.create_simple(array.shape) if array.shape else h5py.h5s.create(h5py.h5s.SCALAR)
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    kind = h5py.h5t.py_create(little.dtype, logical=True)
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_obj_track_times(False)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    dataset = h5py.h5d.create(_group(groups, parent), name.encode(), kind, space, dcpl=creation)
+    dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(little), mtype=kind)
+
+
+def _text(text: str) -> Array:
+    data = text.encode()
+    return np.array(data, h5py.string_dtype("utf-8", max(len(data), 1)))
+
+
+class Reader:
+    """One verified checkpoint, open: its header, and its arrays by path. Use as a context manager.
+
+    Opening it checks the digest first, and then walks the file once, admitting only what the format lists;
+    CheckpointError names the first object that it does not.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.path.basename(path)
+        self._raw, digest = userblock.open_verified(path)
+        try:
+            self._file = _open_hdf5(self._raw, self.name)
+            self.datasets: dict[str, h5py.Dataset] = _Walk(self.name).group(self._file)
+            self.header = self._read_header(digest)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        if hasattr(self, "_file"):
+            self._file.close()
+        self._raw.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def array_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return path -> (shape, dtype) of every array of the state."""
+        return {
+            path: (dataset.shape, dataset.dtype.name)
+            for path, dataset in self.datasets.items()
+            if path not in _TEXTS and not path.startswith("counters/")
+        }
+
+    def read_into(self, path: str, out: Array) -> None:
+        """Read one array into memory of its shape and dtype."""
+        if out.size:
+            self.datasets[path].read_direct(out) if out.shape else out.__setitem__((), self.datasets[path][()])
+
+    def _read_header(self, digest: str) -> Header:
+        attributes = self._attributes()
+        counters = {
+            path.removeprefix("counters/"): int(dataset[()])
+            for path, dataset in self.datasets.items()
+            if path.startswith("counters/")
+        }
+        if attributes["format"] != FORMAT or attributes["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                "version",
+                f"{self.name}: says {attributes['format']} {attributes['format_version']}; "
+                f"this stepctl reads {FORMAT} {FORMAT_VERSION}",
+            )
+        self._check_steps(attributes["global_step"], counters)
+        texts = {name: self._string(self.datasets[name][()], name) for name in _TEXTS}
+        return Header(attributes["global_step"], counters, attributes["created_by"], attributes["run"],
+                      texts["config"], texts["numerics"], digest)  # fmt: skip
+
+    def _attributes(self) -> dict[str, Any]:
+        found = set(self._file.attrs)
+        if found != _ROOT_ATTRIBUTES:
+            odd = sorted(found ^ _ROOT_ATTRIBUTES)[0]
+            raise CheckpointError("attribute", f"{self.name}: root attribute {odd!r} is missing or unknown")
+        values: dict[str, Any] = {}
+        for name in sorted(found):
+            space, kind = self._file.attrs.get_id(name).get_space(), self._file.attrs.get_id(name).get_type()
+            whole = name in ("format_version", "global_step")
+            if space.get_simple_extent_type() != h5py.h5s.SCALAR or not (
+                kind.dtype == np.dtype("<i8") if whole else _is_fixed_string(kind)
+            ):
+                raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} has the wrong type")
+            value = self._file.attrs[name]
+            values[name] = int(value) if whole else self._string(value, name)
+        return values
+
+    def _check_steps(self, attribute: int, counters: dict[str, int]) -> None:
+        match = FILE_NAME.fullmatch(self.name)
+        in_name = int(match[1]) if match else None
+        if counters.get(GLOBAL_STEP) != attribute or (in_name is not None and in_name != attribute):
+            raise CheckpointError(
+                "step",
+                f"{self.name}: its three step numbers disagree (name {in_name}, attribute {attribute}, "
+                f"counter {counters.get(GLOBAL_STEP)})",
+            )
+        try:
+            Counters(counters)
+        except ValueError as error:
+            raise CheckpointError("counter", f"{self.name}: {error}") from error
+
+    def _string(self, value: Any, where: str) -> str:
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError("text", f"{self.name}: /{where} is not UTF-8 text") from error
+
+
+def _open_hdf5(raw: BinaryIO, name: str) -> h5py.File:
+    raw.seek(0)
+    try:
+        return h5py.File(raw, "r")
+    except Exception as error:
+        raise CheckpointError("hdf5", f"{name}: not readable as HDF5 ({error})") from error
+
+
+class _Walk:
+    """Visits every object once and admits only what the format lists."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: set[int] = set()
+        self.datasets: dict[str, h5py.Dataset] = {}
+
+    def group(self, group: h5py.Group, prefix: str = "") -> dict[str, h5py.Dataset]:
+        if prefix.count("/") > _MAX_DEPTH:
+            self._refuse("depth", prefix, f"nested deeper than {_MAX_DEPTH} groups")
+        for raw_name in list(group.id):
+            path = prefix + raw_name.decode("utf-8", "replace")
+            if group.id.links.get_info(raw_name).type != h5py.h5l.TYPE_HARD:
+                self._refuse("link", path, "not a hard link")
+            if not prefix and path not in _GROUPS | _TEXTS:
+                self._refuse("unknown", path, "not part of the format")
+            self._object(h5py.h5o.open(group.id, raw_name), path)
+        for text in _TEXTS if not prefix else ():
+            if text not in self.datasets:
+                self._refuse("missing", text, "missing")
+        return self.datasets
+
+    def _object(self, found: Any, path: str) -> None:
+        address = h5py.h5o.get_info(found).addr
+        if address in self.seen:
+            self._refuse("doubled", path, "the same object under a second name")
+        self.seen.add(address)
+        if len(self.seen) > _MAX_OBJECTS:
+            self._refuse("objects", path, f"more than {_MAX_OBJECTS} objects")
+        if h5py.h5a.get_num_attrs(found):
+            self._refuse("attribute", path, "attributes are allowed at the root only")
+        if isinstance(found, h5py.h5g.GroupID) and path not in _TEXTS:
+            self.group(h5py.Group(found), f"{path}/")
+        elif isinstance(found, h5py.h5d.DatasetID) and path not in _GROUPS:
+            self._dataset(found, path)
+        else:
+            self._refuse("kind", path, "not the kind of object that the format has there")
+
+    def _dataset(self, found: Any, path: str) -> None:
+        creation, kind, space = found.get_create_plist(), found.get_type(), found.get_space()
+        if creation.get_layout() != h5py.h5d.CONTIGUOUS:
+            self._refuse("layout", path, "not contiguous")
+        if creation.get_external_count():
+            self._refuse("external", path, "its data lie in another file")
+        if creation.get_nfilters():
+            self._refuse("filter", path, "filtered")
+        if space.get_simple_extent_type() not in (h5py.h5s.SCALAR, h5py.h5s.SIMPLE):
+            self._refuse("shape", path, "an empty dataspace")
+        if not self._admitted(path, kind, found.shape):
+            self._refuse("dtype", path, "a type or shape that the format does not have there")
+        n_bytes = int(np.prod(found.shape, dtype=object)) * kind.get_size()
+        if n_bytes and found.get_storage_size() != n_bytes:
+            self._refuse("storage", path, "its data are not stored in the file")
+        self.datasets[path] = h5py.Dataset(found)
+
+    def _admitted(self, path: str, kind: Any, shape: tuple[int, ...]) -> bool:
+        if path in _TEXTS:
+            return shape == () and _is_fixed_string(kind)
+        if not isinstance(kind, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID):
+            return False
+        if path.startswith("counters/"):
+            return bool(shape == () and kind.dtype.str == "<i8" and path.count("/") == 1)
+        return kind.dtype.str in _NUMBERS and len(shape) <= 32
+
+    def _refuse(self, code: str, path: str, message: str) -> None:
+        raise CheckpointError(code, f"{self.name}: /{path}: {message}")
+
+
+def _is_fixed_string(kind: Any) -> bool:
+    return isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
+
+
+def restore(reader: Reader, state: TrainState) -> None:
+    """Read a checkpoint into a state that was built for the same config.
+
+    CheckpointError lists every array and counter that is missing, extra, or of another shape or dtype, before
+    anything is read. Nothing of the state has changed then.
+    """
+    expected = {path: (array.shape, array.dtype.name) for path, array in state.arrays().items()}
+    found = reader.array_shapes()
+    expected |= {f"counters/{name}": ((), "int64") for name in state.counters}
+    found |= {f"counters/{name}": ((), "int64") for name in reader.header.counters}
+    differences = list(_differences(expected, found))
+    if differences:
+        raise CheckpointError("mismatch", f"{reader.name}: does not fit this config\n" + "\n".join(differences))
+    for path, array in state.arrays().items():
+        reader.read_into(path, array)
+    # in the order in which the state counts them: names come back from HDF5 in that order, but need not
+    state.counters = Counters({name: reader.header.counters[name] for name in state.counters})
+
+
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    for path in [*expected, *(path for path in found if path not in expected)]:
+        if expected.get(path) != found.get(path):
+            yield f"  /{path}: expected {_describe(expected.get(path))}, found {_describe(found.get(path))}"
+
+
+def _describe(entry: tuple[tuple[int, ...], str] | None) -> str:
+    return f"{entry[1]} {entry[0]}" if entry else "nothing"

@@ -1,0 +1,87 @@
+"""The checkpoints of a run: publish, find the newest good one, set aside, prune.
+
+The directory is the truth: no pointer file, nothing edited, nothing replaced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from stepctl import rundir
+from stepctl.checkpoint import codec, retention, userblock
+from stepctl.errors import CheckpointError
+
+
+class Store:
+    """A directory of `step-%08d.h5` files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, step: int) -> Path:
+        """Return the path of a step's checkpoint."""
+        return self.path / codec.file_name(step)
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a file, rising; whether they are good is not known yet."""
+        try:
+            names = os.listdir(self.path)
+        except OSError:
+            return []
+        found = {int(match[1]): name for name in names if (match := codec.FILE_NAME.fullmatch(name))}
+        return sorted(step for step, name in found.items() if name == codec.file_name(step))
+
+    def publish(self, step: int, parts: list[bytes | memoryview]) -> str:
+        """Make a checkpoint durable, read it back, and only then acknowledge it: return its sha256.
+
+        A file that stands under the name already (one that was damaged, and so skipped) is set aside first.
+        """
+        path = self.file(step)
+        if os.path.lexists(path):
+            self.set_aside(step)
+        rundir.publish(path, parts)
+        file, digest = userblock.open_verified(path)
+        file.close()
+        return digest
+
+    def newest(self, report: Callable[[str], None]) -> codec.Reader:
+        """Open the checkpoint of the highest step that verifies; bad ones are reported and left in place.
+
+        CheckpointError if there is none.
+        """
+        steps, refused = self.steps(), []
+        for step in reversed(steps):
+            try:
+                reader = codec.Reader(self.file(step))
+            except CheckpointError as error:
+                refused.append(str(error))
+                continue
+            for reason in refused:
+                report(f"{reason}; using {reader.name}")
+            return reader
+        detail = f"{len(steps)} files, none good: {'; '.join(refused)}" if steps else "there is none"
+        raise CheckpointError("none", f"{self.path}: no usable checkpoint ({detail}); start again in a new --run-dir")
+
+    def open(self, step: int) -> codec.Reader:
+        """Open the checkpoint of one step; CheckpointError names the steps that there are."""
+        if step not in self.steps():
+            have = ", ".join(str(known) for known in self.steps()) or "none"
+            raise CheckpointError("none", f"{self.path}: no checkpoint of step {step}; there are: {have}")
+        return codec.Reader(self.file(step))
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a step's file, so that it is kept but never loaded; return its new path."""
+        path = self.file(step)
+        number = 1
+        while os.path.lexists(aside := path.with_name(f"{path.name}.aside-{number}")):
+            number += 1
+        os.rename(path, aside)
+        rundir.sync_directory(self.path)
+        return aside
+
+    def prune(self, keep_last: int | None) -> None:
+        """Remove what retention does not keep; call it only once the newest is durable and verified."""
+        for step in retention.to_prune(self.steps(), keep_last):
+            self.file(step).unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""Bytes 0..511 of a checkpoint: plain text that says what follows, and its digest.
+
+    stepctl-checkpoint 1
+    sha256: <64 hexadecimal digits>
+    length: <bytes from 512 on>
+
+padded with NUL. It is checked before the HDF5 library sees a byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from typing import BinaryIO
+
+from stepctl.errors import CheckpointError
+
+SIZE = 512
+VERSION = 1
+MAX_BYTES = 1 << 40  # a file above this is not read at all
+_TEXT = re.compile(rb"stepctl-checkpoint ([0-9]{1,9})\nsha256: ([0-9a-f]{64})\nlength: ([0-9]{1,15})\n\0*")
+_CHUNK = 1 << 20
+
+
+def make(body: memoryview) -> bytes:
+    """Return the user block of a file whose bytes from 512 on are `body`."""
+    digest = hashlib.sha256(body).hexdigest()
+    text = f"stepctl-checkpoint {VERSION}\nsha256: {digest}\nlength: {len(body)}\n"
+    return text.encode().ljust(SIZE, b"\0")
+
+
+def open_verified(path: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
+    """Open a checkpoint whose digest is right; return the file and the digest.
+
+    CheckpointError, with the reason as its code, if it is not a regular file, too large, not a checkpoint, of
+    another version, cut short, too long, or damaged.
+    """
+    name = os.path.basename(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        reason = "it is a symbolic link" if os.path.islink(path) else error.strerror
+        raise CheckpointError("open", f"{name}: cannot be opened ({reason})") from error
+    file = os.fdopen(descriptor, "rb")
+    try:
+        return file, _verify(file, name)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _verify(file: BinaryIO, name: str) -> str:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError("kind", f"{name}: not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise CheckpointError("size", f"{name}: {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+    head = file.read(SIZE)
+    match = _TEXT.fullmatch(head)
+    if match is None or len(head) != SIZE:
+        raise CheckpointError("foreign", f"{name}: not a stepctl checkpoint, or its first {SIZE} bytes are damaged")
+    version, digest, length = int(match[1]), match[2].decode(), int(match[3])
+    if version != VERSION:
+        raise CheckpointError("version", f"{name}: format version {version}; this stepctl reads {VERSION}")
+    if status.st_size != SIZE + length:
+        raise CheckpointError("length", f"{name}: damaged ({status.st_size} bytes instead of {SIZE + length})")
+    if _digest(file) != digest:
+        raise CheckpointError("digest", f"{name}: damaged (sha256 differs)")
+    return digest
+
+
+def _digest(file: BinaryIO) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
+    view = memoryview(buffer)
+    while n_read := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(view[:n_read])
+    return digest.hexdigest()

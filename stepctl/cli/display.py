@@ -1,0 +1,35 @@
+"""How a segment's progress is shown: a bar on a terminal, a line per row elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from stepctl.cli.options import say
+from stepctl.hooks.base import Hook
+from stepctl.run import Segment
+from stepctl.writers.base import Writer
+from stepctl.writers.console import Console
+
+
+@contextlib.contextmanager
+def shown(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[tuple[list[Writer], list[Hook]]]:
+    """Yield the writers and hooks that show this segment; the terminal is given back at the end."""
+    start, target = segment.start, segment.target
+    if quiet:
+        yield [], []
+    elif not sys.stderr.isatty():
+        yield [Console(say, start=start, target=target)], []
+    else:
+        from rich.console import Console as Terminal
+
+        from stepctl.hooks.progress import ProgressBar
+
+        terminal = Terminal(stderr=True, highlight=False, markup=False)
+        bar = ProgressBar(terminal, title=segment.directory.name, target=target)
+        kinds = ("train", "eval") if verbose else ("eval",)
+        try:
+            yield [Console(terminal.print, start=start, target=target, kinds=kinds)], [bar]
+        finally:
+            bar.close()

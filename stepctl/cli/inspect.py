@@ -1,0 +1,58 @@
+"""`stepctl inspect`: look into a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stepctl.cli.options import say
+
+
+@click.command()
+@click.argument("path", metavar="PATH")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--path", "pattern", default="*", metavar="PATTERN", help="Only arrays such as 'params/*'.")
+@click.option("--step", "step_only", is_flag=True, help="Print the global step alone.")
+def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
+    """Show what a checkpoint holds; of a run, its newest good one."""
+    from stepctl import report
+
+    with report.open_path(Path(path), say) as reader:
+        if step_only:
+            click.echo(reader.header.global_step)
+            return
+        facts = report.inspect(reader, pattern)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        print_facts(facts)
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print the facts about a checkpoint for people."""
+    from stepctl import yamlio
+
+    click.echo(f"{facts['file']}  global step {facts['global_step']}  run {facts['run']}  by {facts['created_by']}")
+    click.echo(f"sha256      {facts['sha256']}")
+    click.echo(f"counters    {'  '.join(f'{name} {value}' for name, value in facts['counters'].items())}")
+    click.echo(f"numerics    {'  '.join(f'{name} {value}' for name, value in facts['numerics'].items())}")
+    click.echo(f"parameters  {facts['parameters']:,}\n")
+    heads = ("path", "shape", "dtype", "count", "min", "max", "mean", "std", "non_finite")
+    rows = [heads, *([_cell(array[head]) for head in heads] for array in facts["arrays"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        click.echo("  ".join(cells))
+    click.echo("\nconfig")
+    click.echo("".join(f"  {line}\n" for line in yamlio.dumps(facts["config"]).splitlines()), nl=False)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return f"({', '.join(map(str, value))})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

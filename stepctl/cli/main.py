@@ -1,0 +1,60 @@
+"""`stepctl`: the group of commands, and what becomes of errors."""
+
+from typing import Any
+
+import click
+
+from stepctl import __version__
+from stepctl.cli.config import config
+from stepctl.cli.inspect import inspect
+from stepctl.cli.resume import resume
+from stepctl.cli.train import train
+from stepctl.errors import Exit, StepctlError
+
+
+class Main(click.Group):
+    """Ends a command that failed with one clear line and the error's exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            click.echo("stepctl: stopped at once; what was published stands", err=True)
+            ctx.exit(Exit.STOPPED)
+        except StepctlError as error:
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"stepctl: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            text = " ".join(str(error).split())
+            click.echo(f"stepctl: unexpected {type(error).__name__}: {text}; see where with: stepctl --debug", err=True)
+            ctx.exit(Exit.NEGATIVE)
+
+
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="stepctl")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Train NumPy models; stop anywhere, and resume at the exact global step, bit for bit.
+
+    Exit codes: 0 done, 1 a negative answer, 2 usage or config, 3 no usable checkpoint, 4 the run is in use,
+    75 stopped before the target with a durable checkpoint (run it again).
+    """
+
+
+for command in (train, resume, inspect, config):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli.main(prog_name="stepctl")
+
+
+if __name__ == "__main__":
+    main()

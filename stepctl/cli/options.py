@@ -1,0 +1,69 @@
+"""Options that several commands take, and what they have in common when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from stepctl.errors import ConfigError, Exit
+
+if TYPE_CHECKING:
+    from stepctl.run import Segment
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def set_option(function: F) -> F:
+    """Add --set."""
+    return click.option(
+        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set a config key, such as data.batch_size=32."
+    )(function)
+
+
+def target_options(function: F) -> F:
+    """Add --num-steps and --last-step."""
+    steps = click.IntRange(min=0)
+    function = click.option("--last-step", type=steps, metavar="N", help="Stop at this global step.")(function)
+    return click.option("--num-steps", type=steps, metavar="N", help="Stop after this many steps from here.")(function)
+
+
+def talk_options(function: F) -> F:
+    """Add --quiet and --verbose."""
+    function = click.option("-v", "--verbose", is_flag=True, help="Also say what is saved, and every row.")(function)
+    return click.option("-q", "--quiet", is_flag=True, help="No progress, only warnings and errors.")(function)
+
+
+def stop_section(num_steps: int | None, last_step: int | None) -> dict[str, int] | None:
+    """Return the stop section that the options ask for; ConfigError if both do."""
+    if num_steps is not None and last_step is not None:
+        raise ConfigError("--num-steps and --last-step: give one (steps from here, or an absolute step)")
+    if num_steps is not None:
+        return {"num_steps": num_steps}
+    return {"last_step": last_step} if last_step is not None else None
+
+
+def say(message: str) -> None:
+    """Print a message to stderr."""
+    click.echo(message, err=True)
+
+
+def train_segment(segment: Segment, *, quiet: bool, verbose: bool) -> NoReturn:
+    """Train to the segment's target, show the progress, and exit with 0 or 75."""
+    from stepctl.cli.display import shown
+
+    run = segment.directory.path
+    if segment.start >= segment.target:
+        say(f"{run}: at global step {segment.start}, target {segment.target}: nothing to do (more: --num-steps N)")
+        raise click.exceptions.Exit(Exit.DONE)
+    if not quiet:
+        say(f"{run}: global step {segment.start} to {segment.target}, from {segment.restored or 'a fresh start'}")
+    with shown(segment, quiet=quiet, verbose=verbose) as (writers, hooks):
+        outcome = segment.train(writers, hooks)
+    if outcome.reason.done:
+        if not quiet:
+            say(f"{run}: done at global step {outcome.step} (local {outcome.step - outcome.start})")
+        raise click.exceptions.Exit(Exit.DONE)
+    say(f"{run}: stopped at global step {outcome.step} ({outcome.reason.text}); go on with: stepctl resume {run}")
+    raise click.exceptions.Exit(Exit.STOPPED)

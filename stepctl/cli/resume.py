@@ -1,0 +1,51 @@
+"""`stepctl resume`: go on with a run."""
+
+from __future__ import annotations
+
+import click
+
+from stepctl.cli.options import say, set_option, stop_section, talk_options, target_options, train_segment
+
+
+@click.command()
+@click.argument("run_dir", metavar="RUN")
+@target_options
+@click.option("--from-step", type=click.IntRange(min=0), metavar="N", help="Go back to this step's checkpoint.")
+@set_option
+@click.option("--allow-change", multiple=True, metavar="KEY", help="Let --set change a locked key.")
+@click.option("--strict-numerics", is_flag=True, help="Refuse where the machine cannot give the same bits.")
+@talk_options
+def resume(
+    run_dir: str,
+    num_steps: int | None,
+    last_step: int | None,
+    from_step: int | None,
+    assignments: tuple[str, ...],
+    allow_change: tuple[str, ...],
+    strict_numerics: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Go on with RUN from its newest good checkpoint, to its newest target or to the one given here."""
+    from stepctl import numerics
+    from stepctl.rundir import RunDirectory
+
+    stop = stop_section(num_steps, last_step)
+    directory = RunDirectory(run_dir)
+    document = directory.newest_config()
+    for assignment in assignments:
+        document.set(assignment)
+    numerics.pin(*numerics.asked_for(document.value))
+
+    from stepctl import run
+    from stepctl.config import Stop
+
+    options = run.ResumeOptions(
+        assignments=assignments,
+        allow_change=allow_change,
+        stop=Stop(**stop) if stop else None,
+        from_step=from_step,
+        strict_numerics=strict_numerics,
+    )
+    with run.resume(directory, options, say) as segment:
+        train_segment(segment, quiet=quiet, verbose=verbose)

@@ -1,0 +1,82 @@
+"""`stepctl train`: start a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stepctl.cli.options import say, set_option, stop_section, talk_options, target_options, train_segment
+
+
+@click.command()
+@click.option("--config", "config_path", required=True, metavar="FILE", help="The config, a YAML file.")
+@click.option("--run-dir", metavar="DIR", help="Where the run is kept; runs/<config name> if not given.")
+@set_option
+@target_options
+@click.option("--or-resume", is_flag=True, help="Go on with the run if there is one: one line for a scheduler.")
+@click.option("--dry-run", is_flag=True, help="Build everything, train nothing, and print the plan.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan of --dry-run as JSON.")
+@talk_options
+def train(
+    config_path: str,
+    run_dir: str | None,
+    assignments: tuple[str, ...],
+    num_steps: int | None,
+    last_step: int | None,
+    or_resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Start a run from a config, and train it to its target."""
+    from stepctl import numerics, yamlio
+    from stepctl.rundir import RunDirectory
+
+    document = yamlio.load(config_path)
+    stop = stop_section(num_steps, last_step)
+    if stop is not None:
+        document.value["stop"] = stop
+    for assignment in assignments:
+        document.set(assignment)
+    directory = RunDirectory(run_dir or Path("runs") / Path(config_path).stem)
+    resuming = or_resume and directory.holds_run()
+    numerics.pin(*numerics.asked_for(directory.newest_config().value if resuming else document.value))
+
+    from stepctl import config as configs
+    from stepctl import report, run
+
+    if resuming:
+        with run.resume(directory, run.ResumeOptions(document=document), say) as segment:
+            train_segment(segment, quiet=quiet, verbose=verbose)
+    config = configs.parse(document)
+    if dry_run:
+        directory.refuse_run()
+        print_plan(report.plan(run.prepare(config), directory), as_json)
+        return
+    with run.create(config, directory) as segment:
+        train_segment(segment, quiet=quiet, verbose=verbose)
+
+
+def print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """Print a plan to stdout."""
+    if as_json:
+        click.echo(json.dumps(plan, indent=2))
+        return
+    from stepctl.report import abbreviate
+
+    samples, sizes = plan["samples"], plan["bytes"]
+    click.echo(f"run directory  {plan['run_dir']}")
+    click.echo(f"samples        {samples['training']} training, {samples['validation']} validation, of shape "
+               f"{tuple(samples['shape'])}")  # fmt: skip
+    for name, shape in plan["parameters"].items():
+        click.echo(f"  {name:<24} {tuple(shape)}")
+    click.echo(f"parameters     {plan['n_parameters']:,}")
+    click.echo(f"memory         {sizes['state']:,} bytes of state, {sizes['gradients']:,} of gradients")
+    click.echo(f"checkpoint     {sizes['checkpoint']:,} bytes")
+    click.echo(f"steps          {plan['steps'][0]} to {plan['steps'][1]}")
+    for event in ("log", "save", "evaluate"):
+        click.echo(f"{event:<15}{abbreviate(plan[event])}")

@@ -1,0 +1,9 @@
+"""Data: where samples come from, and which of them a step gets."""
+
+NAMES = {
+    "digits": "stepctl.data.digits:digits",
+    "arrays": "stepctl.data.arrays:arrays",
+    "csv": "stepctl.data.csv:csv",
+    "idx": "stepctl.data.idx:idx",
+    "hdf5": "stepctl.data.hdf5:hdf5",
+}

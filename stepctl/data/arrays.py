@@ -1,0 +1,33 @@
+"""NumPy archives (.npz)."""
+
+import numpy as np
+
+from stepctl.data.base import Sources, Targets
+from stepctl.data.files import reading
+from stepctl.data.memory import InMemory
+from stepctl.registry import File
+
+
+def arrays(
+    *,
+    path: File,
+    validation_path: File | None = None,
+    x: str = "x",
+    y: str = "y",
+    scale: float = 1.0,
+    targets: Targets,
+    dtype: str,
+) -> Sources:
+    """The arrays called `x`: (rows, ...) and `y`: (rows,) or (rows, columns) of an .npz file."""
+
+    def load(file: str) -> InMemory:
+        with reading(file, "a NumPy archive (.npz)"), np.load(file, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array; save x and y together with np.savez")
+            for name in (x, y):
+                if name not in archive:
+                    raise ValueError(f"no array {name!r} in it; it holds {', '.join(archive.files) or 'none'}")
+            features, target = archive[x], archive[y]
+        return InMemory(features, target, origin=file, targets=targets, dtype=dtype, scale=scale)
+
+    return Sources(load(path), load(validation_path) if validation_path else None)

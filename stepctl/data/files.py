@@ -1,0 +1,30 @@
+"""Opening the files that data come from: what can go wrong there, said once."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stepctl.errors import DataError
+
+_GZIP = b"\x1f\x8b"
+
+
+@contextmanager
+def reading(path: str, kind: str) -> Iterator[None]:
+    """Turn whatever goes wrong while `path` is read as a `kind` into a DataError that names both."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; check the path in the config's data section") from error
+    except (OSError, EOFError, ValueError, KeyError, UnicodeError) as error:
+        reason = str(error.args[-1] if isinstance(error, KeyError) else error) or type(error).__name__
+        raise DataError(f"{path}: cannot be read as {kind}: {reason}") from error
+
+
+def read_bytes(path: str) -> bytes:
+    """Return a file's content, unpacked if it is gzipped."""
+    with open(path, "rb") as file:
+        data = file.read()
+    return gzip.decompress(data) if data.startswith(_GZIP) else data

@@ -1,0 +1,127 @@
+"""HDF5 files that may be larger than memory: a batch reads its own rows and no others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, final
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from stepctl.arena import Array
+from stepctl.data.base import Source, Sources, Targets
+from stepctl.data.files import reading
+from stepctl.data.memory import as_labels, as_values
+from stepctl.errors import DataError
+from stepctl.registry import File
+
+_SLICE_BYTES = 1 << 24
+
+
+def hdf5(
+    *,
+    path: File,
+    validation_path: File | None = None,
+    x: str = "x",
+    y: str = "y",
+    scale: float = 1.0,
+    targets: Targets,
+    dtype: str,
+) -> Sources:
+    """The datasets `x`: (rows, ...), multiplied by `scale`, and `y`: (rows,) or (rows, columns) of an HDF5 file.
+
+    Contiguous datasets are read through a memory map, chunked or compressed ones through HDF5.
+    """
+
+    def load(file: str) -> HDF5Rows:
+        return HDF5Rows(file, x, y, scale=scale, targets=targets, dtype=dtype)
+
+    return Sources(load(path), load(validation_path) if validation_path else None)
+
+
+@final
+class HDF5Rows(Source):
+    """Rows of two datasets of one file, which is held open."""
+
+    def __init__(self, path: str, x: str, y: str, *, scale: float, targets: Targets, dtype: str) -> None:
+        self.origin, self._scale, self._targets, self._dtype = path, scale, targets, dtype
+        with reading(path, "HDF5"):
+            with open(path, "rb"):
+                pass  # h5py's own message for a missing file is long
+            self._file = h5py.File(path, "r")
+            self._x, self._y = _dataset(self._file, x), _dataset(self._file, y)
+        if len(self._x.shape) < 2 or len(self._y.shape) not in (1, 2):
+            raise DataError(
+                f"{path}: x has shape {self._x.shape} and y {self._y.shape}; "
+                "(rows, features, ...) and (rows,) or (rows, columns) are needed"
+            )
+        if len(self._x) != len(self._y):
+            raise DataError(f"{path}: x has {len(self._x)} rows, but y has {len(self._y)}; they must be equal")
+        if len(self._x) == 0:
+            raise DataError(f"{path}: holds no rows; a data set needs at least one")
+        self.n, self.sample_shape = len(self._x), tuple(self._x.shape[1:])
+        self.target_shape = as_targets(path, 0, self._y[:1], targets, dtype).shape[1:]
+
+    def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
+        _take(self._x, rows, x)
+        if self._scale != 1:
+            np.multiply(x, self._scale, out=x)
+        if self._y.shape[1:] == y.shape[1:]:
+            _take(self._y, rows, y)
+        else:
+            y[...] = as_targets(self.origin, 0, _rows(self._y, rows), self._targets, self._dtype)
+
+    def slices(self) -> Iterator[tuple[int, Array, Array]]:
+        row_bytes = max(1, int(np.prod(self.sample_shape, dtype=np.int64))) * self._x.dtype.itemsize
+        step = max(1, _SLICE_BYTES // row_bytes)
+        for first in range(0, self.n, step):
+            x, y = self._x[first : first + step], self._y[first : first + step]
+            yield first, x, as_targets(self.origin, first, y, self._targets, self._dtype)
+
+    def fingerprint(self) -> str:
+        shapes = f"{self._x.shape} {self._x.dtype} {self._y.shape} {self._y.dtype}"
+        return f"{shapes} {os.path.getsize(self.origin)} bytes"
+
+
+def as_targets(origin: str, first_row: int, y: Array, targets: Targets, dtype: str) -> Array:
+    """Return a part of y as labels: (rows,) int64, or as values: (rows, columns)."""
+    return as_labels(origin, first_row, y) if targets == "classes" else as_values(y, dtype)
+
+
+def _dataset(file: h5py.File, name: str) -> Any:
+    """Open a dataset, or its memory map; refuse what would read another file."""
+    group, found = file, None
+    for part in filter(None, name.split("/")):
+        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+        if link is None:
+            raise ValueError(f"no dataset {name!r} in it; it holds {', '.join(file) or 'nothing'}")
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{name!r} is a link to elsewhere; copy the data into this file")
+        group = found = group[part]
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"{name!r} is not a dataset")
+    if found.is_virtual or found.external:
+        raise ValueError(f"{name!r} keeps its data in other files; copy them into this one")
+    if found.dtype.kind not in "biuf":
+        raise ValueError(f"{name!r} has dtype {found.dtype}; numbers are needed")
+    offset = found.id.get_offset()
+    if found.chunks is not None or offset is None or found.dtype.kind == "b" or not found.shape:
+        return found
+    return np.memmap(file.filename, found.dtype, "r", offset, found.shape)
+
+
+def _rows(dataset: Any, rows: npt.NDArray[np.int64]) -> Array:
+    if isinstance(dataset, np.memmap):
+        return np.asarray(dataset[rows])
+    # HDF5 selects rising, distinct rows only
+    distinct, inverse = np.unique(rows, return_inverse=True)
+    return np.asarray(dataset[distinct])[inverse]
+
+
+def _take(dataset: Any, rows: npt.NDArray[np.int64], out: Array) -> None:
+    if isinstance(dataset, np.memmap) and dataset.dtype == out.dtype:
+        np.take(dataset, rows, axis=0, out=out, mode="clip")
+    else:
+        out[...] = _rows(dataset, rows)

@@ -1,0 +1,64 @@
+"""Every error that stepctl raises on purpose, and the exit code each one ends the command with.
+
+StepctlError                1  an operation failed; nothing was lost
+|- ConfigError              2  the command line, the config or a component's argument is wrong
+|- DataError                2  a data file is missing, or holds what it should not
+|- CheckpointError          3  no usable checkpoint, or a refused one
+|- NumericsError            3  --strict-numerics, and this machine cannot give the same bits
+`- RunInUseError            4  another process holds the run
+
+A message says what, where, why and how to mend it, in one line (ConfigError: one line per problem).
+"""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of the command line."""
+
+    DONE = 0
+    NEGATIVE = 1
+    USAGE = 2
+    NO_CHECKPOINT = 3
+    IN_USE = 4
+    STOPPED = 75  # EX_TEMPFAIL: run it again
+
+
+class StepctlError(Exception):
+    """Base of all: an operation failed; nothing was lost."""
+
+    exit_code = Exit.NEGATIVE
+
+
+class ConfigError(StepctlError):
+    """The command line, the config or a component's argument is wrong."""
+
+    exit_code = Exit.USAGE
+
+
+class DataError(StepctlError):
+    """A data file is missing, or holds what it should not."""
+
+    exit_code = Exit.USAGE
+
+
+class CheckpointError(StepctlError):
+    """No usable checkpoint, or a refused one. `code` names the reason in one word."""
+
+    exit_code = Exit.NO_CHECKPOINT
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NumericsError(StepctlError):
+    """This machine cannot give the bits that the run was started with, and they were demanded."""
+
+    exit_code = Exit.NO_CHECKPOINT
+
+
+class RunInUseError(StepctlError):
+    """Another process holds the run."""
+
+    exit_code = Exit.IN_USE

@@ -1,0 +1,63 @@
+"""A progress bar on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from stepctl.hooks.base import Hook, StopReason
+from stepctl.state import TrainState
+from stepctl.tasks.base import Metrics
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_REFRESH = 0.1  # seconds
+
+
+class ProgressBar(Hook):
+    """Shows the global step from the resumed position on, the loss, and the time left at this segment's rate."""
+
+    name = "progress"
+
+    def __init__(
+        self, console: Console, *, title: str, target: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._clock, self._title, self._target, self._shown = clock, title, target, float("-inf")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        self._progress = Progress(*columns, console=console, auto_refresh=False)
+
+    def start(self, state: TrainState) -> None:
+        step = state.counters.global_step
+        self._first = step
+        self._bar = self._progress.add_task(self._title, total=self._target, completed=step, detail="")
+        self._progress.start()
+
+    def after_step(self, state: TrainState, metrics: Metrics) -> None:
+        if self._clock() - self._shown >= _REFRESH:
+            self._show(state, metrics)
+
+    def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
+        if metrics is not None:
+            self._show(state, metrics)
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self._progress.stop()
+
+    def _show(self, state: TrainState, metrics: Metrics) -> None:
+        self._shown = self._clock()
+        step = state.counters.global_step
+        detail = f"(local {step - self._first})  loss {metrics['loss']:.4g}"
+        self._progress.update(self._bar, completed=step, detail=detail)
+        self._progress.refresh()

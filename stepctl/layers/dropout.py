@@ -1,0 +1,36 @@
+"""y = x, with a part of it set to zero and the rest scaled up."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from stepctl.arena import Array, Workspace
+from stepctl.layers.base import Backward, Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout(Layer):
+    """Inverted dropout (Srivastava et al. 2014): each element is dropped with probability `rate`.
+
+    The mask is a function of (seed, layer name, step, shard); in evaluation x passes unchanged.
+    """
+
+    name: str
+    rate: float
+
+    def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
+        if workspace.rng is None or self.rate == 0:
+            return x, lambda dy, grads: dy
+        y, mask = workspace.empty(x.shape), workspace.empty(x.shape)
+        workspace.rng(self.name).random(out=mask, dtype=mask.dtype.type)
+        np.greater_equal(mask, self.rate, out=mask)
+        np.multiply(mask, 1 / (1 - self.rate), out=mask)
+        np.multiply(x, mask, out=y)
+
+        def backward(dy: Array, grads: Mapping[str, Array]) -> Array:
+            dx = workspace.empty(x.shape)
+            np.multiply(dy, mask, out=dx)
+            return dx
+
+        return y, backward

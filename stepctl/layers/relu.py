@@ -1,0 +1,24 @@
+"""y = max(x, 0)."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from stepctl.arena import Array, Workspace
+from stepctl.layers.base import Backward, Layer
+
+
+class ReLU(Layer):
+    """The rectifier (Nair and Hinton 2010); its gradient at 0 is 0."""
+
+    def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
+        y = workspace.empty(x.shape)
+        np.maximum(x, 0, out=y)
+
+        def backward(dy: Array, grads: Mapping[str, Array]) -> Array:
+            dx, positive = workspace.empty(x.shape), workspace.empty(x.shape, np.bool_)
+            np.greater(y, 0, out=positive)
+            np.multiply(dy, positive, out=dx)
+            return dx
+
+        return y, backward

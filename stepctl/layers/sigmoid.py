@@ -1,0 +1,28 @@
+"""y = 1 / (1 + exp(-x))."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from stepctl.arena import Array, Workspace
+from stepctl.layers.base import Backward, Layer
+
+
+class Sigmoid(Layer):
+    """The logistic function, as (1 + tanh(x / 2)) / 2, which overflows for no x."""
+
+    def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
+        y = workspace.empty(x.shape)
+        np.multiply(x, 0.5, out=y)
+        np.tanh(y, out=y)
+        np.add(y, 1, out=y)
+        np.multiply(y, 0.5, out=y)
+
+        def backward(dy: Array, grads: Mapping[str, Array]) -> Array:
+            dx = workspace.empty(x.shape)
+            np.subtract(1, y, out=dx)
+            np.multiply(dx, y, out=dx)
+            np.multiply(dx, dy, out=dx)
+            return dx
+
+        return y, backward

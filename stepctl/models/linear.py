@@ -1,0 +1,12 @@
+"""Linear and softmax regression."""
+
+import math
+
+from stepctl.arena import Shape
+from stepctl.layers.dense import Dense
+from stepctl.models.sequential import Sequential
+
+
+def linear(*, input_shape: Shape, n_outputs: int) -> Sequential:
+    """One dense layer: linear regression under a squared loss, softmax regression under cross-entropy."""
+    return Sequential([Dense(name="dense0", n_in=math.prod(input_shape), n_out=n_outputs, input_gradient=False)])

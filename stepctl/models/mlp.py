@@ -1,0 +1,45 @@
+"""The multilayer perceptron."""
+
+import math
+from typing import Literal
+
+from stepctl.arena import Shape
+from stepctl.layers.base import Layer
+from stepctl.layers.dense import Dense
+from stepctl.layers.dropout import Dropout
+from stepctl.layers.gelu import GELU
+from stepctl.layers.layer_norm import LayerNorm
+from stepctl.layers.leaky_relu import LeakyReLU
+from stepctl.layers.relu import ReLU
+from stepctl.layers.sigmoid import Sigmoid
+from stepctl.layers.tanh import Tanh
+from stepctl.models.sequential import Sequential
+from stepctl.registry import Fraction, PositiveInt
+
+_ACTIVATIONS = {"relu": ReLU, "leaky_relu": LeakyReLU, "gelu": GELU, "tanh": Tanh, "sigmoid": Sigmoid}
+_RECTIFIERS = ("relu", "leaky_relu", "gelu")
+
+
+def mlp(
+    *,
+    hidden: list[PositiveInt],
+    activation: Literal["relu", "leaky_relu", "gelu", "tanh", "sigmoid"] = "relu",
+    dropout: Fraction = 0.0,
+    layer_norm: bool = False,
+    input_shape: Shape,
+    n_outputs: int,
+) -> Sequential:
+    """For each hidden size: dense, layer norm if asked for, activation, dropout; then a dense output layer."""
+    gain = 2.0 if activation in _RECTIFIERS else 1.0
+    layers: list[Layer] = []
+    n_in = math.prod(input_shape)
+    for i, n_out in enumerate(hidden):
+        layers.append(Dense(name=f"dense{i}", n_in=n_in, n_out=n_out, gain=gain, input_gradient=i > 0))
+        if layer_norm:
+            layers.append(LayerNorm(name=f"layer_norm{i}", n_features=n_out))
+        layers.append(_ACTIVATIONS[activation]())
+        if dropout:
+            layers.append(Dropout(name=f"dropout{i}", rate=dropout))
+        n_in = n_out
+    layers.append(Dense(name=f"dense{len(hidden)}", n_in=n_in, n_out=n_outputs, input_gradient=bool(hidden)))
+    return Sequential(layers)

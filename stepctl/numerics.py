@@ -1,0 +1,129 @@
+"""What decides the last bits of a result: BLAS threads, BLAS kernel, library versions, CPU features.
+
+`pin` must run before NumPy is imported, so this module imports neither NumPy nor threadpoolctl at its top.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+AUTO: Literal["auto"] = "auto"
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_KERNEL_VARIABLE = "OPENBLAS_CORETYPE"
+
+# OpenBLAS does not check that the CPU can run a kernel that is asked for by name: a wrong one is a crash.
+_AVX2, _AVX512 = {"avx2", "fma"}, {"avx512f", "avx512cd", "avx512dq", "avx512bw", "avx512vl"}
+_KERNEL_NEEDS: dict[str, dict[str, set[str]]] = {
+    "x86_64": {
+        "prescott": set(),
+        "nehalem": {"sse4_2"},
+        "sandybridge": {"avx"},
+        "bulldozer": {"avx", "fma4"},
+        "piledriver": {"avx", "fma4", "fma"},
+        "steamroller": {"avx", "fma4", "fma"},
+        "excavator": {"fma4"} | _AVX2,
+        "haswell": _AVX2,
+        "zen": _AVX2,
+        "skylakex": _AVX2 | _AVX512,
+        "cooperlake": _AVX2 | _AVX512 | {"avx512_bf16"},
+        "sapphirerapids": _AVX2 | _AVX512 | {"avx512_bf16", "amx_bf16"},
+    },
+    "aarch64": {
+        "armv8": set(),
+        "neoversen1": {"asimd"},
+        "neoversev1": {"sve"},
+        "neoversen2": {"sve2"},
+        "armv8sve": {"sve"},
+        "a64fx": {"sve"},
+    },
+}
+
+_LABELS = {
+    "threads": "BLAS threads",
+    "blas_kernel": "BLAS kernel",
+    "blas": "BLAS",
+    "numpy": "NumPy",
+    "simd": "CPU features",
+    "machine": "machine",
+}
+
+
+def pin(threads: object, kernel: object) -> None:
+    """Set the environment that BLAS reads when NumPy is imported; without effect once it is.
+
+    Values that no config allows are passed over here: the config check reports them.
+    """
+    if "numpy" in sys.modules:
+        return
+    count = threads if isinstance(threads, int) and threads >= 1 else default_threads()
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(count)
+    if isinstance(kernel, str) and kernel != AUTO and _cpu_runs(kernel):
+        os.environ[_KERNEL_VARIABLE] = kernel
+
+
+def asked_for(plain: Mapping[str, Any]) -> tuple[object, object]:
+    """Return (threads, kernel) of an unchecked config."""
+    section = plain.get("numerics")
+    return (section.get("threads"), section.get("blas_kernel")) if isinstance(section, dict) else (None, None)
+
+
+def default_threads() -> int:
+    """Return the thread count that the environment asks for, or the number of cores this process may use."""
+    for variable in _THREAD_VARIABLES:
+        value = os.environ.get(variable, "")
+        if value.isdecimal() and int(value) >= 1:
+            return int(value)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def settle(threads: int | Literal["auto"]) -> dict[str, Any]:
+    """Give BLAS its number of threads, and return the fingerprint of the numerics as they now are."""
+    import numpy as np
+    from threadpoolctl import ThreadpoolController
+
+    blas = ThreadpoolController().select(user_api="blas")
+    blas.limit(limits=default_threads() if threads == AUTO else threads)
+    libraries = blas.info()
+    build: Any = np.show_config(mode="dicts")
+    dependency = build["Build Dependencies"]["blas"]
+    simd = build.get("SIMD Extensions", {})
+    return {
+        "threads": libraries[0]["num_threads"] if libraries else 1,
+        "blas_kernel": (libraries[0].get("architecture") if libraries else None) or "unknown",
+        "blas": f"{dependency['name']} {dependency['version']}",
+        "numpy": np.__version__,
+        "simd": " ".join(simd.get("baseline", []) + simd.get("found", [])),
+        "machine": platform.machine(),
+    }
+
+
+def differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two fingerprints, in words: "BLAS kernel SkylakeX -> Haswell"."""
+    return [
+        f"{label} {recorded.get(key, '?')} -> {here.get(key, '?')}"
+        for key, label in _LABELS.items()
+        if recorded.get(key) != here.get(key)
+    ]
+
+
+def _cpu_runs(kernel: str) -> bool:
+    needs = _KERNEL_NEEDS.get(platform.machine(), {}).get(kernel.lower())
+    return needs is not None and needs <= _cpu_flags()
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith(("flags", "Features")):
+                    return set(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return set()

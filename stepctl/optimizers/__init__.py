@@ -1,0 +1,9 @@
+"""Optimizers: how a gradient changes the parameters."""
+
+NAMES = {
+    "sgd": "stepctl.optimizers.sgd:SGD",
+    "adagrad": "stepctl.optimizers.adagrad:Adagrad",
+    "rmsprop": "stepctl.optimizers.rmsprop:RMSProp",
+    "adam": "stepctl.optimizers.adam:Adam",
+    "adamw": "stepctl.optimizers.adam:AdamW",
+}

@@ -1,0 +1,153 @@
+"""What every optimizer shares: clipping, weight decay, and the walk over the flat arenas in blocks."""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+
+from stepctl.arena import Arena, Array, aligned_empty
+from stepctl.registry import NonNegative, Positive
+from stepctl.schedules import LearningRate
+
+BLOCK = 1 << 14  # elements: five float32 blocks of it lie in a 512 KiB L2 cache
+THREADED = 1 << 18  # elements from which a second thread is worth its start
+
+
+class Tick(NamedTuple):
+    """When an update happens: the learning rate it uses, and its number among this optimizer's (1, 2, ...)."""
+
+    learning_rate: float
+    number: int
+
+
+class Block(NamedTuple):
+    """The same range of every arena, and scratch memory of its size. `new_*` may be the old arrays themselves."""
+
+    params: Array
+    slots: tuple[Array, ...]
+    grads: Array
+    new_params: Array
+    new_slots: tuple[Array, ...]
+    scratch: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(ABC):
+    """How a gradient changes the parameters: a description that holds sizes and rates, no arrays.
+
+    `clip_norm` scales a gradient down to this global norm (Pascanu et al. 2013); `weight_decay` adds that
+    multiple of the parameters to the gradient, all parameters alike, after clipping.
+    """
+
+    learning_rate: LearningRate
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive | None = None
+
+    @property
+    @abstractmethod
+    def slots(self) -> tuple[str, ...]:
+        """The names of the arenas that this optimizer keeps beside the parameters."""
+
+    @abstractmethod
+    def update_block(self, block: Block, tick: Tick) -> None:
+        """Write `new_params` and `new_slots`, elementwise. `grads` and `scratch` are free to be overwritten."""
+
+    def initial_slots(self, params: Arena) -> dict[str, Arena]:
+        """Return the slots before the first update, each of the parameters' layout."""
+        return {slot: params.like() for slot in self.slots}
+
+    def update(
+        self,
+        params: Arena,
+        slots: dict[str, Arena],
+        grads: Arena,
+        tick: Tick,
+        *,
+        out: tuple[Arena, dict[str, Arena]] | None = None,
+        threads: int = 1,
+    ) -> None:
+        """Apply one update, in place or into `out` (parameters and slots of the same layout).
+
+        The gradient is used up. The number of threads does not change the result.
+        """
+        new_params, new_slots = out if out is not None else (params, slots)
+        old = tuple(slots[name].flat for name in self.slots)
+        new = tuple(new_slots[name].flat for name in self.slots)
+        scale = self._clip_scale(grads)
+        walk = partial(self._walk, params.flat, old, grads.flat, new_params.flat, new, tick, scale)
+        size = len(params.flat)
+        if threads == 1 or size < THREADED:
+            walk(0, size)
+            return
+        part = -(-size // (threads * BLOCK)) * BLOCK
+        starts = range(0, size, part)
+        list(_pool(threads).map(walk, starts, [min(start + part, size) for start in starts]))
+
+    def _walk(
+        self,
+        params: Array,
+        slots: tuple[Array, ...],
+        grads: Array,
+        new_params: Array,
+        new_slots: tuple[Array, ...],
+        tick: Tick,
+        scale: float | None,
+        start: int,
+        end: int,
+    ) -> None:
+        scratch = _scratch(threading.get_ident(), params.dtype)
+        for first in range(start, end, BLOCK):
+            at = slice(first, min(first + BLOCK, end))
+            g = grads[at]
+            block = Block(
+                params[at],
+                tuple([slot[at] for slot in slots]),
+                g,
+                new_params[at],
+                tuple([slot[at] for slot in new_slots]),
+                scratch[: len(g)],
+            )
+            if scale is not None:
+                np.multiply(g, scale, out=g)
+            if self.weight_decay:
+                block = self.decay(block, tick)
+            self.update_block(block, tick)
+
+    def decay(self, block: Block, tick: Tick) -> Block:
+        """Add weight_decay * parameters to the gradient (L2 regularisation); return the block to update."""
+        np.multiply(block.params, self.weight_decay, out=block.scratch)
+        np.add(block.grads, block.scratch, out=block.grads)
+        return block
+
+    def _clip_scale(self, grads: Arena) -> float | None:
+        if self.clip_norm is None:
+            return None
+        norm = global_norm(grads)
+        return self.clip_norm / norm if norm > self.clip_norm else None
+
+
+def global_norm(arena: Arena) -> float:
+    """Return the Euclidean norm over all elements: float64 sums of blocks, in fixed order."""
+    return math.sqrt(math.fsum(float(np.dot(part, part)) for part in _parts(arena.flat)))
+
+
+def _parts(flat: Array) -> Iterator[Array]:
+    return (flat[first : first + BLOCK] for first in range(0, len(flat), BLOCK))
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="optimizer")
+
+
+@lru_cache(maxsize=64)
+def _scratch(thread: int, dtype: np.dtype[np.generic]) -> Array:
+    return aligned_empty((BLOCK,), dtype)

@@ -1,0 +1,181 @@
+"""Components by name: "adam", or a user's own "package.module:Name"; arguments checked against the signature.
+
+Each family (`stepctl.models`, `stepctl.schedules`, ...) lists its components in a dict `NAMES`, name ->
+"module:attribute", so that listing them imports none of them. A component's parameters are keyword-only; the
+ones in CONTEXT come from the run and cannot be set in a config, all others are the component's arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, NamedTuple, cast, get_args, get_type_hints
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from stepctl.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+File = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath)]
+
+CONTEXT = frozenset({"input_shape", "n_outputs", "dtype", "targets", "model", "optimizer", "seed", "shards", "threads"})
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Component:
+    """Marks a parameter that is itself a component; a bare number means `{name: number, value: it}`."""
+
+    family: str
+    number: str
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, at a path of keys."""
+
+    path: tuple[str | int, ...]
+    message: str
+
+
+def names(family: str) -> dict[str, str]:
+    """Return the family's own components: name -> "module:attribute"."""
+    return cast(dict[str, str], importlib.import_module(f"stepctl.{family}").NAMES)
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def resolve(family: str, name: str) -> Callable[..., Any]:
+    """Return the component's class or function; ConfigError if there is none."""
+    known = names(family)
+    target = known.get(name, name)
+    module_name, colon, attribute = target.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"no {family} component is called {name!r}{did_you_mean(name, list(known))}; "
+            f"allowed: {', '.join(known)}, or your own as 'package.module:Name'"
+        )
+    if name not in known and "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return cast(Callable[..., Any], getattr(importlib.import_module(module_name), attribute))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot import {name!r}: {error} (looked in the current folder too)") from error
+
+
+@functools.cache
+def parameters(factory: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """Return the component's own arguments: name -> (parameter, type hint)."""
+    plain_class = isinstance(factory, type) and not is_dataclass(factory)
+    hints = get_type_hints(factory.__init__ if plain_class else factory, include_extras=True)
+    return {
+        name: (parameter, hints.get(name, Any))
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if name not in CONTEXT and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+
+
+def nested(hint: Any) -> Component | None:
+    """Return the Component mark of a type hint, if it has one."""
+    return next((mark for mark in get_args(hint)[1:] if isinstance(mark, Component)), None)
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=STRICT)
+
+
+def json_schema(hint: Any) -> dict[str, Any]:
+    """Return the JSON Schema of one argument."""
+    return _adapter(hint).json_schema()
+
+
+def check(family: str, spec: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Check `{name: ..., argument: ...}` against the component's signature, without building it.
+
+    Returns the spec with every default written out, and all problems, each at its path below the spec.
+    """
+    try:
+        known = parameters(resolve(family, spec["name"]))
+    except ConfigError as error:
+        return dict(spec), [Problem(("name",), str(error))]
+    full: dict[str, Any] = {"name": spec["name"]}
+    problems = [
+        Problem((key,), f"unknown key{did_you_mean(str(key), list(known))}; allowed: {', '.join(known) or 'none'}")
+        for key in spec
+        if key != "name" and key not in known
+    ]
+    for name, (parameter, hint) in known.items():
+        if name not in spec and parameter.default is inspect.Parameter.empty:
+            problems.append(Problem((), f"{name} is missing; {spec['name']} needs it"))
+            continue
+        value, found = _check_value(hint, spec.get(name, parameter.default))
+        full[name] = value
+        problems += [Problem((name, *problem.path), problem.message) for problem in found]
+    if not problems and not CONTEXT & inspect.signature(resolve(family, spec["name"])).parameters.keys():
+        try:
+            build(family, full)
+        except ValueError as error:
+            problems.append(Problem((), str(error)))
+    return full, problems
+
+
+def _check_value(hint: Any, value: Any) -> tuple[Any, list[Problem]]:
+    mark = nested(hint)
+    if mark is not None:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            full, problems = check(mark.family, {"name": mark.number, "value": value})
+            return full, [Problem(problem.path[1:], problem.message) for problem in problems]
+        if isinstance(value, dict) and isinstance(value.get("name"), str):
+            return check(mark.family, value)
+        return value, [Problem((), f"{value!r} is wrong; give a number, or {{name: ..., ...}} with a name of "
+                                   f"{', '.join(names(mark.family))}")]  # fmt: skip
+    try:
+        return _adapter(hint).validate_python(value), []
+    except ValidationError as error:
+        return value, problems_of(error, value)
+
+
+def problems_of(error: ValidationError, value: Any) -> list[Problem]:
+    """Turn pydantic's report on `value` into one Problem for each place in it."""
+    messages: dict[tuple[str | int, ...], str] = {}
+    for item in error.errors():
+        path, at, found = [], value, True
+        for part in item["loc"]:  # pydantic goes on to the branch of a union; stop where the value ends
+            found = isinstance(at, dict) and part in at
+            found = found or (isinstance(at, list) and isinstance(part, int) and part < len(at))
+            if not found:
+                break
+            path.append(part)
+            at = at[part]
+        text = item["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        text = text[:1].lower() + text[1:] if isinstance(at, dict) else f"{at!r} is wrong; {text[:1].lower()}{text[1:]}"
+        if item["type"] == "missing":
+            text = f"{item['loc'][-1]} is missing"
+        key = tuple(path)
+        messages[key] = f"{messages[key]}, or {text.partition('; ')[2]}" if key in messages else text
+    return [Problem(path, message) for path, message in messages.items()]
+
+
+def build(family: str, spec: Mapping[str, Any], **context: Any) -> Any:
+    """Build a component from a checked spec; it is handed those parts of the context that it asks for."""
+    factory = resolve(family, spec["name"])
+    arguments: dict[str, Any] = {}
+    for name, (_, hint) in parameters(factory).items():
+        mark = nested(hint)
+        arguments[name] = spec[name] if mark is None else build(mark.family, spec[name])
+    wanted = inspect.signature(factory).parameters
+    return factory(**arguments, **{name: value for name, value in context.items() if name in wanted})

@@ -1,0 +1,200 @@
+"""The run directory: its paths, its lock, its ledger, and metrics that never say a step twice."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stepctl import yamlio
+from stepctl.errors import ConfigError, RunInUseError, StepctlError
+
+_TEMPORARY = ".tmp-"  # ends in the writer's pid
+
+
+class RunDirectory:
+    """Paths of one run. `lock()` must be held by whoever writes."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.ledger = self.path / "ledger.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+
+    @property
+    def name(self) -> str:
+        """The run's name: the directory's."""
+        return self.path.resolve().name
+
+    def holds_run(self) -> bool:
+        """Tell whether a run was ever started here: whether it published a checkpoint."""
+        return self.checkpoints.is_dir() and any(name.startswith("step-") for name in os.listdir(self.checkpoints))
+
+    def refuse_run(self) -> None:
+        """Raise ConfigError if a run is here, with the command that goes on with it."""
+        if self.holds_run():
+            raise ConfigError(f"{self.path}: holds a run already; go on with: stepctl resume {self.path}")
+
+    def newest_config(self) -> yamlio.Document:
+        """Return the config that the newest segment ran with: the frozen one, or what the ledger changed it to."""
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path}: no run is there (no config.yaml); start one with: stepctl train")
+        changed = [row["config"] for row in self.read_ledger() if row["event"] == "start" and "config" in row]
+        return yamlio.Document(changed[-1], {(): str(self.ledger)}) if changed else yamlio.load(str(self.config))
+
+    def make(self) -> None:
+        """Create the directory; ConfigError if something that is not a run stands there."""
+        known = {self.config.name, self.ledger.name, self.metrics.name, self.checkpoints.name, "lock"}
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            strangers = sorted(set(os.listdir(self.path)) - known)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be made a run directory: {error.strerror}; choose another "
+                              "with --run-dir") from error  # fmt: skip
+        strangers = [name for name in strangers if _TEMPORARY not in name]
+        if strangers:
+            raise ConfigError(f"{self.path}: holds {strangers[0]!r}, which no run made; choose another --run-dir")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run; RunInUseError if another process does. The lock ends with its holder, however it ends."""
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = _parsed(os.pread(descriptor, 4096, 0)) or {}
+                raise RunInUseError(
+                    f"{self.path}: in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
+                    "wait for it, or stop it"
+                ) from error
+            holder = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": os.getpid()}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def freeze_config(self, plain: Mapping[str, Any]) -> None:
+        """Write the resolved config, once, at the start of the run."""
+        header = "# The resolved config, frozen when the run started; later changes are in ledger.jsonl.\n"
+        publish(self.config, [(header + yamlio.dumps(dict(plain))).encode()])
+
+    def clear_stillborn(self) -> None:
+        """Remove what a start left that never came to its first checkpoint."""
+        for path in (self.config, self.ledger, self.metrics):
+            path.unlink(missing_ok=True)
+
+    def clear_temporaries(self) -> None:
+        """Remove what a killed writer left unpublished. Only the holder of the lock may."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.glob(f".*{_TEMPORARY}*"):
+                path.unlink(missing_ok=True)
+
+    def append_ledger(self, event: str, **facts: Any) -> None:
+        """Add one durable line: {"event", "time", ...}."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"event": event, "time": now, **facts}).encode() + b"\n"
+        with open(self.ledger, "ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_ledger(self) -> list[dict[str, Any]]:
+        """Return the ledger's lines; a line that a kill cut short is passed over."""
+        return list(_rows(self.ledger))
+
+    def mend_ledger(self) -> None:
+        """Cut a line that a kill left unfinished, so that the next one begins a line of its own."""
+        if self.ledger.exists() and not self.ledger.read_bytes().endswith(b"\n"):
+            self._rewrite(self.ledger, lambda row: True)
+
+    def cut_metrics(self, step: int) -> int:
+        """Drop rows past `step` and rows marked extra, atomically; return how many were dropped."""
+        return self._rewrite(self.metrics, lambda row: row["step"] <= step and not row.get("extra"))
+
+    def _rewrite(self, path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+        if not path.exists():
+            return 0
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and (row := _parsed(line)) is not None and keep(row)]
+        if kept != lines:
+            publish(path, kept)
+        return len(lines) - len(kept)
+
+
+def newest_target(ledger: list[dict[str, Any]]) -> int | None:
+    """Return the target that the newest segment recorded when it started."""
+    targets = [row["target"] for row in ledger if row["event"] == "start"]
+    return targets[-1] if targets else None
+
+
+def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file so that it is there whole, durably, or not at all.
+
+    Temporary file in the same directory (O_EXCL), write, fsync, rename, fsync of the directory. On any error
+    the temporary file is removed and the descriptor given up: a failed fsync is never tried again on it.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            for chunk in chunks:
+                _write_all(descriptor, chunk)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            remedy = "make room or mend the disk, then resume"
+            raise StepctlError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
+    left = memoryview(chunk).cast("B")
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            row = _parsed(line)
+            if row is not None:
+                yield row
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"

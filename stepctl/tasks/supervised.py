@@ -1,0 +1,155 @@
+"""Learning from targets: one model, one optimizer."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable
+from functools import partial
+from typing import final
+
+import numpy as np
+
+from stepctl import losses
+from stepctl.arena import Arena, Array, Shape, TreeSum, Workspace
+from stepctl.data.base import Targets
+from stepctl.data.batches import Batch
+from stepctl.errors import CheckpointError, ConfigError
+from stepctl.models.base import Model
+from stepctl.optimizers.base import Optimizer, Tick
+from stepctl.rng import rng
+from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, Counters, TrainState
+from stepctl.tasks.base import Metrics, Task
+
+_MODEL = "model"  # the name of the one optimizer and its counter
+
+
+class Supervised(Task):
+    """One global step is one update of one model from one batch.
+
+    The batch is cut into `shards` equal parts; each part's gradient is that of its share of the batch's mean
+    loss, and they are summed in a fixed binary tree.
+    """
+
+    def __init__(self, *, model: Model, optimizer: Optimizer, seed: int, dtype: str, shards: int, threads: int) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._seed, self._dtype, self._shards, self._threads = seed, dtype, shards, threads
+        self._training, self._evaluation = Workspace(dtype), Workspace(dtype)
+        self._gradients: TreeSum | None = None
+
+    @staticmethod
+    @abstractmethod
+    def measure(outputs: Array, y: Array, n: int, workspace: Workspace) -> tuple[Metrics, Array]:
+        """Return this part's share of the metrics of n samples, and the loss's gradient at the outputs."""
+
+    def initial_state(self, initial_step: int) -> TrainState:
+        params = Arena(self.model.parameter_shapes(), self._dtype)
+        self.model.initialize(params, lambda name: rng(self._seed, f"init/{name}"))
+        return TrainState(
+            counters=Counters({GLOBAL_STEP: initial_step, SAMPLES_SEEN: 0, _MODEL: 0}),
+            params=params,
+            optimizers={_MODEL: self.optimizer.initial_slots(params)},
+            buffers=Arena({}, self._dtype),
+        )
+
+    def check_counters(self, counters: Counters, initial_step: int) -> None:
+        if counters[_MODEL] != counters.global_step - initial_step:
+            raise CheckpointError(
+                "counter",
+                f"counters disagree: {counters[_MODEL]} updates of the model, but global step "
+                f"{counters.global_step} with initial_step {initial_step}",
+            )
+
+    def increments(self, batch: Batch) -> dict[str, int]:
+        return {GLOBAL_STEP: 1, SAMPLES_SEEN: len(batch.x), _MODEL: 1}
+
+    def step(self, state: TrainState, batch: Batch) -> Metrics:
+        if self._gradients is None:
+            self._gradients = TreeSum(state.params)
+        step, n = state.counters.global_step, len(batch.x)
+        rows = n // self._shards
+        parts = []
+        for shard in range(self._shards):
+            at = slice(shard * rows, (shard + 1) * rows)
+            self._training.start(partial(self._rng, step, shard))
+            outputs, backward = self.model.forward(state.params, batch.x[at], self._training)
+            metrics, doutputs = self.measure(outputs, batch.y[at], n, self._training)
+            backward(doutputs, self._gradients.leaf())
+            self._gradients.add()
+            parts.append(metrics)
+        tick = Tick(self.optimizer.learning_rate(step), state.counters[_MODEL] + 1)
+        self.optimizer.update(
+            state.params, state.optimizers[_MODEL], self._gradients.total(), tick, threads=self._threads
+        )
+        return _summed(parts) | {"learning_rate": tick.learning_rate}
+
+    def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> Metrics:
+        parts, n = [], 0
+        for batch in batches:
+            self._evaluation.start()
+            outputs, _ = self.model.forward(state.params, batch.x, self._evaluation)
+            parts.append(self.measure(outputs, batch.y, 1, self._evaluation)[0])
+            n += len(batch.x)
+        return {name: value / n for name, value in _summed(parts).items()}
+
+    def _rng(self, step: int, shard: int, name: str) -> np.random.Generator:
+        return rng(self._seed, f"step/{name}", step, shard)
+
+
+def _summed(parts: list[Metrics]) -> Metrics:
+    # exactly rounded, so that the order of the parts does not matter
+    return parts[0] if len(parts) == 1 else {name: math.fsum(part[name] for part in parts) for name in parts[0]}
+
+
+@final
+class Classification(Supervised):
+    """Labels 0..n_classes-1 under softmax cross-entropy; one output a class."""
+
+    targets: Targets = "classes"
+
+    @staticmethod
+    def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
+        assert n_classes is not None
+        return n_classes
+
+    @staticmethod
+    def measure(outputs: Array, y: Array, n: int, workspace: Workspace) -> tuple[Metrics, Array]:
+        correct = int(np.count_nonzero(outputs.argmax(axis=1) == y))
+        loss, doutputs = losses.softmax_cross_entropy(outputs, y, n, workspace)
+        return {"loss": loss, "accuracy": correct / n}, doutputs
+
+
+@final
+class BinaryClassification(Supervised):
+    """Labels 0 and 1 under binary cross-entropy; one output, whose sign is the answer."""
+
+    targets: Targets = "classes"
+
+    @staticmethod
+    def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
+        if n_classes != 2:
+            raise ConfigError(f"task.name: binary_classification needs labels 0 and 1; the data have {n_classes} "
+                              "classes: use classification")  # fmt: skip
+        return 1
+
+    @staticmethod
+    def measure(outputs: Array, y: Array, n: int, workspace: Workspace) -> tuple[Metrics, Array]:
+        correct = int(np.count_nonzero((outputs[:, 0] > 0) == y))
+        loss, doutputs = losses.binary_cross_entropy(outputs, y, n, workspace)
+        return {"loss": loss, "accuracy": correct / n}, doutputs
+
+
+@final
+class Regression(Supervised):
+    """Numbers under mean squared error; one output a column of the targets."""
+
+    targets: Targets = "values"
+
+    @staticmethod
+    def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
+        return target_shape[0]
+
+    @staticmethod
+    def measure(outputs: Array, y: Array, n: int, workspace: Workspace) -> tuple[Metrics, Array]:
+        loss, doutputs = losses.mean_squared_error(outputs, y, n, workspace)
+        return {"loss": loss}, doutputs

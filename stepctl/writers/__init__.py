@@ -1,0 +1,1 @@
+"""Writers: where rows of metrics go."""

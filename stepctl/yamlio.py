@@ -1,0 +1,219 @@
+"""Strict YAML: 1.2 core scalars, where every value stands, and nothing that surprises.
+
+Refused: duplicate keys, anchors and aliases, tags, merge keys, more than one document.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from stepctl.errors import ConfigError
+
+Path = tuple[str | int, ...]
+MAX_BYTES = 1 << 16
+_MAX_DEPTH = 20
+
+# YAML 1.2.2, section 10.3.2: the core schema's scalars
+_NULL = re.compile(r"null|Null|NULL|~|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+@dataclass
+class Document:
+    """A parsed mapping, and for each path in it the place where it was written ("file:line:column")."""
+
+    value: dict[str, Any]
+    places: dict[Path, str] = field(default_factory=dict)
+    key_places: dict[Path, str] = field(default_factory=dict)
+
+    def place(self, path: Path, key: bool = False) -> str:
+        """Return where this path, or the nearest path above it, was written."""
+        if key and path in self.key_places:
+            return self.key_places[path]
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, "config")
+
+    def set(self, assignment: str) -> None:
+        """Apply "a.b=VALUE", with VALUE read as YAML; ConfigError if it is not of that form."""
+        key, equals, text = assignment.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {assignment}: give KEY=VALUE, such as optimizer.learning_rate=1e-3")
+        path = tuple(key.split("."))
+        parsed = _Parser(text, f"--set {key}").parse()
+        at = self.value
+        for part in path[:-1]:
+            child = at.get(part)
+            if not isinstance(child, dict):
+                child = at[part] = {}
+            at = child
+        at[path[-1]] = parsed.root
+        for old in [old for old in self.places if old[: len(path)] == path]:
+            del self.places[old]
+        self.places |= {path + below: place for below, place in parsed.places.items()}
+        self.key_places |= {path: f"--set {key}"}
+        self.key_places |= {path + below: place for below, place in parsed.key_places.items()}
+
+
+def load(path: str) -> Document:
+    """Read a YAML file whose top is a mapping; ConfigError with every problem, one a line."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"{path}: longer than {MAX_BYTES} bytes; a config is a page of text")
+        text = data.decode()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    return loads(text, path)
+
+
+def loads(text: str, name: str) -> Document:
+    """Read YAML text whose top is a mapping; `name` stands for the file in messages."""
+    parsed = _Parser(text, name).parse()
+    if not isinstance(parsed.root, dict):
+        raise ConfigError(f"{name}:1:1: a mapping of keys is needed, such as 'seed: 0'")
+    return Document(parsed.root, parsed.places, parsed.key_places)
+
+
+class _Parser:
+    """Builds plain values from the event stream, and notes the places."""
+
+    def __init__(self, text: str, name: str) -> None:
+        self.text, self.name = text, name
+        self.root: Any = None
+        self.places: dict[Path, str] = {}
+        self.key_places: dict[Path, str] = {}
+        self.problems: list[str] = []
+        self._events: Iterator[yaml.Event] = iter(())
+
+    def parse(self) -> _Parser:
+        try:
+            self._events = iter(list(yaml.parse(self.text, yaml.SafeLoader)))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = f"{self.name}:{mark.line + 1}:{mark.column + 1}" if mark else self.name
+            raise ConfigError(f"{place}: not YAML: {error.problem or error.context}") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(f"{self.name}: not YAML: {str(error).splitlines()[0]}") from error
+        n_documents = 0
+        for event in self._events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                n_documents += 1
+                if n_documents > 1:
+                    self._problem(event, "a second document; one is allowed")
+            elif isinstance(event, yaml.NodeEvent):
+                value = self._value(event, ())
+                self.root = value if n_documents == 1 else self.root
+        if self.problems:
+            raise ConfigError("\n".join(self.problems))
+        return self
+
+    def _problem(self, event: yaml.Event, message: str) -> None:
+        self.problems.append(f"{self._place(event)}: {message}")
+
+    def _place(self, event: yaml.Event) -> str:
+        mark = event.start_mark
+        assert mark is not None
+        return f"{self.name}:{mark.line + 1}:{mark.column + 1}"
+
+    def _value(self, event: Any, path: Path) -> Any:
+        self.places.setdefault(path, self._place(event))
+        if isinstance(event, yaml.AliasEvent):
+            self._problem(event, f"alias *{event.anchor}; write the value out")
+            return None
+        if event.anchor:
+            self._problem(event, f"anchor &{event.anchor}; write each value out where it is used")
+        if event.tag:
+            self._problem(event, f"tag {event.tag}; plain values only")
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event)
+        if len(path) >= _MAX_DEPTH:
+            raise ConfigError(f"{self._place(event)}: nested deeper than {_MAX_DEPTH} levels")
+        return self._sequence(path) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(path)
+
+    def _sequence(self, path: Path) -> list[Any]:
+        values: list[Any] = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            values.append(self._value(event, (*path, len(values))))
+        return values
+
+    def _mapping(self, path: Path) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            key = self._key(event, path)
+            below = (*path, key)
+            if key in values:
+                self._problem(event, f"duplicate key {key!r}; the first stands at {self.key_places[below]}")
+            else:
+                self.key_places[below] = self._place(event)
+            value = self._value(next(self._events), below)
+            values.setdefault(key, value)
+        return values
+
+    def _key(self, event: yaml.Event, path: Path) -> str:
+        if not isinstance(event, yaml.ScalarEvent):
+            self._value(event, (*path, "?"))
+            self._problem(event, "a key must be a word")
+            return "?"
+        if event.anchor or event.tag:
+            self._problem(event, "a key takes no anchor and no tag")
+        if event.value == "<<" and event.implicit[0]:
+            self._problem(event, "merge key <<; write the keys out")
+        return str(event.value)
+
+    def _scalar(self, event: yaml.ScalarEvent) -> Any:
+        text: str = event.value
+        if not event.implicit[0]:
+            return text
+        try:
+            value = _core_scalar(text)
+        except ValueError:
+            self._problem(event, f"number of {len(text)} digits; too long")
+            return 0
+        if isinstance(value, float) and not math.isfinite(value):
+            self._problem(event, f"{text} is not a finite number")
+        return value
+
+
+def _core_scalar(text: str) -> Any:
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
+        return text.lower() == "true"
+    if _INT.fullmatch(text):
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _INF_NAN.fullmatch(text):
+        return float(text.replace(".", ""))
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever the strict reader would not read back as the same string."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern in (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT), ("float", _INF_NAN)):
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern.pattern})$"), None)
+
+
+def dumps(value: dict[str, Any]) -> str:
+    """Write plain values as YAML that `loads` reads back as the same values."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)

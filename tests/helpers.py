@@ -1,0 +1,60 @@
+"""What several tests need: a small config, a run without the command line, and what it left on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stepctl import config as configs
+from stepctl import run, yamlio
+from stepctl.config import Config, Stop
+from stepctl.hooks.base import Hook
+from stepctl.rundir import RunDirectory
+from stepctl.state import TrainState
+
+BASE: dict[str, Any] = {
+    "seed": 1,
+    "data": {"name": "digits", "batch_size": 48, "validation_fraction": 0.9},
+    "model": {"name": "mlp", "hidden": [16], "dropout": 0.2},
+    "task": {"name": "classification"},
+    "optimizer": {"name": "adam", "learning_rate": 0.01},
+    "stop": {"last_step": 40},
+    "log": {"every": 7},
+    "evaluate": {"every": 15},
+    "checkpoint": {"every": 1000},
+    "numerics": {"threads": 1},
+}
+
+
+def make_config(**sections: Any) -> Config:
+    """Return BASE with whole sections replaced, checked."""
+    return configs.parse(yamlio.Document({**BASE, **sections}))
+
+
+def silent(message: str) -> None:
+    """Take a message and say nothing."""
+
+
+def train(config: Config, path: Path, hooks: tuple[Hook, ...] = ()) -> TrainState:
+    """Train a fresh run to its target; return the state that it ended with."""
+    with run.create(config, RunDirectory(path), hooks) as segment:
+        segment.train()
+        return segment.state
+
+
+def resume(
+    path: Path, *, last_step: int | None = None, hooks: tuple[Hook, ...] = (), say: Any = silent, **options: Any
+) -> TrainState:
+    """Resume a run; return the state that it ended with."""
+    stop = Stop(last_step=last_step) if last_step is not None else None
+    with run.resume(RunDirectory(path), run.ResumeOptions(stop=stop, **options), say, hooks) as segment:
+        if segment.start < segment.target:
+            segment.train()
+        return segment.state
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Return the metrics rows of a run without the time they took."""
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [{key: item for key, item in json.loads(line).items() if key != "samples_per_second"} for line in lines]
