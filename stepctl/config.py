@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from stepctl import registry
 from stepctl.errors import ConfigError
-from stepctl.registry import NonNegativeInt, PositiveInt, Problem
+from stepctl.problems import Problem, problems_of, unknown_key
+from stepctl.registry import NonNegativeInt, PositiveInt
 from stepctl.yamlio import Document
 
 # Each section that is a component, and its family.
@@ -165,14 +166,14 @@ def parse(document: Document) -> Config:
         if isinstance(spec, dict) and isinstance(spec.get("name"), str):
             shared = set(Data.model_fields) if section == "data" else {"name"}
             own = {key: item for key, item in spec.items() if key not in shared or key == "name"}
-            full, found = registry.check(family, own)
+            full, found = registry.check(family, own, tuple(sorted(shared - {"name"})))
             value[section] = {key: item for key, item in spec.items() if key in shared} | full
             problems += [Problem((section, *problem.path), problem.message) for problem in found]
     try:
         config = Config.model_validate(value)
     except ValidationError as error:
         unknown = {item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"}
-        problems += [_named(problem, unknown) for problem in registry.problems_of(error, value)]
+        problems += [_named(problem, unknown) for problem in problems_of(error, value)]
     if problems:
         raise ConfigError("\n".join(_line(document, problem) for problem in sorted(problems, key=_order(document))))
     return config
@@ -184,9 +185,7 @@ def _named(problem: Problem, unknown: set[tuple[str | int, ...]]) -> Problem:
     model: Any = Config
     for part in problem.path[:-1]:
         model = model.model_fields[part].annotation
-    allowed = list(model.model_fields)
-    hint = registry.did_you_mean(str(problem.path[-1]), allowed)
-    return Problem(problem.path, f"unknown key{hint}; allowed: {', '.join(allowed)}")
+    return Problem(problem.path, unknown_key(str(problem.path[-1]), list(model.model_fields)))
 
 
 def _line(document: Document, problem: Problem) -> str:

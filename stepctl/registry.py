@@ -7,7 +7,6 @@ ones in CONTEXT come from the run and cannot be set in a config, all others are 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -15,17 +14,18 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, Any, NamedTuple, cast, get_args, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from stepctl.errors import ConfigError
+from stepctl.problems import Problem, did_you_mean, not_plain, problems_of, unknown_key
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, lt=1 << 31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=1 << 62)]
 File = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath)]
 
 CONTEXT = frozenset({"input_shape", "n_outputs", "dtype", "targets", "model", "optimizer", "seed", "shards", "threads"})
@@ -40,22 +40,9 @@ class Component:
     number: str
 
 
-class Problem(NamedTuple):
-    """One thing that is wrong, at a path of keys."""
-
-    path: tuple[str | int, ...]
-    message: str
-
-
 def names(family: str) -> dict[str, str]:
     """Return the family's own components: name -> "module:attribute"."""
     return cast(dict[str, str], importlib.import_module(f"stepctl.{family}").NAMES)
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """Return "; did you mean 'x'?" for the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def resolve(family: str, name: str) -> Callable[..., Any]:
@@ -71,9 +58,11 @@ def resolve(family: str, name: str) -> Callable[..., Any]:
     if name not in known and "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return cast(Callable[..., Any], getattr(importlib.import_module(module_name), attribute))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot import {name!r}: {error} (looked in the current folder too)") from error
+        found = getattr(importlib.import_module(module_name), attribute)
+        inspect.signature(found)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot use {name!r}: {error} (looked in the current folder too)") from error
+    return cast(Callable[..., Any], found)
 
 
 @functools.cache
@@ -103,20 +92,20 @@ def json_schema(hint: Any) -> dict[str, Any]:
     return _adapter(hint).json_schema()
 
 
-def check(family: str, spec: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+def check(family: str, spec: Mapping[str, Any], shared: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[Problem]]:
     """Check `{name: ..., argument: ...}` against the component's signature, without building it.
 
-    Returns the spec with every default written out, and all problems, each at its path below the spec.
+    Returns the spec with every default written out, and all problems, each at its path below the spec. `shared`
+    names keys that may stand in the same section, but are not the component's.
     """
     try:
-        known = parameters(resolve(family, spec["name"]))
-    except ConfigError as error:
+        factory = resolve(family, spec["name"])
+        known = parameters(factory)
+    except (ConfigError, NameError) as error:
         return dict(spec), [Problem(("name",), str(error))]
     full: dict[str, Any] = {"name": spec["name"]}
     problems = [
-        Problem((key,), f"unknown key{did_you_mean(str(key), list(known))}; allowed: {', '.join(known) or 'none'}")
-        for key in spec
-        if key != "name" and key not in known
+        Problem((key,), unknown_key(key, [*known, *shared])) for key in spec if key != "name" and key not in known
     ]
     for name, (parameter, hint) in known.items():
         if name not in spec and parameter.default is inspect.Parameter.empty:
@@ -125,7 +114,9 @@ def check(family: str, spec: Mapping[str, Any]) -> tuple[dict[str, Any], list[Pr
         value, found = _check_value(hint, spec.get(name, parameter.default))
         full[name] = value
         problems += [Problem((name, *problem.path), problem.message) for problem in found]
-    if not problems and not CONTEXT & inspect.signature(resolve(family, spec["name"])).parameters.keys():
+    for kind in not_plain(full):
+        problems.append(Problem((), f"{spec['name']} has a default of type {kind}, which no config can hold; give it"))
+    if not problems and not CONTEXT & inspect.signature(factory).parameters.keys():
         try:
             build(family, full)
         except ValueError as error:
@@ -141,33 +132,12 @@ def _check_value(hint: Any, value: Any) -> tuple[Any, list[Problem]]:
             return full, [Problem(problem.path[1:], problem.message) for problem in problems]
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             return check(mark.family, value)
-        return value, [Problem((), f"{value!r} is wrong; give a number, or {{name: ..., ...}} with a name of "
-                                   f"{', '.join(names(mark.family))}")]  # fmt: skip
+        known = ", ".join(names(mark.family))
+        return value, [Problem((), f"{value!r} is wrong; give a number, or {{name: ...}} with one of {known}")]
     try:
         return _adapter(hint).validate_python(value), []
     except ValidationError as error:
         return value, problems_of(error, value)
-
-
-def problems_of(error: ValidationError, value: Any) -> list[Problem]:
-    """Turn pydantic's report on `value` into one Problem for each place in it."""
-    messages: dict[tuple[str | int, ...], str] = {}
-    for item in error.errors():
-        path, at, found = [], value, True
-        for part in item["loc"]:  # pydantic goes on to the branch of a union; stop where the value ends
-            found = isinstance(at, dict) and part in at
-            found = found or (isinstance(at, list) and isinstance(part, int) and part < len(at))
-            if not found:
-                break
-            path.append(part)
-            at = at[part]
-        text = item["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        text = text[:1].lower() + text[1:] if isinstance(at, dict) else f"{at!r} is wrong; {text[:1].lower()}{text[1:]}"
-        if item["type"] == "missing":
-            text = f"{item['loc'][-1]} is missing"
-        key = tuple(path)
-        messages[key] = f"{messages[key]}, or {text.partition('; ')[2]}" if key in messages else text
-    return [Problem(path, message) for path, message in messages.items()]
 
 
 def build(family: str, spec: Mapping[str, Any], **context: Any) -> Any:

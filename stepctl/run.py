@@ -15,7 +15,7 @@ from stepctl import config as configs
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config, Stop
-from stepctl.data.base import Source
+from stepctl.data.base import Source, Sources
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
 from stepctl.errors import ConfigError, NumericsError
 from stepctl.hooks.base import Hook, StopReason
@@ -24,6 +24,8 @@ from stepctl.hooks.log import Log
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
 from stepctl.hooks.stop import StopAtStep
+from stepctl.models.base import Model
+from stepctl.optimizers.base import Optimizer
 from stepctl.rundir import RunDirectory
 from stepctl.state import TrainState
 from stepctl.tasks.base import Task
@@ -32,6 +34,7 @@ from stepctl.writers.base import Writer
 from stepctl.writers.jsonl import JSONLines
 
 Say = Callable[[str], None]
+_PROTOCOLS: dict[str, type] = {"data": Sources, "model": Model, "task": Task, "optimizer": Optimizer}
 
 
 @dataclass
@@ -66,10 +69,19 @@ def assemble(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
 
     `hooks` are the caller's own; what they remember becomes part of the state.
     """
+    try:
+        return _assemble(config, hooks)
+    except (MemoryError, OverflowError) as error:
+        raise ConfigError(f"model and batch do not fit in memory ({error}); make them smaller") from error
+
+
+def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
     here = numerics.settle(config.numerics.threads)
     task_class: type[Task] = registry.resolve("tasks", config.task.name)  # type: ignore[assignment]
     train, validation = _build("data", config.data.spec(), targets=task_class.targets, dtype=config.dtype)
     sources = [train, validation] if validation is not None else [train]
+    if task_class.targets != "classes" and config.data.n_classes is not None:
+        raise ConfigError(f"data.n_classes: the targets of {config.task.name} are numbers, not classes; leave it out")
     if task_class.targets == "classes" and config.data.n_classes is None:
         config = config.with_values({"data.n_classes": max(source.n_classes() for source in sources)})
     training_part, validation_part = _parts(config, train, validation)
@@ -105,9 +117,15 @@ def assemble(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
 
 def _build(section: str, spec: dict[str, Any], **context: Any) -> Any:
     try:
-        return registry.build(configs.FAMILIES[section], spec, **context)
+        built = registry.build(configs.FAMILIES[section], spec, **context)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{section}: {spec['name']} cannot be built: {error}") from error
+    if not isinstance(built, _PROTOCOLS[section]):
+        needed = _PROTOCOLS[section]
+        raise ConfigError(
+            f"{section}: {spec['name']} is no {needed.__name__}; subclass {needed.__module__}:{needed.__name__}"
+        )
+    return built
 
 
 def _parts(config: Config, train: Source, validation: Source | None) -> tuple[Part, Part | None]:

@@ -24,7 +24,7 @@ def set_option(function: F) -> F:
 
 def target_options(function: F) -> F:
     """Add --num-steps and --last-step."""
-    steps = click.IntRange(min=0)
+    steps = click.IntRange(min=0, max=(1 << 62) - 1)
     function = click.option("--last-step", type=steps, metavar="N", help="Stop at this global step.")(function)
     return click.option("--num-steps", type=steps, metavar="N", help="Stop after this many steps from here.")(function)
 

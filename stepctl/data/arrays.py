@@ -21,13 +21,15 @@ def arrays(
     """The arrays called `x`: (rows, ...) and `y`: (rows,) or (rows, columns) of an .npz file."""
 
     def load(file: str) -> InMemory:
-        with reading(file, "a NumPy archive (.npz)"), np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array; save x and y together with np.savez")
-            for name in (x, y):
-                if name not in archive:
-                    raise ValueError(f"no array {name!r} in it; it holds {', '.join(archive.files) or 'none'}")
-            features, target = archive[x], archive[y]
+        with reading(file, "a NumPy archive (.npz)"), open(file, "rb") as raw:
+            if raw.read(2) != b"PK":
+                raise ValueError("it is not a zip archive; save x and y together with np.savez")
+            raw.seek(0)
+            with np.load(raw, allow_pickle=False) as archive:
+                for name in (x, y):
+                    if name not in archive:
+                        raise ValueError(f"no array {name!r} in it; it holds {', '.join(archive.files) or 'none'}")
+                features, target = archive[x], archive[y]
         return InMemory(features, target, origin=file, targets=targets, dtype=dtype, scale=scale)
 
     return Sources(load(path), load(validation_path) if validation_path else None)

@@ -36,8 +36,14 @@ class Source(ABC):
         """Return a text that changes when the data do, as far as can be told in a moment."""
 
     def n_classes(self) -> int:
-        """Return the largest label + 1."""
-        return max(int(y.max()) for _, _, y in self.slices()) + 1
+        """Return the largest label + 1; DataError if that is more than there are rows."""
+        largest = max(int(y.max()) for _, _, y in self.slices())
+        if largest >= self.n:
+            raise DataError(
+                f"{self.origin}: label {largest} makes more classes than the {self.n} rows there are; "
+                "choose the right column, or set data.n_classes"
+            )
+        return largest + 1
 
     def check(self, n_classes: int | None) -> None:
         """Raise DataError at the first row with a non-finite value or a label outside 0..n_classes-1."""
@@ -46,11 +52,11 @@ class Source(ABC):
             if n_classes is None:
                 _check_finite(self.origin, "y", first, y)
                 continue
-            wrong = np.flatnonzero((y < 0) | (y >= n_classes))
+            wrong = np.flatnonzero(y >= n_classes)
             if wrong.size:
                 raise DataError(
                     f"{self.origin}: row {first + wrong[0]}: label {y[wrong[0]]} is outside 0..{n_classes - 1}; "
-                    "mend the row, or set data.n_classes"
+                    "mend the row, or raise data.n_classes"
                 )
 
 
@@ -65,4 +71,6 @@ def _check_finite(origin: str, name: str, first: int, values: Array) -> None:
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return
     row = int(np.argwhere(~np.isfinite(values))[0][0])
-    raise DataError(f"{origin}: row {first + row}: {name} holds a value that is not finite; mend or drop the row")
+    raise DataError(
+        f"{origin}: row {first + row}: {name} holds a value that is not finite as {values.dtype}; mend or drop the row"
+    )

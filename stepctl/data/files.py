@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stepctl.errors import DataError
 
 _GZIP = b"\x1f\x8b"
+# what the libraries that read these formats raise for a file that is not what it should be
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 
 @contextmanager
@@ -18,7 +22,7 @@ def reading(path: str, kind: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; check the path in the config's data section") from error
-    except (OSError, EOFError, ValueError, KeyError, UnicodeError) as error:
+    except _DAMAGE as error:
         reason = str(error.args[-1] if isinstance(error, KeyError) else error) or type(error).__name__
         raise DataError(f"{path}: cannot be read as {kind}: {reason}") from error
 

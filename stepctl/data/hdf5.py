@@ -57,6 +57,8 @@ class HDF5Rows(Source):
                 f"{path}: x has shape {self._x.shape} and y {self._y.shape}; "
                 "(rows, features, ...) and (rows,) or (rows, columns) are needed"
             )
+        if 0 in self._x.shape[1:]:
+            raise DataError(f"{path}: x has shape {self._x.shape}; at least one feature is needed")
         if len(self._x) != len(self._y):
             raise DataError(f"{path}: x has {len(self._x)} rows, but y has {len(self._y)}; they must be equal")
         if len(self._x) == 0:

@@ -13,6 +13,8 @@ from stepctl.arena import Array, aligned_empty
 from stepctl.data.base import Source, Targets
 from stepctl.errors import DataError
 
+_LARGEST_LABEL = 2**53  # up to here a float holds every whole number
+
 
 @final
 class InMemory(Source):
@@ -26,7 +28,8 @@ class InMemory(Source):
         if len(x) == 0:
             raise DataError(f"{origin}: holds no rows; a data set needs at least one")
         self._x = aligned_empty(x.shape, dtype)
-        np.multiply(x, np.dtype(dtype).type(scale), out=self._x, casting="unsafe")
+        with np.errstate(over="ignore"):  # check() finds and names what overflowed
+            np.multiply(x, np.dtype(dtype).type(scale), out=self._x, casting="unsafe")
         self._y = as_labels(origin, 0, y) if targets == "classes" else as_values(y, dtype)
         self.n, self.sample_shape, self.target_shape = len(x), x.shape[1:], self._y.shape[1:]
 
@@ -51,21 +54,22 @@ def _check_kind(origin: str, x: Array, y: Array) -> None:
             raise DataError(f"{origin}: {name} has dtype {array.dtype}; numbers are needed")
     if x.ndim < 2:
         raise DataError(f"{origin}: x has shape {x.shape}; (rows, features, ...) is needed")
+    if 0 in x.shape[1:]:
+        raise DataError(f"{origin}: x has shape {x.shape}; at least one feature is needed")
     if y.ndim not in (1, 2):
         raise DataError(f"{origin}: y has shape {y.shape}; (rows,) or (rows, columns) is needed")
 
 
 def as_labels(origin: str, first_row: int, y: Array) -> Array:
-    """Return y as (rows,) int64; DataError at a label that is not a whole number."""
+    """Return y as (rows,) int64; DataError at a label that is not a whole number from 0 on."""
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1:
         raise DataError(f"{origin}: y has shape {y.shape}; a classification needs one label a row")
-    if y.dtype.kind == "f":
-        wrong = np.flatnonzero(~np.isfinite(y) | (y != np.floor(y)))
-        if wrong.size:
-            row = int(wrong[0])
-            raise DataError(f"{origin}: row {first_row + row}: label {y[row]} is not a whole number")
+    wrong = np.flatnonzero(~((y >= 0) & (y < _LARGEST_LABEL) & (y == np.floor(y))))
+    if wrong.size:
+        row = int(wrong[0])
+        raise DataError(f"{origin}: row {first_row + row}: label {y[row]} is not one of 0, 1, 2, ...; mend the row")
     return np.ascontiguousarray(y, np.int64)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from stepctl.arena import Array, Shape, Workspace
 
 # (dy, grads) -> dx: writes the parameters' gradients into the views of `grads`, all of them, and returns the
-# gradient of the layer's input; None from a layer that was told that nobody needs it.
+# gradient of the layer's input; None from a layer that was told that nobody needs it. dy is used up: dx may be dy.
 Backward = Callable[[Array, Mapping[str, Array]], Array | None]
 
 

@@ -16,9 +16,9 @@ class ReLU(Layer):
         np.maximum(x, 0, out=y)
 
         def backward(dy: Array, grads: Mapping[str, Array]) -> Array:
-            dx, positive = workspace.empty(x.shape), workspace.empty(x.shape, np.bool_)
+            positive = workspace.empty(x.shape, np.bool_)
             np.greater(y, 0, out=positive)
-            np.multiply(dy, positive, out=dx)
-            return dx
+            np.multiply(dy, positive, out=dy)
+            return dy
 
         return y, backward

@@ -1,0 +1,94 @@
+"""What is wrong with a config, in words: pydantic's reports turned into one plain line a place."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+Path = tuple[str | int, ...]
+
+# pydantic's error types -> what is needed there; the others speak for themselves
+_NEEDED = {
+    "model_type": "a mapping is needed, such as {name: ...}",
+    "dict_type": "a mapping is needed",
+    "list_type": "a list is needed",
+    "string_type": "text is needed",
+    "bool_type": "true or false is needed",
+    "int_type": "a whole number is needed",
+    "float_type": "a number is needed",
+}
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, at a path of keys."""
+
+    path: Path
+    message: str
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_key(word: str, known: list[str]) -> str:
+    """Return the message for a key that is none of the known ones."""
+    return f"unknown key{did_you_mean(word, known)}; allowed: {', '.join(known) or 'none'}"
+
+
+def problems_of(error: ValidationError, value: Any) -> list[Problem]:
+    """Turn pydantic's report on `value` into Problems: one for each place, and one for each missing key."""
+    needs: dict[Path, list[str]] = {}
+    problems = []
+    for item in error.errors():
+        path, at = _locate(item["loc"], value)
+        if item["type"] == "missing":
+            problems.append(Problem(path, f"{item['loc'][-1]} is missing"))
+        elif item["type"] == "value_error":
+            problems.append(Problem(path, item["msg"].removeprefix("Value error, ")))
+        elif _words(item) not in needs.setdefault(path, []):
+            needs[path].append(_words(item))
+    for path, words in needs.items():
+        problems.append(Problem(path, f"{_shown(_locate(path, value)[1])} is wrong; {', or '.join(words)}"))
+    return problems
+
+
+def _locate(loc: Path, value: Any) -> tuple[Path, Any]:
+    # pydantic's location goes on into the branch of a union; stop where the value ends
+    path: Path = ()
+    for part in loc:
+        if not (part in value if isinstance(value, Mapping) else isinstance(value, list) and part in range(len(value))):
+            break
+        path, value = (*path, part), value[part]
+    return path, value
+
+
+def _words(item: Mapping[str, Any]) -> str:
+    text = _NEEDED.get(item["type"], item["msg"].removeprefix("Input "))
+    return text[:1].lower() + text[1:]
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it would stand in the config."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def not_plain(value: Any) -> Iterator[str]:
+    """Yield the type names of what a YAML file could not hold."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from not_plain(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from not_plain(item)
+    elif value is not None and type(value) not in (bool, int, float, str):
+        yield type(value).__name__

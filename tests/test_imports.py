@@ -1,0 +1,109 @@
+"""The house (which file may import which), sizes, and what a light command must not load."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import stepctl
+
+PACKAGE = Path(stepctl.__file__).parent
+LEVELS = [
+    {"errors", "arena"},
+    {"state", "rng", "problems", "registry", "schedules", "losses", "optimizers", "yamlio", "config", "numerics", "rundir"},
+    {"layers", "models", "data", "writers", "checkpoint"},
+    {"tasks", "hooks"},
+    {"trainer"},
+    {"run", "report"},
+    {"cli"},
+]
+# Within a level, and between families, only this.
+ALLOWED = {
+    ("schedules", "registry"),
+    ("optimizers", "registry"),
+    ("optimizers", "schedules"),
+    ("registry", "problems"),
+    ("config", "problems"),
+    ("config", "registry"),
+    ("config", "yamlio"),
+    ("rundir", "yamlio"),
+    ("models", "layers"),
+    ("hooks", "tasks"),
+    ("report", "run"),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(module: str) -> str:
+    """Return the first name below the package: "optimizers" of "stepctl.optimizers.adam"."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            yield from ([f"stepctl.{name.name}" for name in node.names] if module == "stepctl" else [module])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_from_below(path: Path) -> None:
+    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if here == "__init__":
+        return
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    assert here in level, f"{here} has no level"
+    for module in imports(path):
+        there = part(module) if module.startswith("stepctl.") else ""
+        if there and not there.startswith("__") and there != here:
+            assert level[there] < level[here] or (here, there) in ALLOWED, f"{path.name} imports {module}"
+
+
+def test_mpi_stays_in_one_file() -> None:
+    assert [path.name for path in FILES if "mpi4py" in path.read_text() and path.name != "comm.py"] == []
+
+
+def test_sizes_hold() -> None:
+    lengths = []
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") < 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length < 60, f"{path.name}: {node.name}"
+                lengths.append(length)
+    assert statistics.median(lengths) < 10
+
+
+def test_the_top_level_holds_nothing_else() -> None:
+    root = PACKAGE.parent
+    agreed = {"pyproject.toml", "README.md", "LICENSE", "stepctl", "configs", "tests", "runs"}
+    tracked = subprocess.run(["git", "-C", root, "ls-files"], capture_output=True, text=True, check=True).stdout
+    assert {name.split("/")[0] for name in tracked.split("\n") if name and not name.startswith(".")} == agreed
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["resume", "--help"], ["inspect", "--help"]])
+def test_help_is_light(arguments: list[str]) -> None:
+    code = (
+        "import sys; from stepctl.cli.main import cli\n"
+        "try: cli(sys.argv[1:])\n"
+        "except SystemExit: print('LOADED', *(m for m in ('numpy', 'h5py', 'pydantic', 'yaml', 'rich') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("LOADED\n")
+
+
+def test_numerics_comes_before_numpy() -> None:
+    code = (
+        "import sys; from stepctl import numerics, rundir, yamlio; numerics.pin(1, 'auto'); assert 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
