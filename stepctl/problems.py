@@ -46,7 +46,7 @@ def problems_of(error: ValidationError, value: Any) -> list[Problem]:
     needs: dict[Path, list[str]] = {}
     problems = []
     for item in error.errors():
-        path, at = _locate(item["loc"], value)
+        path, _ = _locate(item["loc"], value)
         if item["type"] == "missing":
             problems.append(Problem(path, f"{item['loc'][-1]} is missing"))
         elif item["type"] == "value_error":
@@ -69,7 +69,7 @@ def _locate(loc: Path, value: Any) -> tuple[Path, Any]:
 
 
 def _words(item: Mapping[str, Any]) -> str:
-    text = _NEEDED.get(item["type"], item["msg"].removeprefix("Input "))
+    text: str = _NEEDED.get(item["type"], item["msg"].removeprefix("Input "))
     return text[:1].lower() + text[1:]
 
 

@@ -101,6 +101,7 @@ def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
     )
     state = task.initial_state(config.initial_step)
     state.hooks = {hook.name: remembered for hook in hooks if (remembered := hook.state())}
+    codec.check_storable(state)
     return Assembly(
         config=config,
         numerics=here,
@@ -236,7 +237,7 @@ class Segment:
         )
         digest = self.store.publish(step, parts)
         self.directory.append_ledger("checkpoint", step=step, file=codec.file_name(step), sha256=digest)
-        self.store.prune(self.config.checkpoint.keep_last)
+        self.store.prune(step, self.config.checkpoint.keep_last)
 
     def _record_start(self, number: int) -> None:
         holder = {"host": os.uname().nodename, "pid": os.getpid(), "argv": sys.argv, "version": __version__}

@@ -16,7 +16,8 @@ import stepctl
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
     {"errors", "arena"},
-    {"state", "rng", "problems", "registry", "schedules", "losses", "optimizers", "yamlio", "config", "numerics", "rundir"},
+    {"state", "rng", "problems", "registry", "schedules", "losses", "optimizers"}
+    | {"yamlio", "config", "numerics", "rundir"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
@@ -96,7 +97,7 @@ def test_help_is_light(arguments: list[str]) -> None:
     code = (
         "import sys; from stepctl.cli.main import cli\n"
         "try: cli(sys.argv[1:])\n"
-        "except SystemExit: print('LOADED', *(m for m in ('numpy', 'h5py', 'pydantic', 'yaml', 'rich') if m in sys.modules))"
+        "except SystemExit: print('LOADED', *{'numpy', 'h5py', 'pydantic', 'yaml', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("LOADED\n")
@@ -104,6 +105,6 @@ def test_help_is_light(arguments: list[str]) -> None:
 
 def test_numerics_comes_before_numpy() -> None:
     code = (
-        "import sys; from stepctl import numerics, rundir, yamlio; numerics.pin(1, 'auto'); assert 'numpy' not in sys.modules"
+        "import sys; from stepctl import numerics, rundir; numerics.pin(1, 'auto'); assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

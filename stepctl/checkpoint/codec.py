@@ -21,19 +21,15 @@ import numpy as np
 from stepctl import __version__
 from stepctl.arena import Array
 from stepctl.checkpoint import userblock
-from stepctl.errors import CheckpointError
+from stepctl.checkpoint.walk import NUMBERS, TEXTS, Walk, is_fixed_string
+from stepctl.errors import CheckpointError, ConfigError
 from stepctl.state import GLOBAL_STEP, Counters, TrainState
 
 FORMAT = "stepctl-checkpoint"
 FORMAT_VERSION = 1
 FILE_NAME = re.compile(r"step-([0-9]{8,19})\.h5")
-_LIBRARY_VERSION = ("v110", "v110")
-_NUMBERS = ("<f4", "<f8", "<i8", "|u1")
-_MAX_OBJECTS = 100_000
-_MAX_DEPTH = 32
+_SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03"  # signature and version
 _ROOT_ATTRIBUTES = {"format", "format_version", "global_step", "created_by", "run"}
-_GROUPS = {"counters", "params", "optimizers", "buffers", "ema", "hooks"}
-_TEXTS = {"config", "numerics"}
 
 
 def file_name(step: int) -> str:
@@ -77,13 +73,22 @@ def encode(state: TrainState, *, run: str, config: str, numerics: str) -> list[b
     return [userblock.make(body), body]
 
 
+def check_storable(state: TrainState) -> None:
+    """Raise ConfigError if an array of the state is of a kind that no checkpoint could give back."""
+    for path, array in state.arrays().items():
+        if array.dtype.newbyteorder("<").str not in NUMBERS or not (array.flags.c_contiguous and array.flags.writeable):
+            raise ConfigError(
+                f"/{path}: {array.dtype}, strides {array.strides}: a checkpoint holds arrays of float32, float64, "
+                "int64 and uint8 in C order, and a resume writes into them"
+            )
+
+
 @contextlib.contextmanager
 def _create() -> Iterator[h5py.File]:
     # in memory, with no times in any header, so that the same state makes the same bytes
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_fapl_core(1 << 20, False)
-    bound = getattr(h5py.h5f, f"LIBVER_{_LIBRARY_VERSION[0].upper()}")
-    access.set_libver_bounds(bound, bound)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_userblock(userblock.SIZE)
     creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
@@ -132,11 +137,16 @@ class Reader:
         self._raw, digest = userblock.open_verified(path)
         try:
             self._file = _open_hdf5(self._raw, self.name)
-            self.datasets: dict[str, h5py.Dataset] = _Walk(self.name).group(self._file)
+            self.datasets: dict[str, h5py.Dataset] = Walk(self.name).group(self._file)
             self.header = self._read_header(digest)
-        except BaseException:
+        except CheckpointError:
             self.close()
             raise
+        except Exception as error:  # h5py raises many kinds for a file that is not what it should be
+            self.close()
+            raise CheckpointError(
+                "hdf5", f"{self.name}: not readable as HDF5 ({' '.join(str(error).split())})"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -155,13 +165,13 @@ class Reader:
         return {
             path: (dataset.shape, dataset.dtype.name)
             for path, dataset in self.datasets.items()
-            if path not in _TEXTS and not path.startswith("counters/")
+            if path not in TEXTS and not path.startswith("counters/")
         }
 
     def read_into(self, path: str, out: Array) -> None:
         """Read one array into memory of its shape and dtype."""
         if out.size:
-            self.datasets[path].read_direct(out) if out.shape else out.__setitem__((), self.datasets[path][()])
+            self.datasets[path].id.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
 
     def _read_header(self, digest: str) -> Header:
         attributes = self._attributes()
@@ -177,7 +187,7 @@ class Reader:
                 f"this stepctl reads {FORMAT} {FORMAT_VERSION}",
             )
         self._check_steps(attributes["global_step"], counters)
-        texts = {name: self._string(self.datasets[name][()], name) for name in _TEXTS}
+        texts = {name: self._string(self.datasets[name][()], name) for name in TEXTS}
         return Header(attributes["global_step"], counters, attributes["created_by"], attributes["run"],
                       texts["config"], texts["numerics"], digest)  # fmt: skip
 
@@ -191,7 +201,7 @@ class Reader:
             space, kind = self._file.attrs.get_id(name).get_space(), self._file.attrs.get_id(name).get_type()
             whole = name in ("format_version", "global_step")
             if space.get_simple_extent_type() != h5py.h5s.SCALAR or not (
-                kind.dtype == np.dtype("<i8") if whole else _is_fixed_string(kind)
+                kind.dtype == np.dtype("<i8") if whole else is_fixed_string(kind)
             ):
                 raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} has the wrong type")
             value = self._file.attrs[name]
@@ -220,84 +230,11 @@ class Reader:
 
 
 def _open_hdf5(raw: BinaryIO, name: str) -> h5py.File:
+    raw.seek(userblock.SIZE)
+    if raw.read(len(_SUPERBLOCK)) != _SUPERBLOCK:
+        raise CheckpointError("hdf5", f"{name}: no HDF5 superblock of version 3 at byte {userblock.SIZE}")
     raw.seek(0)
-    try:
-        return h5py.File(raw, "r")
-    except Exception as error:
-        raise CheckpointError("hdf5", f"{name}: not readable as HDF5 ({error})") from error
-
-
-class _Walk:
-    """Visits every object once and admits only what the format lists."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.seen: set[int] = set()
-        self.datasets: dict[str, h5py.Dataset] = {}
-
-    def group(self, group: h5py.Group, prefix: str = "") -> dict[str, h5py.Dataset]:
-        if prefix.count("/") > _MAX_DEPTH:
-            self._refuse("depth", prefix, f"nested deeper than {_MAX_DEPTH} groups")
-        for raw_name in list(group.id):
-            path = prefix + raw_name.decode("utf-8", "replace")
-            if group.id.links.get_info(raw_name).type != h5py.h5l.TYPE_HARD:
-                self._refuse("link", path, "not a hard link")
-            if not prefix and path not in _GROUPS | _TEXTS:
-                self._refuse("unknown", path, "not part of the format")
-            self._object(h5py.h5o.open(group.id, raw_name), path)
-        for text in _TEXTS if not prefix else ():
-            if text not in self.datasets:
-                self._refuse("missing", text, "missing")
-        return self.datasets
-
-    def _object(self, found: Any, path: str) -> None:
-        address = h5py.h5o.get_info(found).addr
-        if address in self.seen:
-            self._refuse("doubled", path, "the same object under a second name")
-        self.seen.add(address)
-        if len(self.seen) > _MAX_OBJECTS:
-            self._refuse("objects", path, f"more than {_MAX_OBJECTS} objects")
-        if h5py.h5a.get_num_attrs(found):
-            self._refuse("attribute", path, "attributes are allowed at the root only")
-        if isinstance(found, h5py.h5g.GroupID) and path not in _TEXTS:
-            self.group(h5py.Group(found), f"{path}/")
-        elif isinstance(found, h5py.h5d.DatasetID) and path not in _GROUPS:
-            self._dataset(found, path)
-        else:
-            self._refuse("kind", path, "not the kind of object that the format has there")
-
-    def _dataset(self, found: Any, path: str) -> None:
-        creation, kind, space = found.get_create_plist(), found.get_type(), found.get_space()
-        if creation.get_layout() != h5py.h5d.CONTIGUOUS:
-            self._refuse("layout", path, "not contiguous")
-        if creation.get_external_count():
-            self._refuse("external", path, "its data lie in another file")
-        if creation.get_nfilters():
-            self._refuse("filter", path, "filtered")
-        if space.get_simple_extent_type() not in (h5py.h5s.SCALAR, h5py.h5s.SIMPLE):
-            self._refuse("shape", path, "an empty dataspace")
-        if not self._admitted(path, kind, found.shape):
-            self._refuse("dtype", path, "a type or shape that the format does not have there")
-        n_bytes = int(np.prod(found.shape, dtype=object)) * kind.get_size()
-        if n_bytes and found.get_storage_size() != n_bytes:
-            self._refuse("storage", path, "its data are not stored in the file")
-        self.datasets[path] = h5py.Dataset(found)
-
-    def _admitted(self, path: str, kind: Any, shape: tuple[int, ...]) -> bool:
-        if path in _TEXTS:
-            return shape == () and _is_fixed_string(kind)
-        if not isinstance(kind, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID):
-            return False
-        if path.startswith("counters/"):
-            return bool(shape == () and kind.dtype.str == "<i8" and path.count("/") == 1)
-        return kind.dtype.str in _NUMBERS and len(shape) <= 32
-
-    def _refuse(self, code: str, path: str, message: str) -> None:
-        raise CheckpointError(code, f"{self.name}: /{path}: {message}")
-
-
-def _is_fixed_string(kind: Any) -> bool:
-    return isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
+    return h5py.File(raw, "r")
 
 
 def restore(reader: Reader, state: TrainState) -> None:

@@ -81,7 +81,10 @@ class Store:
         rundir.sync_directory(self.path)
         return aside
 
-    def prune(self, keep_last: int | None) -> None:
-        """Remove what retention does not keep; call it only once the newest is durable and verified."""
-        for step in retention.to_prune(self.steps(), keep_last):
+    def prune(self, published: int, keep_last: int | None) -> None:
+        """Remove what retention does not keep of the steps up to the one just published, which is kept.
+
+        A file of a later step was passed over by the resume that led here: it is damaged, and counts for nothing.
+        """
+        for step in retention.to_prune((step for step in self.steps() if step <= published), keep_last):
             self.file(step).unlink(missing_ok=True)

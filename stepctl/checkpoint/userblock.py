@@ -43,20 +43,27 @@ def open_verified(path: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
     except OSError as error:
         reason = "it is a symbolic link" if os.path.islink(path) else error.strerror
         raise CheckpointError("open", f"{name}: cannot be opened ({reason})") from error
-    file = os.fdopen(descriptor, "rb")
     try:
-        return file, _verify(file, name)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError("kind", f"{name}: not a regular file")
+        file = os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    try:
+        return file, _verify(file, name, status.st_size)
+    except OSError as error:
+        file.close()
+        raise CheckpointError("read", f"{name}: cannot be read ({error.strerror})") from error
     except BaseException:
         file.close()
         raise
 
 
-def _verify(file: BinaryIO, name: str) -> str:
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError("kind", f"{name}: not a regular file")
-    if status.st_size > MAX_BYTES:
-        raise CheckpointError("size", f"{name}: {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+def _verify(file: BinaryIO, name: str, size: int) -> str:
+    if size > MAX_BYTES:
+        raise CheckpointError("size", f"{name}: {size:,} bytes; at most {MAX_BYTES:,} are read")
     head = file.read(SIZE)
     match = _TEXT.fullmatch(head)
     if match is None or len(head) != SIZE:
@@ -64,8 +71,8 @@ def _verify(file: BinaryIO, name: str) -> str:
     version, digest, length = int(match[1]), match[2].decode(), int(match[3])
     if version != VERSION:
         raise CheckpointError("version", f"{name}: format version {version}; this stepctl reads {VERSION}")
-    if status.st_size != SIZE + length:
-        raise CheckpointError("length", f"{name}: damaged ({status.st_size} bytes instead of {SIZE + length})")
+    if size != SIZE + length:
+        raise CheckpointError("length", f"{name}: damaged ({size} bytes instead of {SIZE + length})")
     if _digest(file) != digest:
         raise CheckpointError("digest", f"{name}: damaged (sha256 differs)")
     return digest

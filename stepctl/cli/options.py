@@ -54,7 +54,7 @@ def train_segment(segment: Segment, *, quiet: bool, verbose: bool) -> NoReturn:
     from stepctl.cli.display import shown
 
     run = segment.directory.path
-    if segment.start >= segment.target:
+    if segment.restored and segment.start >= segment.target:
         say(f"{run}: at global step {segment.start}, target {segment.target}: nothing to do (more: --num-steps N)")
         raise click.exceptions.Exit(Exit.DONE)
     if not quiet:

@@ -43,7 +43,7 @@ def train(
     for assignment in assignments:
         document.set(assignment)
     directory = RunDirectory(run_dir or Path("runs") / Path(config_path).stem)
-    resuming = or_resume and directory.holds_run()
+    resuming = or_resume and not dry_run and directory.holds_run()
     numerics.pin(*numerics.asked_for(directory.newest_config().value if resuming else document.value))
 
     from stepctl import config as configs

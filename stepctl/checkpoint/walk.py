@@ -1,0 +1,89 @@
+"""The one walk over a checkpoint's objects that admits only what format version 1 lists."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import h5py
+import numpy as np
+
+from stepctl.errors import CheckpointError
+
+NUMBERS = ("<f4", "<f8", "<i8", "|u1")
+_MAX_OBJECTS = 100_000
+_MAX_DEPTH = 32
+_GROUPS = {"counters", "params", "optimizers", "buffers", "ema", "hooks"}
+TEXTS = {"config", "numerics"}
+
+
+class Walk:
+    """Visits every object once and admits only what the format lists."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: set[int] = set()
+        self.datasets: dict[str, h5py.Dataset] = {}
+
+    def group(self, group: h5py.Group, prefix: str = "") -> dict[str, h5py.Dataset]:
+        if prefix.count("/") > _MAX_DEPTH:
+            self._refuse("depth", prefix, f"nested deeper than {_MAX_DEPTH} groups")
+        for raw_name in list(group.id):
+            path = prefix + raw_name.decode("utf-8", "replace")
+            if group.id.links.get_info(raw_name).type != h5py.h5l.TYPE_HARD:
+                self._refuse("link", path, "not a hard link")
+            if not prefix and path not in _GROUPS | TEXTS:
+                self._refuse("unknown", path, "not part of the format")
+            self._object(h5py.h5o.open(group.id, raw_name), path)
+        for text in TEXTS if not prefix else ():
+            if text not in self.datasets:
+                self._refuse("missing", text, "missing")
+        return self.datasets
+
+    def _object(self, found: Any, path: str) -> None:
+        address = h5py.h5o.get_info(found).addr
+        if address in self.seen:
+            self._refuse("doubled", path, "the same object under a second name")
+        self.seen.add(address)
+        if len(self.seen) > _MAX_OBJECTS:
+            self._refuse("objects", path, f"more than {_MAX_OBJECTS} objects")
+        if h5py.h5a.get_num_attrs(found):
+            self._refuse("attribute", path, "attributes are allowed at the root only")
+        if isinstance(found, h5py.h5g.GroupID) and path not in TEXTS:
+            self.group(h5py.Group(found), f"{path}/")
+        elif isinstance(found, h5py.h5d.DatasetID) and path not in _GROUPS:
+            self._dataset(found, path)
+        else:
+            self._refuse("kind", path, "not the kind of object that the format has there")
+
+    def _dataset(self, found: Any, path: str) -> None:
+        creation, kind, space = found.get_create_plist(), found.get_type(), found.get_space()
+        if creation.get_layout() != h5py.h5d.CONTIGUOUS:
+            self._refuse("layout", path, "not contiguous")
+        if creation.get_external_count():
+            self._refuse("external", path, "its data lie in another file")
+        if creation.get_nfilters():
+            self._refuse("filter", path, "filtered")
+        if space.get_simple_extent_type() not in (h5py.h5s.SCALAR, h5py.h5s.SIMPLE):
+            self._refuse("shape", path, "an empty dataspace")
+        if not self._admitted(path, kind, found.shape):
+            self._refuse("dtype", path, "a type or shape that the format does not have there")
+        n_bytes = int(np.prod(found.shape, dtype=object)) * kind.get_size()
+        if n_bytes and found.get_storage_size() != n_bytes:
+            self._refuse("storage", path, "its data are not stored in the file")
+        self.datasets[path] = h5py.Dataset(found)
+
+    def _admitted(self, path: str, kind: Any, shape: tuple[int, ...]) -> bool:
+        if path in TEXTS:
+            return shape == () and is_fixed_string(kind)
+        if not isinstance(kind, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID):
+            return False
+        if path.startswith("counters/"):
+            return bool(shape == () and kind.dtype.str == "<i8" and path.count("/") == 1)
+        return kind.dtype.str in NUMBERS and len(shape) <= 32
+
+    def _refuse(self, code: str, path: str, message: str) -> NoReturn:
+        raise CheckpointError(code, f"{self.name}: /{path}: {message}")
+
+
+def is_fixed_string(kind: Any) -> bool:
+    return isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
