@@ -16,6 +16,8 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+_UINT = {4: np.uint32, 8: np.uint64}
+_MARK = {4: 0x7FC5CA1E, 8: 0x7FF85CA1E5CA1E00}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 
 
@@ -55,6 +57,9 @@ class Arena(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         return self._views[name]
 
+    def __setitem__(self, name: str, value: npt.ArrayLike) -> None:
+        self._views[name][...] = value
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
 
@@ -78,6 +83,16 @@ class Arena(Mapping[str, Array]):
     def copy_from(self, other: Arena) -> None:
         """Take over every value of an arena of the same layout."""
         self.flat[:] = other.flat
+
+    def mark(self) -> None:
+        """Fill every named array with a NaN of a bit pattern that no computation makes."""
+        for view in self._views.values():
+            view.view(_UINT[self.dtype.itemsize]).fill(_MARK[self.dtype.itemsize])
+
+    def marked(self) -> list[str]:
+        """Return the names of the arrays in which a mark still stands: not all of them was written."""
+        size = self.dtype.itemsize
+        return [name for name, view in self.items() if (view.view(_UINT[size]) == _MARK[size]).any()]
 
     def same_bits(self, other: Mapping[str, Array]) -> bool:
         """Tell whether both hold the same names, shapes, dtypes and bits (NaN payloads and signs of zero too)."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from stepctl import registry
 from stepctl.errors import ConfigError
-from stepctl.problems import Problem, problems_of, unknown_key
+from stepctl.problems import Problem, did_you_mean, problems_of, unknown_key
 from stepctl.registry import NonNegativeInt, PositiveInt
 from stepctl.yamlio import Document
 
@@ -215,6 +215,14 @@ def changes(old: Config, new: Config) -> list[dict[str, Any]]:
         for key in dict.fromkeys([*before, *after])
         if before.get(key) != after.get(key)
     ]
+
+
+def refuse_unknown(allowed: tuple[str, ...], *known: Config) -> None:
+    """Raise ConfigError if `--allow-change` names what is no key, nor above one."""
+    keys = sorted({key for config in known for key in flatten(config.plain())})
+    for name in allowed:
+        if not any(f"{key}.".startswith(f"{name}.") for key in keys):
+            raise ConfigError(f"--allow-change {name}: no such key{did_you_mean(name, keys)}")
 
 
 def refuse_locked(changed: list[dict[str, Any]], allowed: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -60,7 +61,7 @@ def resolve(family: str, name: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
         inspect.signature(found)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # a user's module may raise anything
         raise ConfigError(f"cannot use {name!r}: {error} (looked in the current folder too)") from error
     return cast(Callable[..., Any], found)
 
@@ -85,6 +86,10 @@ def nested(hint: Any) -> Component | None:
 @functools.cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=STRICT)
+
+
+def _validated(hint: Any, value: Any) -> Any:
+    return _adapter(hint).validate_json(json.dumps(value))
 
 
 def json_schema(hint: Any) -> dict[str, Any]:
@@ -119,8 +124,8 @@ def check(family: str, spec: Mapping[str, Any], shared: tuple[str, ...] = ()) ->
     if not problems and not CONTEXT & inspect.signature(factory).parameters.keys():
         try:
             build(family, full)
-        except ValueError as error:
-            problems.append(Problem((), str(error)))
+        except Exception as error:  # a user's component may raise anything
+            problems.append(Problem((), f"{spec['name']}: {error}"))
     return full, problems
 
 
@@ -135,7 +140,8 @@ def _check_value(hint: Any, value: Any) -> tuple[Any, list[Problem]]:
         known = ", ".join(names(mark.family))
         return value, [Problem((), f"{value!r} is wrong; give a number, or {{name: ...}} with one of {known}")]
     try:
-        return _adapter(hint).validate_python(value), []
+        # JSON's rules are YAML's: a list may become a tuple, but "1" no number. What comes back is plain again.
+        return _adapter(hint).dump_python(_validated(hint, value), mode="json"), []
     except ValidationError as error:
         return value, problems_of(error, value)
 
@@ -146,6 +152,6 @@ def build(family: str, spec: Mapping[str, Any], **context: Any) -> Any:
     arguments: dict[str, Any] = {}
     for name, (_, hint) in parameters(factory).items():
         mark = nested(hint)
-        arguments[name] = spec[name] if mark is None else build(mark.family, spec[name])
+        arguments[name] = _validated(hint, spec[name]) if mark is None else build(mark.family, spec[name])
     wanted = inspect.signature(factory).parameters
     return factory(**arguments, **{name: value for name, value in context.items() if name in wanted})

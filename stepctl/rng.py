@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 _WORD = 0xFFFFFFFF
-_ROUNDS = 8
+_ROUNDS = 12  # fewer leave a bias at n below 10
+_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_HALF = np.uint64(32)
 
 
 @lru_cache(maxsize=256)
@@ -42,18 +45,17 @@ def rng(seed: int, stream: str, *index: int) -> np.random.Generator:
 class Permutation:
     """A keyed bijection on [0, n), evaluated only where it is asked: O(1) memory at any n.
 
-    A Feistel network (Luby and Rackoff 1988) over the bits of n - 1, with cycle walking (Black and Rogaway
-    2002) for the numbers that land outside. The key is (seed, stream, index).
+    A generalised Feistel network over pairs (left, right) in Z_a x Z_b, with a b just above n, and cycle walking
+    for the few numbers that land outside (Black and Rogaway 2002, sections 4 and 5). The key is
+    (seed, stream, index).
     """
 
     def __init__(self, n: int, seed: int, stream: str, *index: int) -> None:
         if not 1 <= n <= 1 << 62:
             raise ValueError(f"a permutation needs 1 to 2^62 elements, not {n}")
         self.n = n
-        bits = max((n - 1).bit_length(), 2)
-        self._low_bits, self._high_bits = np.uint64(bits // 2), np.uint64(bits - bits // 2)
-        self._low_mask = np.uint64((1 << (bits // 2)) - 1)
-        self._high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+        a = max(math.isqrt(n - 1) + 1, 2)
+        self._a, self._b = np.uint64(a), np.uint64(max(-(-n // a), 2))
         self._keys = seed_sequence(seed, stream, *index).generate_state(_ROUNDS, np.uint64)
 
     def __call__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -61,28 +63,45 @@ class Permutation:
         found = self._encrypt(positions.astype(np.uint64))
         outside = np.flatnonzero(found >= self.n)
         while outside.size:
-            walked = self._encrypt(found[outside])
-            found[outside] = walked
+            walked = self._encrypt(found.flat[outside])
+            found.flat[outside] = walked
             outside = outside[walked >= self.n]
         return found.astype(np.int64)
 
     def _encrypt(self, x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        low, high = x & self._low_mask, x >> self._low_bits
+        right, left = np.divmod(x, self._a)
+        mixed, scratch = np.empty_like(x), np.empty_like(x)
         for i in range(0, _ROUNDS, 2):
-            low ^= _mix(high, self._keys[i]) & self._low_mask
-            high ^= _mix(low, self._keys[i + 1]) & self._high_mask
-        return (high << self._low_bits) | low
+            _add_mixed(left, right, self._keys[i], self._a, mixed, scratch)
+            _add_mixed(right, left, self._keys[i + 1], self._b, mixed, scratch)
+        right *= self._a
+        right += left
+        return right
 
 
-def _mix(x: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    # SplitMix64's finaliser (Steele et al. 2014); uint64 arithmetic wraps, as it must.
-    x = x ^ key
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
+def _add_mixed(
+    target: npt.NDArray[np.uint64],
+    source: npt.NDArray[np.uint64],
+    key: np.uint64,
+    modulus: np.uint64,
+    mixed: npt.NDArray[np.uint64],
+    scratch: npt.NDArray[np.uint64],
+) -> None:
+    """target <- (target + hash(source, key)) mod modulus, in place; uint64 arithmetic wraps, as it must."""
+    # multiply and xor-shift twice, as in SplitMix64 (Steele et al. 2014); the upper half is the hash
+    np.bitwise_xor(source, key, out=mixed)
+    np.multiply(mixed, _MULTIPLIERS[0], out=mixed)
+    np.right_shift(mixed, _HALF, out=scratch)
+    np.bitwise_xor(mixed, scratch, out=mixed)
+    np.multiply(mixed, _MULTIPLIERS[1], out=mixed)
+    np.right_shift(mixed, _HALF, out=mixed)
+    # hash * modulus / 2^32 is in [0, modulus) (Lemire 2019)
+    np.multiply(mixed, modulus, out=mixed)
+    np.right_shift(mixed, _HALF, out=mixed)
+    np.add(target, mixed, out=target)
+    # below the modulus the difference wraps to something huge, so the smaller one is the remainder
+    np.subtract(target, modulus, out=scratch)
+    np.minimum(target, scratch, out=target)
 
 
 def epoch_order(n: int, seed: int, start: int, count: int) -> npt.NDArray[np.int64]:

@@ -15,7 +15,7 @@ from stepctl import config as configs
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config, Stop
-from stepctl.data.base import Source, Sources
+from stepctl.data.base import Source, Sources, count_classes
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
 from stepctl.errors import ConfigError, NumericsError
 from stepctl.hooks.base import Hook, StopReason
@@ -83,7 +83,7 @@ def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
     if task_class.targets != "classes" and config.data.n_classes is not None:
         raise ConfigError(f"data.n_classes: the targets of {config.task.name} are numbers, not classes; leave it out")
     if task_class.targets == "classes" and config.data.n_classes is None:
-        config = config.with_values({"data.n_classes": max(source.n_classes() for source in sources)})
+        config = config.with_values({"data.n_classes": count_classes(sources)})
     training_part, validation_part = _parts(config, train, validation)
     batch_size = config.data.batch_size
     n_outputs = task_class.n_outputs(config.data.n_classes, train.target_shape)
@@ -94,12 +94,16 @@ def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
         config.task.spec(),
         model=model,
         optimizer=optimizer,
+        n_outputs=n_outputs,
         seed=config.seed,
         dtype=config.dtype,
         shards=config.data.shards,
         threads=here["threads"],
     )
-    state = task.initial_state(config.initial_step)
+    try:
+        state = task.initial_state(config.initial_step)
+    except ValueError as error:
+        raise ConfigError(f"model: {config.model.name}: {error}") from error
     state.hooks = {hook.name: remembered for hook in hooks if (remembered := hook.state())}
     codec.check_storable(state)
     return Assembly(
@@ -178,6 +182,7 @@ class Segment:
         self.store = Store(directory.checkpoints)
         self.restored = restored
         self.facts: dict[str, Any] = {}  # for the ledger
+        self.report: Say = lambda message: None  # told of each checkpoint
 
     def train(self, writers: Sequence[Writer] = (), hooks: Sequence[Hook] = ()) -> Outcome:
         """Run to the target; every row, checkpoint and end is on disk when this returns.
@@ -237,6 +242,7 @@ class Segment:
         )
         digest = self.store.publish(step, parts)
         self.directory.append_ledger("checkpoint", step=step, file=codec.file_name(step), sha256=digest)
+        self.report(f"saved {codec.file_name(step)}")
         self.store.prune(step, self.config.checkpoint.keep_last)
 
     def _record_start(self, number: int) -> None:
@@ -293,6 +299,7 @@ def resume(directory: RunDirectory, options: ResumeOptions, say: Say, hooks: Seq
         base = configs.parse(directory.newest_config())
         config = _changed_config(base, options, directory)
         changed = configs.changes(base, config)
+        configs.refuse_unknown(options.allow_change, base, config)
         configs.refuse_locked(changed, options.allow_change)
         assembly = assemble(config, hooks)
         store, ledger = Store(directory.checkpoints), directory.read_ledger()

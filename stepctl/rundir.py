@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,38 @@ class RunDirectory:
     def newest_config(self) -> yamlio.Document:
         """Return the config that the newest segment ran with: the frozen one, or what the ledger changed it to."""
         if not self.config.is_file():
+            if self.holds_run():
+                remedy = f"its checkpoints hold it (stepctl inspect {self.path}): put it back"
+                raise ConfigError(f"{self.config}: is missing; {remedy}")
             raise ConfigError(f"{self.path}: no run is there (no config.yaml); start one with: stepctl train")
         changed = [row["config"] for row in self.read_ledger() if row["event"] == "start" and "config" in row]
         return yamlio.Document(changed[-1], {(): str(self.ledger)}) if changed else yamlio.load(str(self.config))
 
-    def make(self) -> None:
-        """Create the directory; ConfigError if something that is not a run stands there."""
-        known = {self.config.name, self.ledger.name, self.metrics.name, self.checkpoints.name, "lock"}
+    def refuse_strangers(self) -> None:
+        """Raise ConfigError if the directory holds what no run made."""
+        ours = {path.name for path in (self.config, self.ledger, self.metrics, self.checkpoints)} | {"lock"}
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            strangers = sorted(set(os.listdir(self.path)) - known)
+            names = sorted(os.listdir(self.path)) if self.path.exists() else []
         except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be made a run directory: {error.strerror}; choose another "
-                              "with --run-dir") from error  # fmt: skip
-        strangers = [name for name in strangers if _TEMPORARY not in name]
+            raise ConfigError(f"{self.path}: not a directory to keep a run in: {error.strerror}") from error
+        # every run makes its lock first: without one, even a config.yaml is somebody's own
+        strangers = [name for name in names if "lock" not in names or (name not in ours and _TEMPORARY not in name)]
         if strangers:
             raise ConfigError(f"{self.path}: holds {strangers[0]!r}, which no run made; choose another --run-dir")
+
+    def make(self) -> None:
+        """Create the directory and its lock, durably; ConfigError if something that is not a run stands there."""
+        self.refuse_strangers()
+        try:
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "lock").touch()
+            self.checkpoints.mkdir(exist_ok=True)
+            for folder in (self.path, *(folder.parent for folder in missing)):
+                sync_directory(folder)
+        except OSError as error:
+            remedy = "choose another --run-dir"
+            raise ConfigError(f"{self.path}: cannot be made a run directory: {error.strerror}; {remedy}") from error
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -102,7 +118,7 @@ class RunDirectory:
         """Add one durable line: {"event", "time", ...}."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"event": event, "time": now, **facts}).encode() + b"\n"
-        with open(self.ledger, "ab") as file:
+        with writing(self.ledger), open(self.ledger, "ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -113,21 +129,24 @@ class RunDirectory:
 
     def mend_ledger(self) -> None:
         """Cut a line that a kill left unfinished, so that the next one begins a line of its own."""
-        if self.ledger.exists() and not self.ledger.read_bytes().endswith(b"\n"):
-            self._rewrite(self.ledger, lambda row: True)
+        text = self.ledger.read_bytes() if self.ledger.exists() else b""
+        if text and not text.endswith(b"\n"):
+            lines = text.splitlines()
+            publish(self.ledger, [line + b"\n" for line in lines if _parsed(line) is not None])
 
-    def cut_metrics(self, step: int) -> int:
-        """Drop rows past `step` and rows marked extra, atomically; return how many were dropped."""
-        return self._rewrite(self.metrics, lambda row: row["step"] <= step and not row.get("extra"))
-
-    def _rewrite(self, path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
-        if not path.exists():
-            return 0
-        lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and (row := _parsed(line)) is not None and keep(row)]
+    def cut_metrics(self, step: int) -> None:
+        """Drop rows past `step`, rows marked extra and torn lines, atomically."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _stands(line, step)]
         if kept != lines:
-            publish(path, kept)
-        return len(lines) - len(kept)
+            publish(self.metrics, kept)
+
+
+def _stands(line: bytes, step: int) -> bool:
+    row = _parsed(line) if line.endswith(b"\n") else None
+    return row is not None and row["step"] <= step and not row.get("extra")
 
 
 def newest_target(ledger: list[dict[str, Any]]) -> int | None:
@@ -143,23 +162,31 @@ def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     the temporary file is removed and the descriptor given up: a failed fsync is never tried again on it.
     """
     temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with writing(path):
         try:
-            for chunk in chunks:
-                _write_all(descriptor, chunk)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(temporary, path)
-        sync_directory(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            remedy = "make room or mend the disk, then resume"
-            raise StepctlError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
-        raise
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                for chunk in chunks:
+                    _write_all(descriptor, chunk)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, path)
+            sync_directory(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write `path` into a StepctlError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "make room or mend the disk, then resume"
+        raise StepctlError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -74,7 +74,9 @@ def load(path: str) -> Document:
         text = data.decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
+        if not isinstance(error, UnicodeDecodeError):
+            raise ConfigError(f"{path!r}: not a path: {error}") from error
         raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     return loads(text, path)
 
@@ -100,25 +102,31 @@ class _Parser:
 
     def parse(self) -> _Parser:
         try:
-            self._events = iter(list(yaml.parse(self.text, yaml.SafeLoader)))
+            self._documents()
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             place = f"{self.name}:{mark.line + 1}:{mark.column + 1}" if mark else self.name
-            raise ConfigError(f"{place}: not YAML: {error.problem or error.context}") from error
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ConfigError(f"{self.name}: not YAML: {str(error).splitlines()[0]}") from error
+            self.problems.append(f"{place}: not YAML: {error.problem or error.context}")
+        except (yaml.YAMLError, ValueError) as error:  # PyYAML lets chr()'s ValueError through
+            self.problems.append(f"{self.name}: not YAML: {' '.join(str(error).split())}")
+        if self.problems:
+            raise ConfigError("\n".join(self.problems))
+        return self
+
+    def _documents(self) -> None:
+        # one event at a time: the depth limit must come before the scanner's quadratic time
+        self._events = yaml.parse(self.text, yaml.SafeLoader)
         n_documents = 0
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
                 n_documents += 1
                 if n_documents > 1:
                     self._problem(event, "a second document; one is allowed")
+                if event.version not in (None, (1, 2)):
+                    self._problem(event, "YAML 1.2 is read here; drop the directive")
             elif isinstance(event, yaml.NodeEvent):
                 value = self._value(event, ())
                 self.root = value if n_documents == 1 else self.root
-        if self.problems:
-            raise ConfigError("\n".join(self.problems))
-        return self
 
     def _problem(self, event: yaml.Event, message: str) -> None:
         self.problems.append(f"{self._place(event)}: {message}")
@@ -180,8 +188,11 @@ class _Parser:
         try:
             value = _core_scalar(text)
         except ValueError:
-            self._problem(event, f"number of {len(text)} digits; too long")
-            return 0
+            value = 0
+            self._problem(event, f"a number of {len(text)} digits is too long")
+        if isinstance(value, int) and value.bit_length() > 64:
+            value = 0
+            self._problem(event, f"{text[:24]} is too large a number")
         if isinstance(value, float) and not math.isfinite(value):
             self._problem(event, f"{text} is not a finite number")
         return value
@@ -210,10 +221,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-for _tag, _pattern in (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT), ("float", _INF_NAN)):
+for _tag, _pattern in (
+    ("merge", re.compile("<<")),
+    ("null", _NULL),
+    ("bool", _BOOL),
+    ("int", _INT),
+    ("float", _FLOAT),
+    ("float", _INF_NAN),
+):
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern.pattern})$"), None)
 
 
 def dumps(value: dict[str, Any]) -> str:
     """Write plain values as YAML that `loads` reads back as the same values."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)

@@ -9,6 +9,7 @@ Root attributes: format, format_version, global_step, created_by, run. Same stat
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
-from stepctl import __version__
+from stepctl import __version__, yamlio
 from stepctl.arena import Array
 from stepctl.checkpoint import userblock
 from stepctl.checkpoint.walk import NUMBERS, TEXTS, Walk, is_fixed_string
@@ -188,8 +189,17 @@ class Reader:
             )
         self._check_steps(attributes["global_step"], counters)
         texts = {name: self._string(self.datasets[name][()], name) for name in TEXTS}
+        self._check_texts(texts)
         return Header(attributes["global_step"], counters, attributes["created_by"], attributes["run"],
                       texts["config"], texts["numerics"], digest)  # fmt: skip
+
+    def _check_texts(self, texts: dict[str, str]) -> None:
+        try:
+            yamlio.loads(texts["config"], "/config")
+            if not isinstance(json.loads(texts["numerics"]), dict):
+                raise ValueError("/numerics: a JSON object is needed")
+        except (ValueError, RecursionError, ConfigError) as error:
+            raise CheckpointError("text", f"{self.name}: {' '.join(str(error).split())}") from error
 
     def _attributes(self) -> dict[str, Any]:
         found = set(self._file.attrs)
@@ -201,7 +211,7 @@ class Reader:
             space, kind = self._file.attrs.get_id(name).get_space(), self._file.attrs.get_id(name).get_type()
             whole = name in ("format_version", "global_step")
             if space.get_simple_extent_type() != h5py.h5s.SCALAR or not (
-                kind.dtype == np.dtype("<i8") if whole else is_fixed_string(kind)
+                kind.equal(NUMBERS["<i8"]) if whole else is_fixed_string(kind)
             ):
                 raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} has the wrong type")
             value = self._file.attrs[name]
@@ -241,7 +251,7 @@ def restore(reader: Reader, state: TrainState) -> None:
     """Read a checkpoint into a state that was built for the same config.
 
     CheckpointError lists every array and counter that is missing, extra, or of another shape or dtype, before
-    anything is read. Nothing of the state has changed then.
+    anything is read: nothing of the state has changed then.
     """
     expected = {path: (array.shape, array.dtype.name) for path, array in state.arrays().items()}
     found = reader.array_shapes()
@@ -250,8 +260,11 @@ def restore(reader: Reader, state: TrainState) -> None:
     differences = list(_differences(expected, found))
     if differences:
         raise CheckpointError("mismatch", f"{reader.name}: does not fit this config\n" + "\n".join(differences))
-    for path, array in state.arrays().items():
-        reader.read_into(path, array)
+    try:
+        for path, array in state.arrays().items():
+            reader.read_into(path, array)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError("read", f"{reader.name}: cannot be read ({error})") from error
     # in the order in which the state counts them: names come back from HDF5 in that order, but need not
     state.counters = Counters({name: reader.header.counters[name] for name in state.counters})
 

@@ -77,8 +77,9 @@ class Store:
         number = 1
         while os.path.lexists(aside := path.with_name(f"{path.name}.aside-{number}")):
             number += 1
-        os.rename(path, aside)
-        rundir.sync_directory(self.path)
+        with rundir.writing(aside):
+            os.rename(path, aside)
+            rundir.sync_directory(self.path)
         return aside
 
     def prune(self, published: int, keep_last: int | None) -> None:
@@ -87,4 +88,5 @@ class Store:
         A file of a later step was passed over by the resume that led here: it is damaged, and counts for nothing.
         """
         for step in retention.to_prune((step for step in self.steps() if step <= published), keep_last):
-            self.file(step).unlink(missing_ok=True)
+            with rundir.writing(self.file(step)):
+                self.file(step).unlink(missing_ok=True)

@@ -9,7 +9,12 @@ import numpy as np
 
 from stepctl.errors import CheckpointError
 
-NUMBERS = ("<f4", "<f8", "<i8", "|u1")
+NUMBERS: dict[str, Any] = {
+    "<f4": h5py.h5t.IEEE_F32LE,
+    "<f8": h5py.h5t.IEEE_F64LE,
+    "<i8": h5py.h5t.STD_I64LE,
+    "|u1": h5py.h5t.STD_U8LE,
+}
 _MAX_OBJECTS = 100_000
 _MAX_DEPTH = 32
 _GROUPS = {"counters", "params", "optimizers", "buffers", "ema", "hooks"}
@@ -28,7 +33,9 @@ class Walk:
         if prefix.count("/") > _MAX_DEPTH:
             self._refuse("depth", prefix, f"nested deeper than {_MAX_DEPTH} groups")
         for raw_name in list(group.id):
-            path = prefix + raw_name.decode("utf-8", "replace")
+            path = prefix + raw_name.decode("utf-8", "backslashreplace")
+            if not raw_name.isascii():
+                self._refuse("name", path, "a name that is not ASCII")
             if group.id.links.get_info(raw_name).type != h5py.h5l.TYPE_HARD:
                 self._refuse("link", path, "not a hard link")
             if not prefix and path not in _GROUPS | TEXTS:
@@ -75,11 +82,9 @@ class Walk:
     def _admitted(self, path: str, kind: Any, shape: tuple[int, ...]) -> bool:
         if path in TEXTS:
             return shape == () and is_fixed_string(kind)
-        if not isinstance(kind, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID):
-            return False
         if path.startswith("counters/"):
-            return bool(shape == () and kind.dtype.str == "<i8" and path.count("/") == 1)
-        return kind.dtype.str in NUMBERS and len(shape) <= 32
+            return shape == () and kind.equal(NUMBERS["<i8"]) and path.count("/") == 1
+        return any(kind.equal(admitted) for admitted in NUMBERS.values())
 
     def _refuse(self, code: str, path: str, message: str) -> NoReturn:
         raise CheckpointError(code, f"{self.name}: /{path}: {message}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -44,6 +45,12 @@ def stop_section(num_steps: int | None, last_step: int | None) -> dict[str, int]
     return {"last_step": last_step} if last_step is not None else None
 
 
+def hold_signals() -> None:
+    """Keep the signals that stop or save pending until training can answer them; Ctrl-C still ends the build-up."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    click.get_current_context().call_on_close(lambda: signal.pthread_sigmask(signal.SIG_SETMASK, old))
+
+
 def say(message: str) -> None:
     """Print a message to stderr."""
     click.echo(message, err=True)
@@ -59,6 +66,8 @@ def train_segment(segment: Segment, *, quiet: bool, verbose: bool) -> NoReturn:
         raise click.exceptions.Exit(Exit.DONE)
     if not quiet:
         say(f"{run}: global step {segment.start} to {segment.target}, from {segment.restored or 'a fresh start'}")
+    if verbose:
+        segment.report = say
     with shown(segment, quiet=quiet, verbose=verbose) as (writers, hooks):
         outcome = segment.train(writers, hooks)
     if outcome.reason.done:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from stepctl.cli.options import say, set_option, stop_section, talk_options, target_options, train_segment
+from stepctl.cli.options import hold_signals, say, set_option, stop_section, talk_options, target_options, train_segment
 
 
 @click.command()
@@ -30,6 +30,7 @@ def resume(
     from stepctl import numerics
     from stepctl.rundir import RunDirectory
 
+    hold_signals()
     stop = stop_section(num_steps, last_step)
     directory = RunDirectory(run_dir)
     document = directory.newest_config()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from stepctl.cli.options import say, set_option, stop_section, talk_options, target_options, train_segment
+from stepctl.cli.options import hold_signals, say, set_option, stop_section, talk_options, target_options, train_segment
 
 
 @click.command()
@@ -36,6 +36,8 @@ def train(
     from stepctl import numerics, yamlio
     from stepctl.rundir import RunDirectory
 
+    if not dry_run:
+        hold_signals()
     document = yamlio.load(config_path)
     stop = stop_section(num_steps, last_step)
     if stop is not None:
@@ -55,6 +57,7 @@ def train(
     config = configs.parse(document)
     if dry_run:
         directory.refuse_run()
+        directory.refuse_strangers()
         print_plan(report.plan(run.prepare(config), directory), as_json)
         return
     with run.create(config, directory) as segment:

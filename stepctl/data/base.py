@@ -36,14 +36,8 @@ class Source(ABC):
         """Return a text that changes when the data do, as far as can be told in a moment."""
 
     def n_classes(self) -> int:
-        """Return the largest label + 1; DataError if that is more than there are rows."""
-        largest = max(int(y.max()) for _, _, y in self.slices())
-        if largest >= self.n:
-            raise DataError(
-                f"{self.origin}: label {largest} makes more classes than the {self.n} rows there are; "
-                "choose the right column, or set data.n_classes"
-            )
-        return largest + 1
+        """Return the largest label + 1."""
+        return max(int(y.max()) for _, _, y in self.slices()) + 1
 
     def check(self, n_classes: int | None) -> None:
         """Raise DataError at the first row with a non-finite value or a label outside 0..n_classes-1."""
@@ -58,6 +52,17 @@ class Source(ABC):
                     f"{self.origin}: row {first + wrong[0]}: label {y[wrong[0]]} is outside 0..{n_classes - 1}; "
                     "mend the row, or raise data.n_classes"
                 )
+
+
+def count_classes(sources: list[Source]) -> int:
+    """Return the largest label of all sources + 1; DataError if that is more than there are rows."""
+    n_classes, n_rows = max(source.n_classes() for source in sources), sum(source.n for source in sources)
+    if n_classes > n_rows:
+        raise DataError(
+            f"{sources[0].origin}: label {n_classes - 1} makes more classes than the {n_rows} rows there are; "
+            "choose the right column, or set data.n_classes"
+        )
+    return n_classes
 
 
 class Sources(NamedTuple):

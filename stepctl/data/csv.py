@@ -1,8 +1,11 @@
 """Comma-separated numbers, gzipped or not."""
 
 import io
+from csv import reader
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from stepctl.data.base import Sources, Targets
 from stepctl.data.files import read_bytes, reading
@@ -16,7 +19,7 @@ def csv(
     validation_path: File | None = None,
     target: int | str = -1,
     header: bool = False,
-    delimiter: str = ",",
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ",",
     scale: float = 1.0,
     targets: Targets,
     dtype: str,
@@ -25,7 +28,7 @@ def csv(
 
     def load(file: str) -> InMemory:
         with reading(file, "CSV"):
-            text = read_bytes(file).decode()
+            text = read_bytes(file).decode("utf-8-sig")
             column = _column(text, target, header, delimiter)
             if not text.strip() or (header and text.strip().count("\n") == 0):
                 raise ValueError("it holds no rows")
@@ -41,10 +44,13 @@ def csv(
 
 def _parse(text: str, header: bool, delimiter: str) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     try:
-        return np.loadtxt(io.StringIO(text), delimiter=delimiter, skiprows=int(header), ndmin=2, comments=None)
+        return np.loadtxt(
+            io.StringIO(text), delimiter=delimiter, skiprows=int(header), ndmin=2, comments=None, quotechar='"'
+        )
     except ValueError as error:
-        hint = "" if header else "; if the first line holds names, set data.header: true"
-        raise ValueError(f"{error}{hint}") from error
+        reason = str(error).partition(";")[0]  # the rest is advice about loadtxt
+        hint = "; if the first line holds names, set data.header: true" if "at row 0" in reason and not header else ""
+        raise ValueError(f"{reason}{hint}") from error
 
 
 def _column(text: str, target: int | str, header: bool, delimiter: str) -> int:
@@ -52,7 +58,7 @@ def _column(text: str, target: int | str, header: bool, delimiter: str) -> int:
         return target
     if not header:
         raise ValueError(f"data.target is the name {target!r}, but data.header is false")
-    names = [name.strip().strip('"') for name in text.partition("\n")[0].split(delimiter)]
+    names = [name.strip() for name in next(reader(io.StringIO(text), delimiter=delimiter), [])]
     if target not in names:
         raise ValueError(f"no column {target!r}; it has {', '.join(names)}")
     return names.index(target)

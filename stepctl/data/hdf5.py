@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, final
@@ -18,6 +20,7 @@ from stepctl.errors import DataError
 from stepctl.registry import File
 
 _SLICE_BYTES = 1 << 24
+_SAMPLED = 1024  # rows in a fingerprint
 
 
 def hdf5(
@@ -52,19 +55,19 @@ class HDF5Rows(Source):
                 pass  # h5py's own message for a missing file is long
             self._file = h5py.File(path, "r")
             self._x, self._y = _dataset(self._file, x), _dataset(self._file, y)
-        if len(self._x.shape) < 2 or len(self._y.shape) not in (1, 2):
+        if len(self._x.shape) < 2 or len(self._y.shape) not in (1, 2) or 0 in (*self._x.shape[1:], *self._y.shape[1:]):
             raise DataError(
                 f"{path}: x has shape {self._x.shape} and y {self._y.shape}; "
                 "(rows, features, ...) and (rows,) or (rows, columns) are needed"
             )
-        if 0 in self._x.shape[1:]:
-            raise DataError(f"{path}: x has shape {self._x.shape}; at least one feature is needed")
         if len(self._x) != len(self._y):
             raise DataError(f"{path}: x has {len(self._x)} rows, but y has {len(self._y)}; they must be equal")
         if len(self._x) == 0:
             raise DataError(f"{path}: holds no rows; a data set needs at least one")
         self.n, self.sample_shape = len(self._x), tuple(self._x.shape[1:])
-        self.target_shape = as_targets(path, 0, self._y[:1], targets, dtype).shape[1:]
+        if targets == "classes" and len(self._y.shape) == 2 and self._y.shape[1] != 1:
+            raise DataError(f"{path}: y has shape {self._y.shape}; a classification needs one label a row")
+        self.target_shape = () if targets == "classes" else (math.prod(self._y.shape[1:]),)
 
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
         _take(self._x, rows, x)
@@ -76,15 +79,27 @@ class HDF5Rows(Source):
             y[...] = as_targets(self.origin, 0, _rows(self._y, rows), self._targets, self._dtype)
 
     def slices(self) -> Iterator[tuple[int, Array, Array]]:
-        row_bytes = max(1, int(np.prod(self.sample_shape, dtype=np.int64))) * self._x.dtype.itemsize
-        step = max(1, _SLICE_BYTES // row_bytes)
-        for first in range(0, self.n, step):
-            x, y = self._x[first : first + step], self._y[first : first + step]
-            yield first, x, as_targets(self.origin, first, y, self._targets, self._dtype)
+        for first, end in self._ranges():
+            with np.errstate(over="ignore"):  # check() finds and names what overflowed
+                x = self._x[first:end].astype(self._dtype) * np.dtype(self._dtype).type(self._scale)
+            yield first, x, as_targets(self.origin, first, self._y[first:end], self._targets, self._dtype)
+
+    def n_classes(self) -> int:
+        parts = (as_labels(self.origin, first, self._y[first:end]) for first, end in self._ranges())
+        return max(int(labels.max()) for labels in parts) + 1
 
     def fingerprint(self) -> str:
-        shapes = f"{self._x.shape} {self._x.dtype} {self._y.shape} {self._y.dtype}"
-        return f"{shapes} {os.path.getsize(self.origin)} bytes"
+        """Return a digest of the size, the shapes, and a sample of the rows: a set may be too large to read whole."""
+        digest = hashlib.sha256(f"{os.path.getsize(self.origin)} {self._x.shape} {self._x.dtype}".encode())
+        digest.update(f"{self._y.shape} {self._y.dtype}".encode())
+        rows = np.unique(np.linspace(0, self.n - 1, _SAMPLED, dtype=np.int64))
+        digest.update(np.ascontiguousarray(_rows(self._x, rows)).data)
+        digest.update(np.ascontiguousarray(_rows(self._y, rows)).data)
+        return digest.hexdigest()
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        step = max(1, _SLICE_BYTES // (math.prod(self.sample_shape) * self._x.dtype.itemsize))
+        return ((first, min(first + step, self.n)) for first in range(0, self.n, step))
 
 
 def as_targets(origin: str, first_row: int, y: Array, targets: Targets, dtype: str) -> Array:
@@ -96,7 +111,7 @@ def _dataset(file: h5py.File, name: str) -> Any:
     """Open a dataset, or its memory map; refuse what would read another file."""
     group, found = file, None
     for part in filter(None, name.split("/")):
-        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) else None
+        link = group.get(part, getlink=True) if isinstance(group, h5py.Group) and part in set(group) else None
         if link is None:
             raise ValueError(f"no dataset {name!r} in it; it holds {', '.join(file) or 'nothing'}")
         if not isinstance(link, h5py.HardLink):
@@ -106,6 +121,8 @@ def _dataset(file: h5py.File, name: str) -> Any:
         raise ValueError(f"{name!r} is not a dataset")
     if found.is_virtual or found.external:
         raise ValueError(f"{name!r} keeps its data in other files; copy them into this one")
+    if found.shape is None:
+        raise ValueError(f"{name!r} is empty")
     if found.dtype.kind not in "biuf":
         raise ValueError(f"{name!r} has dtype {found.dtype}; numbers are needed")
     offset = found.id.get_offset()

@@ -30,7 +30,7 @@ def idx(
 
     def load(x_file: str, y_file: str) -> InMemory:
         x, y = _read(x_file), _read(y_file)
-        return InMemory(x, y, origin=x_file, targets=targets, dtype=dtype, scale=scale)
+        return InMemory(x, y, origin=f"{x_file} and {y_file}", targets=targets, dtype=dtype, scale=scale)
 
     validation = load(validation_images, validation_labels) if validation_images and validation_labels else None
     return Sources(load(images, labels), validation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import final
 
@@ -56,7 +57,7 @@ def _check_kind(origin: str, x: Array, y: Array) -> None:
         raise DataError(f"{origin}: x has shape {x.shape}; (rows, features, ...) is needed")
     if 0 in x.shape[1:]:
         raise DataError(f"{origin}: x has shape {x.shape}; at least one feature is needed")
-    if y.ndim not in (1, 2):
+    if y.ndim not in (1, 2) or 0 in y.shape[1:]:
         raise DataError(f"{origin}: y has shape {y.shape}; (rows,) or (rows, columns) is needed")
 
 
@@ -75,4 +76,5 @@ def as_labels(origin: str, first_row: int, y: Array) -> Array:
 
 def as_values(y: Array, dtype: str) -> Array:
     """Return y as (rows, columns) of the run's dtype."""
-    return np.ascontiguousarray(y.reshape(len(y), -1), dtype)
+    with np.errstate(over="ignore"):  # check() finds and names what overflowed
+        return np.ascontiguousarray(y.reshape(len(y), math.prod(y.shape[1:])), dtype)

@@ -29,7 +29,8 @@ class Save(Hook):
         self._save(state)
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        if state.counters.global_step % self._config.every == 0 or self._requested():
+        requested = self._requested()  # asked at every step, so that no request outlives its step
+        if requested or state.counters.global_step % self._config.every == 0:
             self._save(state)
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:

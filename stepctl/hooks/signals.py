@@ -29,6 +29,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (*_STOP, signal.SIGUSR2):
                 self._old[number] = signal.signal(number, self._handle)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._old)  # one held since the start is seen now
         return self
 
     def __exit__(self, *_: object) -> None:

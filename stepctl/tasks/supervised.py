@@ -15,7 +15,7 @@ from stepctl.arena import Arena, Array, Shape, TreeSum, Workspace
 from stepctl.data.base import Targets
 from stepctl.data.batches import Batch
 from stepctl.errors import CheckpointError, ConfigError
-from stepctl.models.base import Model
+from stepctl.models.base import Backward, Model
 from stepctl.optimizers.base import Optimizer, Tick
 from stepctl.rng import rng
 from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, Counters, TrainState
@@ -31,8 +31,10 @@ class Supervised(Task):
     loss, and they are summed in a fixed binary tree.
     """
 
-    def __init__(self, *, model: Model, optimizer: Optimizer, seed: int, dtype: str, shards: int, threads: int) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(
+        self, *, model: Model, optimizer: Optimizer, n_outputs: int, seed: int, dtype: str, shards: int, threads: int
+    ) -> None:
+        self.model, self.optimizer, self._n_outputs = model, optimizer, n_outputs
         self._seed, self._dtype, self._shards, self._threads = seed, dtype, shards, threads
         self._training, self._evaluation = Workspace(dtype), Workspace(dtype)
         self._gradients: TreeSum | None = None
@@ -64,6 +66,7 @@ class Supervised(Task):
         return {GLOBAL_STEP: 1, SAMPLES_SEEN: len(batch.x), _MODEL: 1}
 
     def step(self, state: TrainState, batch: Batch) -> Metrics:
+        first = self._gradients is None
         if self._gradients is None:
             self._gradients = TreeSum(state.params)
         step, n = state.counters.global_step, len(batch.x)
@@ -72,9 +75,17 @@ class Supervised(Task):
         for shard in range(self._shards):
             at = slice(shard * rows, (shard + 1) * rows)
             self._training.start(partial(self._rng, step, shard))
-            outputs, backward = self.model.forward(state.params, batch.x[at], self._training)
+            outputs, backward = self._forward(state.params, batch.x[at], self._training)
             metrics, doutputs = self.measure(outputs, batch.y[at], n, self._training)
-            backward(doutputs, self._gradients.leaf())
+            leaf = self._gradients.leaf()
+            if first:
+                leaf.mark()
+            backward(doutputs, leaf)
+            if first and (unwritten := leaf.marked()):
+                raise ConfigError(
+                    f"model: backward left the gradient of {', '.join(unwritten)} unwritten; "
+                    "it must write all of it: grads[name][...] = ..."
+                )
             self._gradients.add()
             parts.append(metrics)
         tick = Tick(self.optimizer.learning_rate(step), state.counters[_MODEL] + 1)
@@ -87,10 +98,16 @@ class Supervised(Task):
         parts, n = [], 0
         for batch in batches:
             self._evaluation.start()
-            outputs, _ = self.model.forward(state.params, batch.x, self._evaluation)
+            outputs, _ = self._forward(state.params, batch.x, self._evaluation)
             parts.append(self.measure(outputs, batch.y, 1, self._evaluation)[0])
             n += len(batch.x)
         return {name: value / n for name, value in _summed(parts).items()}
+
+    def _forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
+        outputs, backward = self.model.forward(params, x, workspace)
+        if outputs.shape != (len(x), self._n_outputs):
+            raise ConfigError(f"model: forward returned shape {outputs.shape}; {(len(x), self._n_outputs)} is needed")
+        return outputs, backward
 
     def _rng(self, step: int, shard: int, name: str) -> np.random.Generator:
         return rng(self._seed, f"step/{name}", step, shard)
