@@ -267,8 +267,11 @@ def _component_schemas(family: str, shared: Mapping[str, Any]) -> Iterator[dict[
             if mark is None:
                 properties[key] = registry.json_schema(hint)
             else:
-                properties[key] = {"oneOf": [{"type": "number"}, *_component_schemas(mark.family, {})]}
+                number = registry.parameters(registry.resolve(mark.family, mark.number))["value"][1]
+                properties[key] = {"anyOf": [registry.json_schema(number), *_component_schemas(mark.family, {})]}
             if parameter.default is parameter.empty:
                 required.append(key)
+            else:
+                properties[key] = {**properties[key], "default": parameter.default}
         yield {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    yield {"type": "object", "properties": {"name": {"pattern": ":"}}, "required": ["name"]}
+    yield {"type": "object", "properties": {"name": {"type": "string", "pattern": ":"}}, "required": ["name"]}

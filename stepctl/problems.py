@@ -54,7 +54,7 @@ def problems_of(error: ValidationError, value: Any) -> list[Problem]:
         elif _words(item) not in needs.setdefault(path, []):
             needs[path].append(_words(item))
     for path, words in needs.items():
-        problems.append(Problem(path, f"{_shown(_locate(path, value)[1])} is wrong; {', or '.join(words)}"))
+        problems.append(Problem(path, f"{shown(_locate(path, value)[1])} is wrong; {', or '.join(words)}"))
     return problems
 
 
@@ -73,7 +73,7 @@ def _words(item: Mapping[str, Any]) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value as it would stand in the config."""
     try:
         text = json.dumps(value, ensure_ascii=False)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, cast, get_args, get_type_hints
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from stepctl.errors import ConfigError
-from stepctl.problems import Problem, did_you_mean, not_plain, problems_of, unknown_key
+from stepctl.problems import Problem, did_you_mean, not_plain, problems_of, shown, unknown_key
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -138,7 +138,7 @@ def _check_value(hint: Any, value: Any) -> tuple[Any, list[Problem]]:
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             return check(mark.family, value)
         known = ", ".join(names(mark.family))
-        return value, [Problem((), f"{value!r} is wrong; give a number, or {{name: ...}} with one of {known}")]
+        return value, [Problem((), f"{shown(value)} is wrong; give a number, or {{name: ...}} with one of {known}")]
     try:
         # JSON's rules are YAML's: a list may become a tuple, but "1" no number. What comes back is plain again.
         return _adapter(hint).dump_python(_validated(hint, value), mode="json"), []

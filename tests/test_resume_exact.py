@@ -31,7 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
     "shards 4": {"data": {"name": "digits", "batch_size": 48, "validation_fraction": 0.9, "shards": 4}},
     "float64": {"dtype": "float64"},
     "initial step": {"initial_step": 5, "stop": {"last_step": LAST}},
-    "layer norm": {"model": {"name": "mlp", "hidden": [16, 8], "layer_norm": True, "activation": "gelu", "dropout": 0.5}},
+    "layer norm": {
+        "model": {"name": "mlp", "hidden": [16, 8], "layer_norm": True, "activation": "gelu", "dropout": 0.5}
+    },
 }
 
 

@@ -1,0 +1,224 @@
+"""The tools that step.py compares, each in a child process: `step_tools.py TOOL SIZE THREADS`.
+
+Size "64-128-10@64" is the layers' widths and the batch size. A line "k" is answered by
+the seconds per step of k steps, and by how many cores other processes kept busy meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+ROWS = 4096  # a multiple of every batch size
+
+Step = Callable[[], float]
+Made = tuple[Step, str]  # one step, and what the machine line says about the tool
+
+
+def data(widths: list[int]) -> tuple[Any, Any]:
+    """Return random rows, each of them twice with two labels: no model learns them, so no gradient dies away."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ROWS // 2, widths[0]), dtype=np.float32)
+    return np.concatenate([x, x]), rng.integers(0, widths[-1], ROWS)
+
+
+def stepctl(widths: list[int], batch_size: int, threads: int) -> Made:
+    from stepctl import numerics
+
+    numerics.pin(threads, numerics.AUTO)  # as the command does it, before NumPy
+
+    import numpy
+
+    from stepctl import config, run, yamlio
+    from stepctl.trainer import Trainer
+
+    x, y = data(widths)
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        numpy.savez(file.name, x=x, y=y)
+        sections = {
+            "data": {"name": "arrays", "path": file.name, "batch_size": batch_size},
+            "model": {"name": "mlp", "hidden": widths[1:-1]},
+            "task": {"name": "classification"},
+            "optimizer": {"name": "adam", "learning_rate": 1e-3},
+            "stop": {"last_step": 1},
+            "numerics": {"threads": threads},
+        }
+        run_parts = run.assemble(config.parse(yamlio.Document(sections)))
+    trainer = Trainer(run_parts.task, run_parts.training, run_parts.state, stop=[])
+    settled = run_parts.numerics
+    about = f"numpy {numpy.__version__}, {settled['blas']} {settled['blas_kernel']} x{settled['threads']}"
+    return lambda: float(trainer.step()["loss"]), about
+
+
+def torch_eager(
+    widths: list[int], batch_size: int, threads: int, *, compiled: bool = False, fused: bool = False
+) -> Made:
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    x, y = (torch.from_numpy(array) for array in data(widths))
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(widths):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    model, cross_entropy = nn.Sequential(*layers[:-1]), nn.CrossEntropyLoss()
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3, **({"fused": True} if fused else {}))
+
+    def loss_of(rows: Any) -> Any:
+        return cross_entropy(model(x.index_select(0, rows)), y.index_select(0, rows))
+
+    forward = torch.compile(loss_of) if compiled else loss_of
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield from torch.randperm(ROWS).split(batch_size)
+
+    rows = batches()
+
+    def step() -> float:
+        adam.zero_grad()
+        loss = forward(next(rows))
+        loss.backward()
+        adam.step()
+        return float(loss.item())
+
+    return step, f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()} x{torch.get_num_threads()}"
+
+
+def torch_fused(widths: list[int], batch_size: int, threads: int) -> Made:
+    return torch_eager(widths, batch_size, threads, fused=True)
+
+
+def torch_compiled(widths: list[int], batch_size: int, threads: int) -> Made:
+    return torch_eager(widths, batch_size, threads, compiled=True, fused=True)
+
+
+def jax_jit(widths: list[int], batch_size: int, threads: int) -> Made:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    x, y = (jnp.asarray(array) for array in data(widths))
+    rng = np.random.default_rng(0)
+    params = [
+        (jnp.asarray(rng.normal(0, math.sqrt(2 / n_in), (n_in, n_out)), jnp.float32), jnp.zeros(n_out))
+        for n_in, n_out in itertools.pairwise(widths)
+    ]
+
+    def loss_of(params: Any, x: Any, y: Any) -> Any:
+        for weight, bias in params[:-1]:
+            x = jax.nn.relu(x @ weight + bias)
+        logits = x @ params[-1][0] + params[-1][1]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0])
+
+    def update(state: Any, order: Any, x: Any, y: Any) -> Any:
+        params, m, v, t = state
+        rows = jax.lax.dynamic_slice(order, (t * batch_size % ROWS,), (batch_size,))
+        loss, grads = jax.value_and_grad(loss_of)(params, x[rows], y[rows])
+        t = t + 1
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
+        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
+        rate, root = 1e-3 / (1 - 0.9**t), jnp.sqrt(1 - 0.999**t)
+        params = jax.tree.map(lambda p, m, v: p - rate * m / (jnp.sqrt(v) / root + 1e-8), params, m, v)
+        return (params, m, v, t), loss
+
+    jitted = jax.jit(update, donate_argnums=0)
+    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
+    state, order, n_steps = (params, *zeros, jnp.asarray(0)), None, 0
+
+    def step() -> float:
+        nonlocal state, order, n_steps
+        if n_steps % (ROWS // batch_size) == 0:
+            order = jnp.asarray(rng.permutation(ROWS))
+        n_steps += 1
+        state, loss = jitted(state, order, x, y)
+        return float(loss)
+
+    return step, f"jax {jax.__version__}"
+
+
+def scikit_learn(widths: list[int], batch_size: int, threads: int) -> Made:
+    import numpy as np
+    import sklearn
+    from sklearn.neural_network import MLPClassifier
+
+    x, y = data(widths)
+    model = MLPClassifier(
+        widths[1:-1], solver="adam", alpha=0.0, batch_size=batch_size, learning_rate_init=1e-3, shuffle=False
+    )
+    rng, classes = np.random.default_rng(0), np.arange(widths[-1])
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield from rng.permutation(ROWS).reshape(-1, batch_size)
+
+    rows = batches()
+
+    def step() -> float:
+        at = next(rows)
+        model.partial_fit(x[at], y[at], classes=classes)
+        return float(model.loss_)
+
+    return step, f"scikit-learn {sklearn.__version__}"
+
+
+TOOLS: dict[str, tuple[str, Callable[[list[int], int, int], Made]]] = {
+    "stepctl": ("stepctl", stepctl),
+    "torch": ("torch", torch_eager),
+    "torch-fused": ("torch", torch_fused),
+    "torch-compiled": ("torch", torch_compiled),
+    "jax": ("jax", jax_jit),
+    "sklearn": ("sklearn", scikit_learn),
+}
+
+
+def main(tool: str, size: str, threads: int) -> None:
+    """Take the cores, warm up, say that it is ready, and answer."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints goes elsewhere
+    layers, _, rows = size.partition("@")
+    step, about = TOOLS[tool][1]([int(width) for width in layers.split("-")], int(rows), threads)
+    start = time.perf_counter()
+    losses = [step() for _ in range(3)]
+    while time.perf_counter() - start < 0.5:
+        losses.append(step())
+    start = time.perf_counter()
+    losses += [step() for _ in range(3)]
+    assert all(map(math.isfinite, losses)), losses
+    print(json.dumps({"about": about, "seconds": (time.perf_counter() - start) / 3}), file=answers)
+    for line in sys.stdin:
+        k = int(line)
+        for _ in range(max(1, k // 8)):
+            step()
+        before = busy() - time.process_time()
+        start = time.perf_counter()
+        for _ in range(k):
+            step()
+        seconds = time.perf_counter() - start
+        others = busy() - time.process_time() - before
+        print(json.dumps({"seconds": seconds / k, "others": others / seconds}), file=answers)
+
+
+def busy() -> float:
+    """Return the seconds that all cores have worked or been withheld, in steps of a hundredth; 0 where unknown."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, *rest = map(int, file.readline().split()[1:9])
+    except OSError:
+        return 0.0
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,231 @@
+"""Every layer's gradient is that of its forward pass, and its forward pass is the function it is named after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepctl import layers
+from stepctl.arena import Arena, Array, Shape, Workspace
+from stepctl.data.batches import Batch
+from stepctl.layers.base import Layer
+from stepctl.layers.dense import Dense
+from stepctl.layers.dropout import Dropout
+from stepctl.layers.gelu import GELU
+from stepctl.layers.layer_norm import LayerNorm
+from stepctl.layers.leaky_relu import LeakyReLU
+from stepctl.layers.relu import ReLU
+from stepctl.layers.sigmoid import Sigmoid
+from stepctl.layers.tanh import Tanh
+from stepctl.models.base import Model
+from stepctl.optimizers.sgd import SGD
+from stepctl.rng import rng
+from stepctl.schedules import Constant
+from stepctl.tasks.supervised import Regression
+
+LAYERS: dict[str, Callable[[int], Layer]] = {
+    "dense": lambda width: Dense(name="layer", n_in=width, n_out=3),
+    "dense to one": lambda width: Dense(name="layer", n_in=width, n_out=1),
+    "relu": lambda width: ReLU(),
+    "leaky_relu": lambda width: LeakyReLU(slope=0.2),
+    "tanh": lambda width: Tanh(),
+    "sigmoid": lambda width: Sigmoid(),
+    "gelu": lambda width: GELU(),
+    "dropout": lambda width: Dropout(name="layer", rate=0.4),
+    "layer_norm": lambda width: LayerNorm(name="layer", n_features=width),
+    "layer_norm, large epsilon": lambda width: LayerNorm(name="layer", n_features=width, epsilon=0.5),
+}
+SHAPES = [(1, 1), (1, 6), (5, 2), (7, 11)]
+H = 1e-5
+
+
+def training_rng(name: str) -> np.random.Generator:
+    return rng(0, f"step/{name}", 3, 0)
+
+
+def away_from_zero(random: np.random.Generator, shape: Shape) -> Array:
+    """Normal values with a margin around 0, where the rectifiers have no derivative."""
+    x = random.normal(size=shape)
+    return x + 0.1 * np.sign(x)
+
+
+def output(layer: Layer, params: Arena, x: Array) -> Array:
+    workspace = Workspace("float64")
+    workspace.start(training_rng)
+    return layer.forward(params, x, workspace)[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_gradient_agrees_with_central_differences(name: str, shape: Shape) -> None:
+    layer, random = LAYERS[name](shape[1]), np.random.default_rng(7)
+    x, params = away_from_zero(random, shape), Arena(layer.parameter_shapes(), "float64")
+    workspace = Workspace("float64")
+    for _ in range(4):
+        params.flat[:] = random.normal(size=params.flat.shape)
+        grads = params.like()
+        grads.flat.fill(np.nan)  # what a gradient arena held before must not matter
+        workspace.start(training_rng)
+        y, backward = layer.forward(params, x, workspace)
+        dy = random.normal(size=y.shape)
+        dx = backward(dy.copy(), grads)
+        assert dx is not None
+        for array, gradient in [(x, dx), *((params[path], grads[path]) for path in params)]:
+            direction, middle = random.normal(size=array.shape), array.copy()
+            array[...] = middle + H * direction
+            above = (output(layer, params, x) * dy).sum()
+            array[...] = middle - H * direction
+            below = (output(layer, params, x) * dy).sum()
+            array[...] = middle
+            assert (gradient * direction).sum() == pytest.approx((above - below) / (2 * H), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_input_and_parameters_are_left_as_they_were(name: str) -> None:
+    layer, random = LAYERS[name](4), np.random.default_rng(0)
+    x, params = random.normal(size=(6, 4)), Arena(layer.parameter_shapes(), "float64")
+    params.flat[:] = random.normal(size=params.flat.shape)
+    before = x.copy(), params.flat.copy()
+    workspace = Workspace("float64")
+    workspace.start(training_rng)
+    y, backward = layer.forward(params, x, workspace)
+    backward(np.ones_like(y), params.like())
+    assert np.array_equal(x, before[0])
+    assert np.array_equal(params.flat, before[1])
+
+
+FUNCTIONS: dict[str, tuple[Layer, Callable[[float], float]]] = {
+    "relu": (ReLU(), lambda z: z if z > 0 else 0.0),
+    "leaky_relu": (LeakyReLU(slope=0.2), lambda z: z if z > 0 else 0.2 * z),
+    "tanh": (Tanh(), lambda z: (math.exp(2 * z) - 1) / (math.exp(2 * z) + 1)),
+    "sigmoid": (Sigmoid(), lambda z: 1 / (1 + math.exp(-z))),
+    "gelu": (GELU(), lambda z: 0.5 * z * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_activations_are_the_functions_they_are_named_after(name: str) -> None:
+    layer, function = FUNCTIONS[name]
+    x = np.linspace(-6, 6, 97).reshape(1, -1)
+    expected = [function(z) for z in x[0]]
+    np.testing.assert_allclose(output(layer, Arena({}, "float64"), x)[0], expected, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_extreme_inputs_stay_finite(name: str) -> None:
+    workspace = Workspace("float32")
+    workspace.start()
+    y, backward = FUNCTIONS[name][0].forward({}, np.array([[-1000, 0, 1000]], np.float32), workspace)
+    dx = backward(np.ones_like(y), {})
+    assert np.isfinite(y).all()
+    assert np.isfinite(dx).all()
+
+
+def test_gelu_is_near_its_exact_form() -> None:
+    x = np.linspace(-6, 6, 97).reshape(1, -1)
+    exact = [z * (1 + math.erf(z / math.sqrt(2))) / 2 for z in x[0]]
+    np.testing.assert_allclose(output(GELU(), Arena({}, "float64"), x)[0], exact, atol=1e-3)
+
+
+@pytest.mark.parametrize(("layer", "at_zero"), [(ReLU(), 0.0), (LeakyReLU(slope=0.2), 0.2)], ids=["relu", "leaky_relu"])
+def test_the_gradient_of_a_rectifier_at_zero(layer: Layer, at_zero: float) -> None:
+    workspace = Workspace("float64")
+    _, backward = layer.forward({}, np.zeros((1, 1)), workspace)
+    assert backward(np.ones((1, 1)), {}) == at_zero
+
+
+def test_layer_norm_gives_each_row_mean_shift_and_deviation_scale() -> None:
+    layer = LayerNorm(name="norm", n_features=50, epsilon=1e-12)
+    params = Arena(layer.parameter_shapes(), "float64")
+    params["norm/scale"][:], params["norm/shift"][:] = 3, -2
+    y = output(layer, params, np.random.default_rng(0).normal(5, 7, (4, 50)))
+    np.testing.assert_allclose(y.mean(axis=1), -2)
+    np.testing.assert_allclose(y.std(axis=1), 3)
+
+
+def test_dense_without_input_gradient_returns_none_and_the_same_parameter_gradients() -> None:
+    random = np.random.default_rng(0)
+    x, dy = random.normal(size=(5, 4)), random.normal(size=(5, 3))
+    found = {}
+    for wanted in (True, False):
+        layer = Dense(name="dense", n_in=4, n_out=3, input_gradient=wanted)
+        params, workspace = Arena(layer.parameter_shapes(), "float64"), Workspace("float64")
+        found[wanted] = params.like()
+        dx = layer.forward(params, x, workspace)[1](dy, found[wanted])
+        assert (dx is not None) == wanted
+    assert found[True].same_bits(found[False])
+    assert found[False].flat.any()
+
+
+def test_dense_starts_with_the_deviation_that_its_gain_asks_for() -> None:
+    layer = Dense(name="dense", n_in=400, n_out=500, gain=2.0)
+    params = Arena(layer.parameter_shapes(), "float64")
+    params.flat.fill(9)
+    layer.initialize(params, lambda name: rng(0, name))
+    # 200,000 values: the standard error of their deviation is 0.16%
+    assert params["dense/weight"].std() == pytest.approx(math.sqrt(2 / 400), rel=0.01)
+    assert not params["dense/bias"].any()
+
+
+class Masks(Model):
+    """Two dropout layers over the same input; remembers which elements each pass dropped."""
+
+    def __init__(self) -> None:
+        self.dropouts = [Dropout(name="first", rate=0.5), Dropout(name="second", rate=0.5)]
+        self.seen: list[bytes] = []
+
+    def parameter_shapes(self) -> dict[str, Shape]:
+        return {"unused": (1,)}
+
+    def initialize(self, params: Arena, rng: Any) -> None:
+        return
+
+    def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Any]:
+        outputs = [dropout.forward(params, x, workspace)[0] for dropout in self.dropouts]
+        self.seen += [(y == 0).tobytes() for y in outputs]
+        return outputs[0], lambda dy, grads: grads.flat.fill(0)
+
+
+def masks(seed: int, steps: range, shards: int) -> list[bytes]:
+    """Return the masks that a training from ones draws: two for each (step, shard)."""
+    model, batch = Masks(), Batch(np.ones((32, 20)), np.zeros((32, 20)))
+    optimizer = SGD(learning_rate=Constant(value=0.1))
+    task = Regression(model=model, optimizer=optimizer, seed=seed, dtype="float64", shards=shards, threads=1)
+    for step in steps:
+        task.step(task.initial_state(step), batch)
+    return model.seen
+
+
+def test_a_mask_is_a_function_of_seed_layer_step_and_shard() -> None:
+    assert masks(0, range(5), 4) == masks(0, range(5), 4)
+    assert masks(0, range(3, 4), 4) == masks(0, range(5), 4)[3 * 8 : 4 * 8]  # step 3 needs no step before it
+    drawn = [*masks(0, range(5), 4), *masks(1, range(5), 4)]
+    assert len(set(drawn)) == len(drawn) == 2 * 5 * 4 * 2
+
+
+def test_dropout_passes_everything_unchanged_in_evaluation() -> None:
+    model = Masks()
+    optimizer = SGD(learning_rate=Constant(value=0.1))
+    task = Regression(model=model, optimizer=optimizer, seed=0, dtype="float64", shards=1, threads=1)
+    batch = Batch(np.full((8, 3), 2.0), np.zeros((8, 3)))
+    assert task.evaluate(task.initial_state(0), [batch]) == {"loss": 4.0}
+    assert model.seen == [bytes(24)] * 2
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_rate_and_preserves_the_mean(rate: float) -> None:
+    x = np.ones((500, 200))
+    y = output(Dropout(name="dropout", rate=rate), Arena({}, "float64"), x)
+    assert set(np.unique(y)) == {0.0, 1 / (1 - rate)}
+    five_errors = 5 * math.sqrt(rate / (1 - rate) / x.size)
+    assert abs(y.mean() - 1) < five_errors
+
+
+def test_every_layer_is_in_the_table() -> None:
+    files = {path.stem for path in Path(layers.__path__[0]).glob("*.py")} - {"__init__", "base"}
+    assert files == {type(make(1)).__module__.rpartition(".")[2] for make in LAYERS.values()}

@@ -1,0 +1,350 @@
+"""Promise 2: an acknowledged checkpoint is never lost, and a bad one never loaded nor in the way."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepctl.arena import Arena
+from stepctl.checkpoint import codec, retention
+from stepctl.checkpoint.store import Store
+from stepctl.errors import CheckpointError, Exit, StepctlError
+from stepctl.state import Counters, TrainState
+
+
+def parts(step: int) -> list[bytes | memoryview]:
+    params = Arena({"weight": (2,)}, "float32")
+    params["weight"][:] = step
+    counters = Counters({"global_step": step, "samples_seen": 8 * step})
+    state = TrainState(counters, params, {}, Arena({}, "float32"))
+    return codec.encode(state, run="moon", config="seed: 0\n", numerics="{}")
+
+
+def make_store(folder: Path, *steps: int) -> Store:
+    store = Store(folder / "checkpoints")
+    store.path.mkdir()
+    for step in steps:
+        store.publish(step, parts(step))
+    return store
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.path.iterdir()}
+
+
+def names(store: Store) -> list[str]:
+    return sorted(os.listdir(store.path))
+
+
+def damage(store: Store, step: int) -> None:
+    path = store.file(step)
+    data = bytearray(path.read_bytes()) if path.exists() else bytearray(b"".join(parts(step)))
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def newest_step(store: Store, report: Callable[[str], None] = print) -> int:
+    with store.newest(report) as reader:
+        weight = np.empty(2, np.float32)
+        reader.read_into("params/weight", weight)
+        assert weight.tolist() == [reader.header.global_step] * 2
+        return reader.header.global_step
+
+
+class Calls:
+    """Stands in front of the os functions that publish uses; notes each call, and fails the one it is told to."""
+
+    NAMES = ("open", "write", "fsync", "rename", "close")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.folder = folder
+        self.log: list[tuple[str, str]] = []  # (function, file name it acts on)
+        self.flags: dict[str, int] = {}
+        self.failing: tuple[int, int] | None = None  # (number of the call, errno)
+        self.fsync_failed: set[int] = set()  # descriptors, until they are closed
+        self._names: dict[int, str] = {}
+        for name in self.NAMES:
+            monkeypatch.setattr(os, name, self._wrapped(name, getattr(os, name)))
+
+    def fail(self, number: int, error: int) -> None:
+        self.log.clear()
+        self.failing = (number, error)
+
+    def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            on = self._acts_on(name, arguments[0])
+            if on is None:
+                return real(*arguments, **options)
+            if name == "fsync":
+                assert arguments[0] not in self.fsync_failed, "fsync tried again on a descriptor where it failed"
+            if name != "close":
+                self.log.append((name, on))
+                if self.failing is not None and len(self.log) == self.failing[0]:
+                    if name == "fsync":
+                        self.fsync_failed.add(arguments[0])
+                    raise OSError(self.failing[1], os.strerror(self.failing[1]))
+            result = real(*arguments, **options)
+            if name == "open":
+                self._names[result], self.flags[on] = on, arguments[1]
+            elif name == "close":
+                self.fsync_failed.discard(arguments[0])
+                del self._names[arguments[0]]
+            return result
+
+        return call
+
+    def _acts_on(self, name: str, first: Any) -> str | None:
+        if isinstance(first, int):
+            return self._names.get(first)
+        path = Path(first)
+        if path == self.folder:
+            return "the directory"
+        return path.name if path.parent == self.folder and name in ("open", "rename") else None
+
+
+def test_publish_is_durable_before_it_is_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path)
+    data = b"".join(parts(5))
+    calls = Calls(monkeypatch, store.path)
+    digest = store.publish(5, parts(5))
+    calls.log.append(("acknowledged", ""))
+    temporary = calls.log[0][1]
+    assert not codec.FILE_NAME.fullmatch(temporary)
+    assert calls.flags[temporary] & (os.O_EXCL | os.O_CREAT) == os.O_EXCL | os.O_CREAT
+    without_repeats = [call for at, call in enumerate(calls.log) if at == 0 or calls.log[at - 1] != call]
+    assert without_repeats == [
+        ("open", temporary),
+        ("write", temporary),
+        ("fsync", temporary),
+        ("rename", temporary),
+        ("open", "the directory"),
+        ("fsync", "the directory"),
+        ("open", "step-00000005.h5"),  # read back
+        ("acknowledged", ""),
+    ]
+    assert store.file(5).read_bytes() == data
+    assert digest == hashlib.sha256(data[512:]).hexdigest()
+    assert names(store) == ["step-00000005.h5"]
+
+
+def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real = make_store(tmp_path), os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:1000]))
+    store.publish(5, parts(5))
+    assert store.file(5).read_bytes() == b"".join(parts(5))
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT], ids=errno.errorcode.get)
+def test_no_failure_harms_an_older_checkpoint(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path, 3, 4)
+    before = contents(store)
+    calls = Calls(monkeypatch, store.path)
+    store.publish(5, parts(5))
+    steps_of_a_publish = [call for call in calls.log if call != ("open", "step-00000005.h5")]
+    assert {name for name, _ in steps_of_a_publish} == {"open", "write", "fsync", "rename"}
+    os.unlink(store.file(5))
+    for number, (name, _) in enumerate(steps_of_a_publish, start=1):
+        calls.fail(number, error)
+        with pytest.raises(StepctlError) as caught:
+            store.publish(5, parts(5))
+        assert len(calls.log) >= number, "the failure was met"
+        assert caught.value.exit_code == Exit.NEGATIVE
+        assert "step-00000005.h5" in str(caught.value)
+        assert os.strerror(error) in str(caught.value)
+        left = contents(store)
+        renamed = left.pop("step-00000005.h5", None)  # when only the directory's fsync failed
+        assert left == before, f"after a failed {name}"
+        assert renamed is None or renamed == b"".join(parts(5))
+        assert newest_step(store) == (4 if renamed is None else 5)
+        store.file(5).unlink(missing_ok=True)
+    calls.failing = None
+    store.publish(5, parts(5))
+    assert newest_step(store) == 5
+    assert {name: data for name, data in contents(store).items() if name != "step-00000005.h5"} == before
+
+
+def test_the_next_publish_of_a_step_succeeds_whatever_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path, 4)
+    calls = Calls(monkeypatch, store.path)
+    for number in range(1, 7):
+        calls.fail(number, errno.EIO)
+        with pytest.raises(StepctlError):
+            store.publish(5, parts(5))
+        calls.failing = None
+        assert store.publish(5, parts(5)) == hashlib.sha256(b"".join(parts(5))[512:]).hexdigest()
+        assert newest_step(store) == 5
+        store.file(5).unlink()
+
+
+def test_what_reads_back_damaged_is_not_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real = make_store(tmp_path, 4), os.write
+
+    def forgetful(descriptor: int, data: memoryview) -> int:
+        return real(descriptor, data if len(data) <= 512 else bytes(data[:-1]) + b"?")
+
+    monkeypatch.setattr(os, "write", forgetful)
+    with pytest.raises(CheckpointError, match=r"^step-00000005.h5: damaged \(sha256 differs\)"):
+        store.publish(5, parts(5))
+    assert newest_step(store, lambda message: None) == 4
+
+
+# --- the newest good one
+
+
+def test_the_newest_is_the_highest_step_whatever_the_order_of_names_and_times(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 100_000_000, 99_999_999, 5)
+    os.utime(store.file(5), (2e9, 2e9))
+    for stranger in (
+        "step-00000200.h5.aside-1",
+        ".step-00000300.h5.tmp-1",
+        "step-400.h5",
+        "step-000000500.h5",
+        "latest",
+    ):
+        (store.path / stranger).write_bytes(b"junk")
+    assert store.steps() == [5, 99_999_999, 100_000_000]
+    assert newest_step(store, pytest.fail) == 100_000_000
+
+
+def bad_files(store: Store) -> dict[int, str]:
+    """Put a bad file of every kind at steps above 10; return step -> what is said of it."""
+    damage(store, 11)
+    store.file(12).write_bytes(b"".join(parts(12))[:-100])
+    store.file(13).write_bytes(b"")
+    store.file(14).write_bytes(b"".join(parts(14)).replace(b"checkpoint 1", b"checkpoint 2", 1))
+    store.file(15).symlink_to(store.file(10))
+    store.file(16).mkdir()
+    os.mkfifo(store.file(17))
+    store.file(18).write_bytes(b"".join(parts(10)))
+    size = len(b"".join(parts(12)))
+    return {
+        11: "damaged (sha256 differs)",
+        12: f"damaged ({size - 100} bytes instead of {size})",
+        13: "not a stepctl checkpoint, or its first 512 bytes are damaged",
+        14: "format version 2; this stepctl reads 1",
+        15: "cannot be opened (it is a symbolic link)",
+        16: "not a regular file",
+        17: "not a regular file",
+        18: "its three step numbers disagree (name 18, attribute 10, counter 10)",
+    }
+
+
+def test_bad_newer_files_are_reported_and_left_in_place(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 9, 10)
+    reasons = bad_files(store)
+    before, said = names(store), []
+    assert newest_step(store, said.append) == 10
+    assert sorted(said) == [f"step-{step:08d}.h5: {why}; using step-00000010.h5" for step, why in reasons.items()]
+    assert names(store) == before
+
+
+def test_nothing_is_said_of_older_files(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 9, 10)
+    damage(store, 9)
+    assert newest_step(store, pytest.fail) == 10
+
+
+def test_none_good_is_exit_3_with_every_reason(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    reasons, said = bad_files(store), []
+    with pytest.raises(CheckpointError) as caught:
+        store.newest(said.append)
+    assert (caught.value.exit_code, caught.value.code) == (3, "none")
+    assert said == []
+    assert str(caught.value).startswith(f"{store.path}: no usable checkpoint (8 files, none good: ")
+    for step, why in reasons.items():
+        assert f"step-{step:08d}.h5: {why}" in str(caught.value)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_none_at_all_is_exit_3(there: bool, tmp_path: Path) -> None:
+    store = make_store(tmp_path) if there else Store(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no usable checkpoint") as caught:
+        store.newest(pytest.fail)
+    assert caught.value.exit_code == 3
+
+
+def test_a_step_that_is_asked_for_and_missing_is_named_with_those_there_are(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 3, 5)
+    with pytest.raises(CheckpointError) as caught:
+        store.open(4)
+    assert str(caught.value) == f"{store.path}: no checkpoint of step 4; there are: 3, 5"
+    with store.open(3) as reader:
+        assert reader.header.global_step == 3
+
+
+# --- setting aside
+
+
+def test_a_damaged_file_in_the_way_is_set_aside_not_replaced(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 5)
+    for number in (1, 2):
+        damage(store, 5)
+        damaged = store.file(5).read_bytes()
+        store.publish(5, parts(5))
+        assert (store.path / f"step-00000005.h5.aside-{number}").read_bytes() == damaged
+    assert newest_step(store, pytest.fail) == 5
+    assert names(store) == ["step-00000005.h5", "step-00000005.h5.aside-1", "step-00000005.h5.aside-2"]
+    assert store.steps() == [5]
+
+
+@pytest.mark.parametrize("step", [15, 16, 17], ids=["symbolic link", "directory", "fifo"])
+def test_whatever_is_in_the_way_is_set_aside(step: int, tmp_path: Path) -> None:
+    store = make_store(tmp_path, 10)
+    bad_files(store)
+    store.publish(step, parts(step))
+    assert store.file(step).is_file()
+    assert not store.file(step).is_symlink()
+    assert os.path.lexists(store.path / f"{store.file(step).name}.aside-1")
+    assert store.file(10).read_bytes() == b"".join(parts(10))
+
+
+# --- retention
+
+KEPT: list[tuple[list[int], int | None, list[int]]] = [
+    ([], 3, []),
+    ([], None, []),
+    ([5], 1, []),
+    ([5], 3, []),
+    ([1, 2, 3], 3, []),
+    ([1, 2, 3, 4], 3, [1]),
+    ([0, 50, 100, 150, 200], 3, [0, 50]),
+    ([200, 0, 150, 50, 100], 3, [0, 50]),
+    ([1, 2, 3, 4], 1, [1, 2, 3]),
+    ([1, 2, 3, 4], None, []),
+    ([9, 10, 100_000_000], 1, [9, 10]),
+]
+
+
+@pytest.mark.parametrize(("steps", "keep_last", "pruned"), KEPT)
+def test_retention(steps: list[int], keep_last: int | None, pruned: list[int]) -> None:
+    assert retention.to_prune(steps, keep_last) == pruned
+    assert retention.to_prune(iter(steps), keep_last) == pruned
+    assert not steps or max(steps) not in pruned
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_prune_removes_the_oldest_and_nothing_else(keep_last: int, tmp_path: Path) -> None:
+    store = make_store(tmp_path, 0, 10, 20, 30)
+    (store.path / "step-00000005.h5.aside-1").write_bytes(b"kept")
+    store.prune(30, keep_last)
+    assert store.steps() == [0, 10, 20, 30][-keep_last:]
+    assert (store.path / "step-00000005.h5.aside-1").read_bytes() == b"kept"
+    assert newest_step(store, pytest.fail) == 30
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 8])
+def test_a_bad_newer_file_never_costs_a_good_one(keep_last: int, tmp_path: Path) -> None:
+    store = make_store(tmp_path, 8, 9)
+    bad = bad_files(store)
+    store.publish(10, parts(10))
+    store.prune(10, keep_last)
+    assert store.steps() == [8, 9, 10][-keep_last:] + list(bad)
+    assert newest_step(store, lambda message: None) == 10

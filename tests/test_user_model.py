@@ -1,0 +1,158 @@
+"""A user's own model, named in the config by its import path, is trained and resumed like one of ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from helpers import BASE, make_config, resume, train
+from stepctl import yamlio
+from stepctl.arena import Arena, Array, Workspace, same_bits
+from stepctl.rng import rng
+from user_model import TwoLayers
+
+HERE = Path(__file__).parent
+MODEL = {"name": "user_model:TwoLayers", "width": 12}
+LAST = 24
+
+
+def stepctl(*arguments: object, cwd: Path = HERE) -> subprocess.CompletedProcess[str]:
+    """Run the command line as the installed script does: -P keeps the current folder off the import path."""
+    command = [sys.executable, "-P", "-m", "stepctl.cli.main", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def write_config(path: Path, **sections: Any) -> Path:
+    path.write_text(yamlio.dumps({**BASE, "model": MODEL, "stop": {"last_step": LAST}, **sections}))
+    return path
+
+
+def arrays(run: Path) -> dict[str, Array]:
+    """Return every array of the newest checkpoint by its path in the file."""
+    found: dict[str, Array] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and name not in ("config", "numerics"):
+            found[name] = item[()]
+
+    with h5py.File(max((run / "checkpoints").glob("step-*.h5"))) as file:
+        file.visititems(visit)
+    return found
+
+
+def test_trained_and_resumed_by_the_command_line(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "own.yaml")
+    unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
+    commands = [
+        ("train", "--config", config, "--run-dir", unbroken, "-q"),
+        ("train", "--config", config, "--run-dir", stopped, "-q", "--last-step", 11),
+        ("resume", stopped, "-q", "--last-step", LAST),
+    ]
+    for command in commands:
+        done = stepctl(*command)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    expected, found = arrays(unbroken), arrays(stopped)
+    assert found.keys() == expected.keys() > {"params/in/W", "params/in/b", "params/out/V"}
+    assert expected["counters/global_step"] == LAST
+    assert expected["params/in/W"].shape == (64, 12)
+    assert [path for path in expected if not same_bits(expected[path], found[path])] == []
+    shown = json.loads(stepctl("inspect", stopped, "--json").stdout)
+    assert shown["config"]["model"] == MODEL
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    config = make_config(model=MODEL, data={"name": "digits", "batch_size": 48, "validation_fraction": 0.2})
+    train(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] > 2
+    assert rows[-1]["kind"] == "eval"
+    assert rows[-1]["accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("at", range(0, LAST, 5))
+def test_stopped_at_any_step_with_shards(at: int, tmp_path: Path) -> None:
+    sections = {"model": MODEL, "data": {**BASE["data"], "shards": 4}, "stop": {"last_step": LAST}}
+    unbroken = train(make_config(**sections), tmp_path / "unbroken")
+    train(make_config(**{**sections, "stop": {"last_step": at}}), tmp_path / "stopped")
+    assert resume(tmp_path / "stopped", last_step=LAST).same_bits(unbroken)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_its_gradient_is_that_of_its_forward_pass(training: bool) -> None:
+    model = TwoLayers(width=4, input_shape=(5,), n_outputs=3)
+    params = Arena(model.parameter_shapes(), "float64")
+    model.initialize(params, lambda name: rng(3, name))
+    random = np.random.default_rng(0)
+    x, direction = random.normal(size=(7, 5)), random.normal(size=(7, 3))
+    params["in/b"][:] = random.normal(size=4)
+    workspace = Workspace("float64")
+
+    def forward() -> Any:
+        workspace.start((lambda name: rng(4, name)) if training else None)
+        return model.forward(params, x, workspace)
+
+    grads = params.like()
+    _, backward = forward()
+    backward(direction, grads)
+    h = 1e-6
+    for name, values in params.items():
+        numeric = np.empty_like(values)
+        for at in np.ndindex(values.shape):
+            before, values[at] = values[at], values[at] + h
+            above = np.vdot(direction, forward()[0])
+            values[at] = before - h
+            numeric[at] = (above - np.vdot(direction, forward()[0])) / (2 * h)
+            values[at] = before
+        np.testing.assert_allclose(grads[name], numeric, rtol=1e-7, atol=1e-8, err_msg=name)
+        assert np.abs(numeric).min() > 1e-4, "a gradient of 0 would prove little"
+
+
+REFUSED = {
+    "an argument of the wrong type": (
+        {**MODEL, "width": "wide"},
+        'CONFIG:3:41: model.width: "wide" is wrong; a whole number is needed',
+    ),
+    "an argument that it does not take": (
+        {**MODEL, "widht": 3},
+        "CONFIG:3:52: model.widht: unknown key; did you mean 'width'?; allowed: width",
+    ),
+    "an argument that it refuses": (
+        {**MODEL, "width": 3},
+        "model: user_model:TwoLayers cannot be built: width 3 is odd",
+    ),
+    "a module that is not there": (
+        {"name": "user_modle:TwoLayers"},
+        "CONFIG:3:15: model.name: cannot use 'user_modle:TwoLayers': No module named 'user_modle' "
+        "(looked in the current folder too)",
+    ),
+    "a class that is not there": (
+        {"name": "user_model:ThreeLayers"},
+        "CONFIG:3:15: model.name: cannot use 'user_model:ThreeLayers': module 'user_model' has no attribute "
+        "'ThreeLayers' (looked in the current folder too)",
+    ),
+    "a class that is no model": ({"name": "pathlib:PurePath"}, None),
+}
+
+
+@pytest.mark.parametrize("case", [case for case in REFUSED if REFUSED[case][1]])
+def test_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    model, line = REFUSED[case]
+    config = write_config(tmp_path / "own.yaml", model=model)
+    done = stepctl("train", "--config", config, "--run-dir", tmp_path / "run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"stepctl: {line}\n".replace("CONFIG", str(config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_from_another_folder_it_is_not_found(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "own.yaml")
+    done = stepctl("train", "--config", config, "--run-dir", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model.name: cannot use 'user_model:TwoLayers': No module named 'user_model'" in done.stderr

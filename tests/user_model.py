@@ -1,0 +1,42 @@
+"""A model as a user writes one: plain NumPy, gradients by hand. Configs name it "user_model:TwoLayers"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from stepctl.arena import Arena, Array, Shape, Workspace
+from stepctl.models.base import Backward, Model
+
+
+class TwoLayers(Model):
+    """tanh(x W + b) V, with noise on the hidden units in training."""
+
+    def __init__(self, *, width: int = 8, input_shape: Shape, n_outputs: int) -> None:
+        if width % 2:
+            raise ValueError(f"width {width} is odd")
+        self.n_in, self.width, self.n_out = math.prod(input_shape), width, n_outputs
+
+    def parameter_shapes(self) -> dict[str, Shape]:
+        return {"in/W": (self.n_in, self.width), "in/b": (self.width,), "out/V": (self.width, self.n_out)}
+
+    def initialize(self, params: Arena, rng: Callable[[str], np.random.Generator]) -> None:
+        params["in/W"][:] = rng("in/W").normal(0, self.n_in**-0.5, (self.n_in, self.width))
+        params["in/b"][:] = 0
+        params["out/V"][:] = rng("out/V").normal(0, self.width**-0.5, (self.width, self.n_out))
+
+    def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
+        hidden = np.tanh(x @ params["in/W"] + params["in/b"])
+        noise = np.ones_like(hidden)
+        if workspace.rng is not None:
+            noise += workspace.rng("noise").normal(0, 0.1, hidden.shape).astype(hidden.dtype)
+
+        def backward(dy: Array, grads: Arena) -> None:
+            np.matmul((hidden * noise).T, dy, out=grads["out/V"])
+            dz = dy @ params["out/V"].T * noise * (1 - hidden**2)
+            np.matmul(x.T, dz, out=grads["in/W"])
+            dz.sum(axis=0, out=grads["in/b"])
+
+        return (hidden * noise) @ params["out/V"], backward
