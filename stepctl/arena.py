@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+_DEEPEST = 16
 _UINT = {4: np.uint32, 8: np.uint64}
 _MARK = {4: 0x7FC5CA1E, 8: 0x7FF85CA1E5CA1E00}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -38,7 +39,7 @@ class Arena(Mapping[str, Array]):
     """
 
     def __init__(self, shapes: Mapping[str, Shape], dtype: npt.DTypeLike) -> None:
-        _check_names(shapes)
+        check_names(shapes)
         self.shapes: dict[str, Shape] = {name: tuple(shape) for name, shape in shapes.items()}
         self.dtype = np.dtype(dtype)
         step = ALIGNMENT // self.dtype.itemsize
@@ -104,10 +105,13 @@ def same_bits(a: Array, b: Array) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def _check_names(names: Mapping[str, Shape]) -> None:
+def check_names(names: Collection[str]) -> None:
+    """Raise ValueError at a name that a file could not hold: odd letters, too deep, or a folder of another."""
     for name in names:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"array name {name!r}: use letters, digits, '_', '-', '.', and '/' between folders")
+        if not _NAME.fullmatch(name) or name.count("/") > _DEEPEST:
+            raise ValueError(
+                f"array name {name!r}: use letters, digits, '_', '-', '.', and '/' between at most {_DEEPEST} folders"
+            )
         parts = name.split("/")
         for end in range(1, len(parts)):
             folder = "/".join(parts[:end])

@@ -104,6 +104,8 @@ def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
         state = task.initial_state(config.initial_step)
     except ValueError as error:
         raise ConfigError(f"model: {config.model.name}: {error}") from error
+    if len({hook.name for hook in hooks}) < len(hooks):
+        raise ConfigError(f"hooks: two have one name; they are called {', '.join(hook.name for hook in hooks)}")
     state.hooks = {hook.name: remembered for hook in hooks if (remembered := hook.state())}
     codec.check_storable(state)
     return Assembly(

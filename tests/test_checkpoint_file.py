@@ -354,6 +354,43 @@ def laid_out(layout: int) -> Callable[[h5py.File], None]:
     return change
 
 
+def typed(kind: h5t.TypeID) -> Callable[[h5py.File], None]:
+    """Put an array of a type that NumPy may have no name for at /params/x."""
+
+    def change(file: h5py.File) -> None:
+        creation = h5p.create(h5p.DATASET_CREATE)
+        creation.set_layout(h5d.CONTIGUOUS)
+        creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+        h5d.create(file["params"].id, b"x", kind, h5s.create_simple((2,)), dcpl=creation)
+
+    return change
+
+
+def whole_number(size: int, precision: int, offset: int = 0) -> h5t.TypeIntegerID:
+    kind = h5t.STD_I64LE.copy()
+    kind.set_size(size)
+    kind.set_precision(precision)
+    kind.set_offset(offset)
+    return kind
+
+
+def real_number(exponent: int, mantissa: int, bias: int) -> h5t.TypeFloatID:
+    """A float of four or eight bytes with its bits dealt out in another way."""
+    bits = 1 + exponent + mantissa
+    kind = (h5t.IEEE_F32LE if bits == 32 else h5t.IEEE_F64LE).copy()
+    kind.set_fields(bits - 1, mantissa, exponent, 0, mantissa)
+    kind.set_ebias(bias)
+    return kind
+
+
+def root_typed(kind: h5t.TypeID) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file.attrs["global_step"]
+        h5py.h5a.create(file.id, b"global_step", kind, h5s.create(h5s.SCALAR))
+
+    return change
+
+
 def virtual(file: h5py.File) -> None:
     layout = h5py.VirtualLayout((2,), "<f4")
     layout[:] = h5py.VirtualSource(OTHER, "x", (2,))
@@ -413,12 +450,27 @@ HOSTILE: dict[str, tuple[str, Callable[[h5py.File], Any]]] = {
     "uint64": ("dtype", array(data=np.zeros(2, "<u8"))),
     "big-endian float": ("dtype", array(data=np.zeros(2, ">f4"))),
     "big-endian int": ("dtype", array(data=np.zeros(2, ">i8"))),
+    "int64 of 60 bits": ("dtype", typed(whole_number(8, 60))),
+    "int64 of shifted bits": ("dtype", typed(whole_number(8, 32, 16))),
+    "int of 3 bytes": ("dtype", typed(whole_number(3, 24))),
+    "int of 16 bytes": ("dtype", typed(whole_number(16, 64))),
+    "float32 of another bias": ("dtype", typed(real_number(8, 23, 100))),
+    "float32 of another layout": ("dtype", typed(real_number(5, 26, 15))),
+    "float64 of another layout": ("dtype", typed(real_number(15, 48, 16383))),
+    "bit field": ("dtype", typed(h5t.STD_B8LE)),
+    "time": ("dtype", typed(h5t.UNIX_D32LE)),
+    "name not ASCII": ("name", lambda file: file.create_dataset("params/é", data=1.0)),
+    "name not UTF-8": ("name", lambda file: file.create_dataset(b"params/\xff", data=1.0)),
     "named type": ("kind", lambda file: file.__setitem__("params/x", np.dtype("<f4"))),
     "an array as a group": ("kind", replaced("buffers", np.float32(1))),
     "config as a group": ("kind", lambda file: (replaced("config", None)(file), file.create_group("config"))),
     "config as a number": ("dtype", replaced("config", 1)),
     "config of variable length": ("dtype", replaced("config", "seed: 0")),
     "config not UTF-8": ("text", replaced("config", np.array(b"\xff\xfe!", TEXT))),
+    "config not YAML": ("text", replaced("config", np.array(b"[1,", TEXT))),
+    "config not a mapping": ("text", replaced("config", np.array(b"abc", TEXT))),
+    "numerics not JSON": ("text", replaced("numerics", np.array(b"abc", TEXT))),
+    "numerics not an object": ("text", replaced("numerics", np.array(b"[1]", TEXT))),
     "config missing": ("missing", replaced("config", None)),
     "numerics missing": ("missing", replaced("numerics", None)),
     "unknown group": ("unknown", lambda file: file.create_group("stranger")),
@@ -433,6 +485,8 @@ HOSTILE: dict[str, tuple[str, Callable[[h5py.File], Any]]] = {
     "root attribute missing": ("attribute", rooted("run", None)),
     "root attribute of variable length": ("attribute", rooted("run", "moon")),
     "root attribute of four bytes": ("attribute", rooted("global_step", np.int32(STEP))),
+    "root attribute of three bytes": ("attribute", root_typed(whole_number(3, 24))),
+    "root attribute of time": ("attribute", root_typed(h5t.UNIX_D32LE)),
     "root attribute as a list": ("attribute", rooted("global_step", np.array([STEP]))),
     "root attribute as a float": ("attribute", rooted("format_version", 1.0)),
     "root attribute without a value": ("attribute", rooted("global_step", h5py.Empty("<i8"))),

@@ -15,9 +15,10 @@ from stepctl import config as configs
 from stepctl import run
 from stepctl.checkpoint import codec
 from stepctl.cli.options import train_segment
-from stepctl.config import Cadence, Config, Stop
+from stepctl.config import Cadence, Checkpoint, Config, Stop
 from stepctl.errors import CheckpointError, ConfigError
-from stepctl.hooks.base import Hook
+from stepctl.hooks.base import Hook, StopReason
+from stepctl.hooks.save import Save
 from stepctl.rundir import RunDirectory
 from stepctl.state import Counters, TrainState
 from stepctl.tasks.base import Metrics
@@ -389,6 +390,24 @@ def test_saves_of_a_resumed_run_fall_on_the_same_grid(small: Any, tmp_path: Path
     train(small(checkpoint={"every": 5}, stop={"last_step": 3}), path)
     resume(path, last_step=11)
     assert saved(path) == [0, 3, 5, 10, 11]  # absolute, and 3 not again at the start
+
+
+def test_a_save_asked_for_is_made_once_also_on_the_grid(small: Any) -> None:
+    published, requests = [], {3, 5}
+    state = run.assemble(small()).state
+    hook = Save(
+        Checkpoint(every=5),
+        publish=lambda state: published.append(state.counters.global_step),
+        requested=lambda: state.counters.global_step in requests and not requests.remove(state.counters.global_step),
+        saved_step=0,
+    )
+    hook.start(state)
+    for _ in range(7):
+        state.counters.advance({"global_step": 1})
+        hook.after_step(state, {})
+    assert (published, requests) == ([3, 5], set())
+    hook.end(state, {}, StopReason("", done=True))
+    assert published == [3, 5, 7]
 
 
 def test_checkpoint_n_holds_the_state_after_exactly_n_updates(small: Any, tmp_path: Path) -> None:

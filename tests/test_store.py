@@ -306,6 +306,22 @@ def test_whatever_is_in_the_way_is_set_aside(step: int, tmp_path: Path) -> None:
     assert store.file(10).read_bytes() == b"".join(parts(10))
 
 
+@pytest.mark.parametrize("number", [1, 2, 3], ids=["rename", "open", "fsync"])
+def test_a_failure_to_set_aside_harms_nothing(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path, 4, 5)
+    damage(store, 5)
+    damaged = store.file(5).read_bytes()
+    calls = Calls(monkeypatch, store.path)
+    calls.fail(number, errno.EIO)
+    with pytest.raises(StepctlError, match=os.strerror(errno.EIO)):
+        store.publish(5, parts(5))
+    calls.failing = None
+    assert damaged in contents(store).values()
+    assert newest_step(store, lambda message: None) == 4
+    store.publish(5, parts(5))
+    assert newest_step(store, pytest.fail) == 5
+
+
 # --- retention
 
 KEPT: list[tuple[list[int], int | None, list[int]]] = [

@@ -11,10 +11,12 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from helpers import BASE, make_config, resume, train
 from stepctl import yamlio
 from stepctl.arena import Arena, Array, Workspace, same_bits
+from stepctl.cli.main import cli
 from stepctl.rng import rng
 from user_model import TwoLayers
 
@@ -114,14 +116,14 @@ def test_its_gradient_is_that_of_its_forward_pass(training: bool) -> None:
         assert np.abs(numeric).min() > 1e-4, "a gradient of 0 would prove little"
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an argument of the wrong type": (
         {**MODEL, "width": "wide"},
-        'CONFIG:3:41: model.width: "wide" is wrong; a whole number is needed',
+        'CONFIG:3:46: model.width: "wide" is wrong; a whole number is needed',
     ),
     "an argument that it does not take": (
         {**MODEL, "widht": 3},
-        "CONFIG:3:52: model.widht: unknown key; did you mean 'width'?; allowed: width",
+        "CONFIG:3:50: model.widht: unknown key; did you mean 'width'?; allowed: width",
     ),
     "an argument that it refuses": (
         {**MODEL, "width": 3},
@@ -137,22 +139,39 @@ REFUSED = {
         "CONFIG:3:15: model.name: cannot use 'user_model:ThreeLayers': module 'user_model' has no attribute "
         "'ThreeLayers' (looked in the current folder too)",
     ),
-    "a class that is no model": ({"name": "pathlib:PurePath"}, None),
+    "something that cannot be called": (
+        {"name": "user_model:__doc__"},
+        "CONFIG:3:15: model.name: cannot use 'user_model:__doc__': 'A model as a user writes one: plain NumPy, "
+        'gradients by hand. Configs name it "user_model:TwoLayers".\' is not a callable object '
+        "(looked in the current folder too)",
+    ),
+    "no model at all": (
+        {"name": "user_model:no_model"},
+        "model: user_model:no_model is no Model; subclass stepctl.models.base:Model",
+    ),
+    "a gradient that is not written": (
+        {"name": "user_model:ForgetsTheBias"},
+        "model: backward left the gradient of in/b unwritten; it must write all of it: grads[name][...] = ...",
+    ),
+    "outputs of the wrong shape": (
+        {"name": "user_model:OneOutput"},
+        "model: forward returned shape (48, 1); (48, 10) is needed",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", [case for case in REFUSED if REFUSED[case][1]])
+@pytest.mark.parametrize("case", REFUSED)
 def test_refused_in_one_line(case: str, tmp_path: Path) -> None:
     model, line = REFUSED[case]
     config = write_config(tmp_path / "own.yaml", model=model)
-    done = stepctl("train", "--config", config, "--run-dir", tmp_path / "run")
-    assert (done.returncode, done.stdout) == (2, "")
+    done = CliRunner().invoke(cli, ["train", "--config", str(config), "--run-dir", str(tmp_path / "run"), "-q"])
+    assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr == f"stepctl: {line}\n".replace("CONFIG", str(config))
-    assert not (tmp_path / "run").exists()
 
 
-def test_from_another_folder_it_is_not_found(tmp_path: Path) -> None:
+def test_found_in_the_current_folder_only(tmp_path: Path) -> None:
     config = write_config(tmp_path / "own.yaml")
     done = stepctl("train", "--config", config, "--run-dir", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 2
     assert "model.name: cannot use 'user_model:TwoLayers': No module named 'user_model'" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -40,3 +40,30 @@ class TwoLayers(Model):
             dz.sum(axis=0, out=grads["in/b"])
 
         return (hidden * noise) @ params["out/V"], backward
+
+
+class ForgetsTheBias(TwoLayers):
+    """A mistake that must not go unseen: one gradient is never written."""
+
+    def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
+        y, backward = super().forward(params, x, workspace)
+
+        def forgetful(dy: Array, grads: Arena) -> None:
+            own = grads.like()
+            backward(dy, own)
+            for name in ("in/W", "out/V"):
+                grads[name][:] = own[name]
+
+        return y, forgetful
+
+
+class OneOutput(TwoLayers):
+    """Another: as many outputs as the user thought right."""
+
+    def __init__(self, *, input_shape: Shape, n_outputs: int) -> None:
+        super().__init__(input_shape=input_shape, n_outputs=1)
+
+
+def no_model(*, size: int = 3) -> list[int]:
+    """Return something else."""
+    return [size]

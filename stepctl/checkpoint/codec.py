@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from stepctl import __version__, yamlio
-from stepctl.arena import Array
+from stepctl.arena import Array, check_names
 from stepctl.checkpoint import userblock
 from stepctl.checkpoint.walk import NUMBERS, TEXTS, Walk, is_fixed_string
 from stepctl.errors import CheckpointError, ConfigError
@@ -75,7 +75,11 @@ def encode(state: TrainState, *, run: str, config: str, numerics: str) -> list[b
 
 
 def check_storable(state: TrainState) -> None:
-    """Raise ConfigError if an array of the state is of a kind that no checkpoint could give back."""
+    """Raise ConfigError if an array of the state has a name or a kind that no checkpoint could give back."""
+    try:
+        check_names(state.arrays())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     for path, array in state.arrays().items():
         if array.dtype.newbyteorder("<").str not in NUMBERS or not (array.flags.c_contiguous and array.flags.writeable):
             raise ConfigError(

@@ -1,0 +1,542 @@
+"""Section 12, with real processes: what a user types, sees, and finds on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+import stepctl
+from helpers import make_config, rows, train
+from stepctl import yamlio
+from stepctl.arena import Arena
+from stepctl.checkpoint import codec
+from stepctl.cli.main import cli
+from stepctl.config import Config
+from stepctl.rundir import RunDirectory
+from stepctl.state import Counters, TrainState
+
+ROOT = Path(stepctl.__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+FOREVER = 1_000_000_000
+DEADLINE = 120  # seconds: only a hang comes near it
+BLAS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE", "NO_COLOR")
+COMMAND = [sys.executable, "-m", "stepctl.cli.main"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in BLAS} | {"PYTHONPATH": str(ROOT)} | more
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def call(*arguments: object, expect: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `stepctl` to its end; it must exit with `expect`, and data and messages must not mix."""
+    command = [*COMMAND, *map(str, arguments)]
+    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == expect, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+class Running:
+    """A `stepctl` that runs, and what it has said so far."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], env=environment(), stderr=subprocess.PIPE, text=True
+        )
+        self.said: list[str] = []
+
+    def until(self, pattern: str, also: Callable[[], object] = lambda: True) -> re.Match[str]:
+        """Read its messages until one matches and `also` holds."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+            match = re.search(pattern, line)
+            if match and also():
+                return match
+        raise AssertionError(f"never said {pattern!r}:\n{''.join(self.said)}")
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> tuple[int, str]:
+        """Return exit code and the rest of its messages."""
+        _, rest = self.process.communicate()
+        return self.process.returncode, rest
+
+
+@contextmanager
+def running(*arguments: object) -> Iterator[Running]:
+    child = Running(*arguments)
+    watchdog = threading.Timer(DEADLINE, child.process.kill)
+    watchdog.start()
+    try:
+        yield child
+    finally:
+        watchdog.cancel()
+        child.process.kill()
+        child.process.communicate()
+
+
+def small(**sections: Any) -> Config:
+    """Return a config of a run that takes milliseconds, and write its data."""
+    generator = np.random.default_rng(0)
+    np.savez("samples.npz", x=generator.normal(size=(60, 4)), y=generator.integers(0, 3, 60))
+    base: dict[str, Any] = {
+        "data": {"name": "arrays", "path": "samples.npz", "batch_size": 8, "validation_fraction": 0.5},
+        "model": {"name": "mlp", "hidden": [3], "dropout": 0.2},
+        "log": {"every": 20},
+    }
+    return make_config(**base | sections)
+
+
+def write(config: Config, name: str = "small.yaml") -> str:
+    Path(name).write_text(yamlio.dumps(config.plain()))
+    return name
+
+
+def bits(run: str, step: int) -> dict[str, bytes]:
+    """Return every array and counter of a checkpoint by its path."""
+    with codec.Reader(Path(run) / "checkpoints" / codec.file_name(step)) as reader:
+        texts = ("config", "numerics")
+        return {path: dataset[()].tobytes() for path, dataset in reader.datasets.items() if path not in texts}
+
+
+def unbroken_bits(config: Config, last_step: int) -> dict[str, bytes]:
+    train(config.with_values({"stop": {"last_step": last_step}}), Path("unbroken"))
+    return bits("unbroken", last_step)
+
+
+def ledger(run: str, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (Path(run) / "ledger.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def saved(run: str) -> list[str]:
+    return sorted(path.name for path in (Path(run) / "checkpoints").glob("step-*.h5"))
+
+
+# --- from the first command to the last
+
+
+def test_the_quick_start(tmp_path: Path) -> None:
+    first = call("train", "--config", QUICKSTART)
+    second = call("resume", "runs/quickstart", "--num-steps", 100)
+    assert (first.stdout, second.stdout) == ("", "")
+    assert "step 100/100 (local 100)" in first.stderr
+    assert "global step 100 to 200, from step-00000100.h5" in second.stderr
+    assert "step 110/200 (local 10)" in second.stderr
+    assert "done at global step 200 (local 100)" in second.stderr
+    shown = call("inspect", "runs/quickstart/checkpoints/step-00000200.h5", "--step")
+    assert (shown.stdout, shown.stderr) == ("200\n", "")
+
+    call("train", "--config", QUICKSTART, "--last-step", 200, "--run-dir", "whole", "--quiet")
+    broken, whole = (json.loads(call("inspect", run, "--json").stdout) for run in ("runs/quickstart", "whole"))
+    assert broken["arrays"] == whole["arrays"]
+    assert broken["counters"] == whole["counters"] == {"global_step": 200, "samples_seen": 12800, "model": 200}
+    assert bits("runs/quickstart", 200) == bits("whole", 200)
+    assert rows(Path("runs/quickstart")) == rows(Path("whole"))
+
+
+def test_or_resume_does_whichever_applies() -> None:
+    name = write(small(stop={"last_step": 30}))
+    line = ("train", "--config", name, "--or-resume", "--run-dir", "run")
+    assert "from a fresh start" in call(*line, "--last-step", 12).stderr
+    refusal = call("train", "--config", name, "--run-dir", "run", expect=2)
+    assert refusal.stderr == "stepctl: run: holds a run already; go on with: stepctl resume run\n"
+    assert "global step 12 to 30, from step-00000012.h5" in call(*line).stderr
+    again = call(*line)
+    assert again.stderr == "run: at global step 30, target 30: nothing to do (more: --num-steps N)\n"
+    assert bits("run", 30) == unbroken_bits(small(), 30)
+
+
+def test_a_run_of_no_steps_is_a_run() -> None:
+    call("train", "--config", write(small()), "--num-steps", 0, "--run-dir", "run")
+    assert saved("run") == ["step-00000000.h5"]
+    call("resume", "run", "--num-steps", 2)
+    assert call("inspect", "run", "--step").stdout == "2\n"
+
+
+def test_the_plan_of_a_dry_run_is_what_the_run_does() -> None:
+    cadence: dict[str, Any] = {
+        "log": {"every": 7, "offset": 2},
+        "evaluate": {"every": 10},
+        "checkpoint": {"every": 8, "keep_last": None},
+        "stop": {"last_step": 33},
+        "initial_step": 3,
+    }
+    name = write(small(**cadence))
+    line = ("train", "--config", name, "--run-dir", "run")
+    before = sorted(os.listdir())
+    dry = call(*line, "--dry-run", "--json")
+    assert dry.stderr == ""
+    assert sorted(os.listdir()) == before
+    plan = json.loads(dry.stdout)
+    text = call(*line, "--dry-run").stdout
+    call(*line)
+
+    assert plan["steps"] == [3, 33]
+    for event, kind in (("log", "train"), ("evaluate", "eval")):
+        assert plan[event] == [row["step"] for row in rows(Path("run")) if row["kind"] == kind], event
+    assert plan["save"] == [line["step"] for line in ledger("run", "checkpoint")]
+    sizes = {path.stat().st_size for path in Path("run/checkpoints").iterdir()}
+    assert sizes == {plan["bytes"]["checkpoint"]}
+    facts = json.loads(call("inspect", "run", "--json").stdout)
+    assert plan["n_parameters"] == facts["parameters"]
+    assert plan["parameters"] == {
+        array["path"].removeprefix("params/"): array["shape"]
+        for array in facts["arrays"]
+        if array["path"].startswith("params/")
+    }
+    assert plan["samples"] == {"training": 30, "validation": 30, "shape": [4]}
+    for words in (f"{plan['bytes']['checkpoint']:,} bytes", "3 to 33", "dense0/weight", "3, 8, 16, 24, 32, 33"):
+        assert words in text
+
+
+def test_a_dry_run_never_touches_a_run() -> None:
+    name = write(small(stop={"last_step": 3}))
+    train(small(stop={"last_step": 3}), Path("run"))
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    for more in ((), ("--or-resume",), ("--or-resume", "--last-step", 9)):
+        call("train", "--config", name, "--run-dir", "run", "--dry-run", *more, expect=2)
+        assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+# --- inspect
+
+
+def odd_checkpoint() -> dict[str, Any]:
+    """Write odd.h5, and return its arrays by path."""
+    generator = np.random.default_rng(3)
+    params = Arena({"wide/weight": (3, 5), "wide/bias": (5,), "scalar": (), "empty": (0, 2)}, "float32")
+    slots = {"momentum": params.like()}
+    for view in (*params.values(), *slots["momentum"].values()):
+        view[...] = generator.normal(100, 3, view.shape)
+    params["wide/bias"][:2] = np.nan, -np.inf
+    hooks = {"best": {"steps": np.array([5, 2**40]), "flags": np.array([0, 255], np.uint8), "none": np.array([np.nan])}}
+    counters = Counters({"global_step": 7, "samples_seen": 56, "model": 7})
+    state = TrainState(counters, params, {"model": slots}, Arena({}, "float32"), hooks)
+    data = b"".join(codec.encode(state, run="moon", config="seed: 3\n", numerics='{"threads": 1}'))
+    Path("odd.h5").write_bytes(data)
+    return state.arrays()
+
+
+def figures(array: Any) -> dict[str, Any]:
+    finite = array[np.isfinite(array)].astype(np.float64)
+    counts = {"count": array.size, "non_finite": array.size - finite.size}
+    if not finite.size:
+        return counts | dict.fromkeys(("min", "max", "mean", "std"))
+    return counts | {"min": finite.min(), "max": finite.max(), "mean": finite.mean(), "std": finite.std()}
+
+
+def test_inspect_says_what_numpy_says() -> None:
+    arrays = odd_checkpoint()
+    done = call("inspect", "odd.h5", "--json")
+    facts = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert (facts["global_step"], facts["run"], facts["parameters"]) == (7, "moon", 21)
+    assert facts["config"] == {"seed": 3}
+    assert facts["numerics"] == {"threads": 1}
+    assert [array["path"] for array in facts["arrays"]] == list(arrays)
+    for found in facts["arrays"]:
+        array = arrays[found["path"]]
+        assert (found["shape"], found["dtype"]) == (list(array.shape), array.dtype.name)
+        for figure, value in figures(array).items():
+            assert found[figure] == (pytest.approx(value, rel=1e-12) if value is not None else None), found["path"]
+
+
+def test_inspect_prints_a_table_with_the_same_figures() -> None:
+    arrays = odd_checkpoint()
+    done = call("inspect", "odd.h5", "--path", "params/wide/*")
+    assert done.stderr == ""
+    table = [re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines() if line.startswith("params/")]
+    assert [row[0] for row in table] == ["params/wide/weight", "params/wide/bias"]
+    assert "optimizers/" not in done.stdout
+    for path, shape, dtype, *cells in table:
+        values = figures(arrays[path])
+        expected = [str(values["count"]), *(f"{values[key]:.4g}" for key in ("min", "max", "mean", "std"))]
+        assert cells == [*expected, str(values["non_finite"])]
+        assert (shape, dtype) == (str(arrays[path].shape), "float32")
+    assert "global step 7" in done.stdout
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_stops_with_a_durable_checkpoint_and_the_run_goes_on_exactly(number: signal.Signals) -> None:
+    config = small(stop={"last_step": FOREVER})
+    with running("train", "--config", write(config), "--run-dir", "run") as child:
+        child.until("step 60/")
+        child.signal(number)
+        code, rest = child.end()
+    assert code == 75
+    match = re.search(r"stopped at global step (\d+) \((.*)\); go on with: stepctl resume run$", rest.strip())
+    assert match, rest
+    step = int(match[1])
+    assert match[2] == f"signal {number.name}"
+    assert saved("run")[-1] == codec.file_name(step)
+    assert ledger("run", "end")[-1]["reason"] == f"signal {number.name}"
+    call("resume", "run", "--last-step", step + 25, "--quiet")
+    assert bits("run", step + 25) == unbroken_bits(config, step + 25)
+    assert rows(Path("run")) == rows(Path("unbroken"))
+
+
+def test_a_killed_run_goes_on_exactly() -> None:
+    config = small(stop={"last_step": FOREVER}, checkpoint={"every": 25})
+    with running("train", "--config", write(config), "--run-dir", "run") as child:
+        child.until("step 60/")
+        child.signal(signal.SIGKILL)
+        assert child.end()[0] == -signal.SIGKILL
+    newest = int(call("inspect", "run", "--step").stdout)
+    assert newest >= 50
+    call("resume", "run", "--num-steps", 30, "--quiet")
+    assert bits("run", newest + 30) == unbroken_bits(config, newest + 30)
+    assert rows(Path("run")) == rows(Path("unbroken"))
+
+
+def test_sigusr2_saves_and_goes_on() -> None:
+    config = small(stop={"last_step": FOREVER}, checkpoint={"every": FOREVER, "keep_last": None})
+    with running("train", "--config", write(config), "--run-dir", "run") as child:
+        child.until("step 60/")
+        assert saved("run") == ["step-00000000.h5"]
+        child.signal(signal.SIGUSR2)
+        child.until(r"step \d+/", also=lambda: len(saved("run")) == 2)
+        step = int(saved("run")[-1][5:13])
+        assert step >= 60
+        assert int(child.until(rf"step (\d+)/{FOREVER} \(local [0-9]*{str(step + 40)[-1]}\)")[1]) > step
+        child.signal(signal.SIGKILL)
+        child.end()
+    assert bits("run", step) == unbroken_bits(config, step)
+
+
+STUCK = """
+import signal, sys
+from dataclasses import dataclass
+from stepctl.schedules import Schedule
+
+@dataclass(frozen=True, kw_only=True)
+class Stuck(Schedule):
+    def after_warmup(self, step: int) -> float:
+        while step == 3:
+            print("in step 4", file=sys.stderr, flush=True)
+            signal.pause()
+        return 0.1
+"""
+
+
+def test_a_second_sigint_stops_at_once() -> None:
+    """In the middle of an update that never ends, where the first one waits in vain."""
+    Path("stuck.py").write_text(STUCK)
+    config = small(optimizer={"name": "sgd", "learning_rate": {"name": "stuck:Stuck"}}, checkpoint={"every": 2})
+    with running("train", "--config", write(config), "--run-dir", "run") as child:
+        for _ in range(2):
+            child.until("in step 4")
+            child.signal(signal.SIGINT)
+        code, rest = child.end()
+    assert code == 75
+    assert rest == "stepctl: stopped at once; what was published stands\n"
+    assert saved("run") == ["step-00000000.h5", "step-00000002.h5"]
+    assert call("inspect", "run", "--step").stdout == "2\n"
+
+
+EARLY = """
+import os, signal
+from stepctl.data.arrays import arrays
+
+def early(*, path: str, number: int, targets, dtype):
+    os.kill(os.getpid(), number)
+    return arrays(path=path, targets=targets, dtype=dtype)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_before_the_first_step_is_not_lost(number: signal.Signals) -> None:
+    Path("early.py").write_text(EARLY)
+    small()
+    data = {"name": "early:early", "path": "samples.npz", "number": int(number), "batch_size": 8}
+    name = write(small(data=data | {"validation_fraction": 0.5}, stop={"last_step": FOREVER}))
+    done = call("train", "--config", name, "--run-dir", "run", expect=75)
+    assert f"stopped at global step 0 (signal {number.name})" in done.stderr
+    assert saved("run") == ["step-00000000.h5"]
+
+
+# --- exit codes and messages
+
+
+def test_refusals_have_their_exit_codes_and_one_plain_line() -> None:
+    name = write(small(stop={"last_step": 3}))
+    train(small(stop={"last_step": 3}), Path("run"))
+    Path("junk.h5").write_text("junk")
+    refusals: list[tuple[int, tuple[object, ...], str]] = [
+        (2, ("train", "--config", "missing.yaml"), "missing.yaml"),
+        (2, ("train", "--config", name, "--num-steps", 1, "--last-step", 1), "--num-steps and --last-step: give one"),
+        (2, ("resume", "nowhere"), "nowhere: no run is there"),
+        (2, ("resume", "run", "--set", "seed=2", "--last-step", 9), "seed: 1 -> 2 would change the result"),
+        (3, ("inspect", "junk.h5"), "junk.h5: not a stepctl checkpoint"),
+        (3, ("resume", "run", "--from-step", 2), "no checkpoint of step 2; there are: 0, 3"),
+    ]
+    for code, arguments, words in refusals:
+        done = call(*arguments, expect=code)
+        assert done.stdout == ""
+        assert done.stderr.startswith("stepctl: ")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+    with RunDirectory(Path("run")).lock():
+        done = call("resume", "run", "--last-step", 9, expect=4)
+        assert done.stderr.startswith(f"stepctl: run: in use by process {os.getpid()} on ")
+
+
+def test_verbose_says_what_is_saved_and_quiet_says_nothing() -> None:
+    name = write(small(stop={"last_step": 3}))
+    said = call("train", "--config", name, "--run-dir", "loud", "-v").stderr
+    assert "saved step-00000000.h5" in said
+    assert "saved step-00000003.h5" in said
+    assert call("train", "--config", name, "--run-dir", "quiet", "-q").stderr == ""
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    every = [list(path) for path in commands(cli)]
+    assert ["train"] in every
+    assert ["config", "schema"] in every
+    code = (
+        "import json, sys\n"
+        "from stepctl.cli.main import cli\n"
+        "for path in json.loads(sys.argv[1]):\n"
+        "    try:\n"
+        "        cli.main([*path, '--help'], prog_name='stepctl')\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0, path\n"
+        "print('imported:', *sorted({'numpy', 'h5py', 'pydantic', 'rich', 'threadpoolctl'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(every)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=True)
+    assert done.stdout.count("Usage: stepctl") == len(every)
+    assert done.stdout.splitlines()[-1] == "imported:"
+
+
+# --- numerics
+
+
+def test_threads_are_what_the_run_started_with_whatever_the_environment_says() -> None:
+    name = write(small(stop={"last_step": 5}, numerics={}, model={"name": "mlp", "hidden": [64]}))
+    for threads in ("1", "2"):
+        call("train", "--config", name, "--run-dir", f"run{threads}", "-q", OPENBLAS_NUM_THREADS=threads)
+        other = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "3"} if threads == "1" else {"OMP_NUM_THREADS": "1"}
+        call("resume", f"run{threads}", "--last-step", 9, "-q", **other)
+        found = [start["numerics"]["threads"] for start in ledger(f"run{threads}", "start")]
+        assert found == [min(int(threads), os.cpu_count() or 1)] * 2
+        assert ledger(f"run{threads}", "start")[1]["exact"] is True
+    call("train", "--config", name, "--run-dir", "whole", "--last-step", 9, "-q", OPENBLAS_NUM_THREADS="1")
+    assert bits("run1", 9) == bits("whole", 9)
+
+
+def test_the_kernel_is_what_the_run_started_with() -> None:
+    name = write(small(stop={"last_step": 5}, numerics={}))
+    call("train", "--config", name, "--run-dir", "run", "-q", OPENBLAS_CORETYPE="Nehalem")
+    call("train", "--config", name, "--run-dir", "usual", "-q")
+    kernels = [ledger(run, "start")[0]["numerics"]["blas_kernel"] for run in ("run", "usual")]
+    if kernels[0] == kernels[1]:
+        pytest.skip("this BLAS has no second kernel to choose")
+    call("resume", "run", "--last-step", 9, "--strict-numerics", "-q")
+    assert ledger("run", "start")[1]["numerics"]["blas_kernel"] == kernels[0]
+
+
+def test_numerics_that_differ_are_said_recorded_and_refused_if_strict() -> None:
+    config = small(stop={"last_step": 5})
+    train(config, Path("run"))
+    path = Path("run/checkpoints/step-00000005.h5")
+    state = train(config, Path("same"))
+    with codec.Reader(path) as reader:
+        header = reader.header
+    here = json.loads(header.numerics)
+    elsewhere = json.dumps(here | {"blas_kernel": "Z80", "numpy": "1.0"})
+    parts = codec.encode(state, run=header.run, config=header.config, numerics=elsewhere)
+    path.write_bytes(b"".join(parts))
+
+    refusal = call("resume", "run", "--last-step", 9, "--strict-numerics", expect=3)
+    differences = f"BLAS kernel Z80 -> {here['blas_kernel']}; NumPy 1.0 -> {np.__version__}"
+    assert refusal.stderr.startswith(f"stepctl: not exact on this machine: {differences}; ")
+    assert saved("run")[-1] == path.name
+    said = call("resume", "run", "--last-step", 9, "-q").stderr
+    assert said == (
+        f"warning: no longer exact: this machine computes other last bits ({differences}); the ledger records it\n"
+    )
+    start = ledger("run", "start")[-1]
+    assert start["exact"] is False
+    assert start["inexact_because"] == differences.split("; ")
+    assert call("inspect", "run", "--step").stdout == "9\n"
+    assert call("resume", "run", "--last-step", 12, "--strict-numerics", "-q").stderr == ""
+
+
+# --- how it looks
+
+
+def on_a_terminal(*arguments: object, **variables: str) -> str:
+    """Run `stepctl` with a terminal for its messages; return what it wrote there."""
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, *map(str, arguments)]
+    child = subprocess.Popen(command, env=environment(TERM="xterm-256color", **variables), stderr=theirs)
+    os.close(theirs)
+    watchdog = threading.Timer(DEADLINE, child.kill)
+    watchdog.start()
+    written = b""
+    try:
+        while part := os.read(ours, 1 << 16):
+            written += part
+    except OSError:  # EIO: the other side is closed
+        pass
+    finally:
+        watchdog.cancel()
+        os.close(ours)
+        child.wait()
+    assert child.returncode == 0, written
+    return written.decode()
+
+
+def test_a_terminal_gets_a_bar_and_no_color_is_heeded() -> None:
+    name = write(small(stop={"last_step": 8}))
+    call("train", "--config", name, "--run-dir", "run", "--last-step", 3)
+    color = r"\x1b\[[0-9;]*m"
+    bright = on_a_terminal("resume", "run", "--last-step", 6)
+    assert re.search(color, bright)
+    assert "6/6" in bright
+    assert "(local 3)" in bright
+    plain = on_a_terminal("resume", "run", "--last-step", 8, NO_COLOR="1")
+    assert "8/8" in plain
+    assert not re.search(color, plain)
+
+
+def test_anything_but_a_terminal_gets_plain_lines() -> None:
+    name = write(small(stop={"last_step": 8}, log={"every": 4}))
+    lines = call("train", "--config", name, "--run-dir", "run", TERM="xterm-256color").stderr.splitlines()
+    assert not [line for line in lines if "\x1b" in line or "\r" in line]
+    shown = [line.split("  ")[0] for line in lines if line.startswith("step ")]
+    assert shown == ["step 1/8 (local 1)", "step 4/8 (local 4)", "step 8/8 (local 8)", "step 8/8 (local 8)"]

@@ -1,0 +1,448 @@
+"""What the command line answers to a mistake: the exit code, one clear line on stderr, and nothing left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from stepctl import run, yamlio
+from stepctl.cli.main import cli
+from stepctl.errors import Exit
+
+X = np.arange(20.0).reshape(10, 2)
+Y = np.arange(10) % 3
+CONFIG: dict[str, Any] = {
+    "data": {"name": "arrays", "path": "a.npz", "batch_size": 2},
+    "model": {"name": "linear"},
+    "task": {"name": "classification"},
+    "optimizer": {"name": "sgd", "learning_rate": 0.1},
+    "stop": {"last_step": 3},
+    "checkpoint": {"every": 1},
+    "numerics": {"threads": 1},
+}
+EITHER = "give either last_step (absolute) or num_steps (from the segment's start)"
+SECTIONS = "seed, dtype, initial_step, data, model, task, optimizer, stop, log, evaluate, checkpoint, numerics"
+
+
+class Answer(NamedTuple):
+    """What a command gave back."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def stepctl(*arguments: object) -> Answer:
+    """Run the command line in this process."""
+    result = CliRunner().invoke(cli, [*map(str, arguments)], prog_name="stepctl")
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Traceback" not in result.output
+    return Answer(result.exit_code, result.stdout, result.stderr)
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """Return the content of every file, and None for every folder, below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def write_config(**sections: Any) -> None:
+    full = {**CONFIG, **sections}
+    Path("c.yaml").write_text(yamlio.dumps({key: value for key, value in full.items() if value is not None}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with good data and a good config."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", x=X, y=Y)
+    write_config()
+    return tmp_path
+
+
+# train: what stands in the files, the sections that differ, the line
+
+
+def npz(**arrays: Any) -> Callable[[], Any]:
+    return lambda: np.savez("a.npz", **arrays)
+
+
+def file(name: str, content: bytes) -> Callable[[], Any]:
+    return lambda: Path(name).write_bytes(content)
+
+
+def csv(**options: Any) -> dict[str, Any]:
+    return {"data": {"name": "csv", "path": "a.csv", "batch_size": 2, **options}}
+
+
+def idx(**options: Any) -> dict[str, Any]:
+    return {"data": {"name": "idx", "images": "images", "labels": "labels", "batch_size": 2, **options}}
+
+
+def hdf5(**arrays: Any) -> Callable[[], Any]:
+    def write() -> None:
+        with h5py.File("a.h5", "w") as target:
+            for name, array in arrays.items():
+                target[name] = array
+
+    return write
+
+
+def data(**options: Any) -> dict[str, Any]:
+    return {"data": {**CONFIG["data"], **options}}
+
+
+def nothing() -> None:
+    """Leave the good data as they are."""
+
+
+IMAGES = b"\0\0\x08\x03\0\0\0\x0a\0\0\0\x01\0\0\0\x02" + bytes(range(20))
+LABELS = b"\0\0\x08\x01\0\0\0\x0a" + bytes(Y.tolist())
+HDF5 = {"data": {"name": "hdf5", "path": "a.h5", "batch_size": 2}}
+ROWS = "".join(f"{a},{b},{label}\n" for (a, b), label in zip(X, Y, strict=True)).encode()
+GZIPPED = gzip.compress(ROWS)
+
+
+def replaced(array: Any, at: Any, value: Any) -> Any:
+    array = array.copy()
+    array[at] = value
+    return array
+
+
+def both_idx(images: bytes, labels: bytes) -> Callable[[], Any]:
+    return lambda: (Path("images").write_bytes(images), Path("labels").write_bytes(labels))
+
+
+TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "no data file": (
+        nothing,
+        data(path="nowhere.npz"),
+        "HERE/nowhere.npz: no such file; check the path in the config's data section",
+    ),
+    "a folder for a data file": (nothing, data(path="."), "HERE: cannot be read as a NumPy archive (.npz): "),
+    "x without features": (npz(x=X[:, 0], y=Y), {}, "HERE/a.npz: x has shape (10,); (rows, features, ...) is needed"),
+    "x of no columns": (npz(x=X[:, :0], y=Y), {}, "HERE/a.npz: x has shape (10, 0); at least one feature is needed"),
+    "y of the wrong shape": (
+        npz(x=X, y=X),
+        {},
+        "HERE/a.npz: y has shape (10, 2); a classification needs one label a row",
+    ),
+    "rows that do not match": (npz(x=X, y=Y[:7]), {}, "HERE/a.npz: x has 10 rows, but y has 7; they must be equal"),
+    "no rows": (npz(x=X[:0], y=Y[:0]), {}, "HERE/a.npz: holds no rows; a data set needs at least one"),
+    "text for numbers": (npz(x=X.astype(str), y=Y), {}, "HERE/a.npz: x has dtype <U32; numbers are needed"),
+    "too few classes": (
+        nothing,
+        data(n_classes=2),
+        "HERE/a.npz: row 2: label 2 is outside 0..1; mend the row, or raise data.n_classes",
+    ),
+    "a label that is not whole": (
+        npz(x=X, y=replaced(Y.astype(float), 4, 1.5)),
+        {},
+        "HERE/a.npz: row 4: label 1.5 is not one of 0, 1, 2, ...; mend the row",
+    ),
+    "a label that is not a number": (
+        npz(x=X, y=replaced(Y.astype(float), 4, np.nan)),
+        {},
+        "HERE/a.npz: row 4: label nan is not one of 0, 1, 2, ...; mend the row",
+    ),
+    "a negative label": (
+        npz(x=X, y=replaced(Y, 7, -1)),
+        {},
+        "HERE/a.npz: row 7: label -1 is not one of 0, 1, 2, ...; mend the row",
+    ),
+    "labels all negative": (
+        npz(x=X, y=Y - 3),
+        {},
+        "HERE/a.npz: row 0: label -3 is not one of 0, 1, 2, ...; mend the row",
+    ),
+    "an enormous label": (
+        npz(x=X, y=replaced(Y.astype(float), 3, 1e20)),
+        {},
+        "HERE/a.npz: row 3: label 1e+20 is not one of 0, 1, 2, ...; mend the row",
+    ),
+    "a column of ids for labels": (
+        npz(x=X, y=Y + 10**9),
+        {},
+        "HERE/a.npz: label 1000000002 makes more classes than the 10 rows there are; "
+        "choose the right column, or set data.n_classes",
+    ),
+    "a value that is not finite": (
+        npz(x=replaced(X, (6, 1), np.inf), y=Y),
+        {},
+        "HERE/a.npz: row 6: x holds a value that is not finite as float32; mend or drop the row",
+    ),
+    "a value too large for float32": (
+        npz(x=replaced(X, (6, 1), 1e300), y=Y),
+        {},
+        "HERE/a.npz: row 6: x holds a value that is not finite as float32; mend or drop the row",
+    ),
+    "a target that is not finite": (
+        npz(x=X, y=replaced(Y.astype(float), 8, np.nan)),
+        {"task": {"name": "regression"}},
+        "HERE/a.npz: row 8: y holds a value that is not finite as float32; mend or drop the row",
+    ),
+    "targets of no columns": (
+        npz(x=X, y=X[:, :0]),
+        {"task": {"name": "regression"}},
+        "HERE/a.npz: y has shape (10, 0); (rows,) or (rows, columns) is needed",
+    ),
+    "classes in a regression": (
+        nothing,
+        {**data(n_classes=3), "task": {"name": "regression"}},
+        "data.n_classes: the targets of regression are numbers, not classes; leave it out",
+    ),
+    "binary with three classes": (
+        nothing,
+        {"task": {"name": "binary_classification"}},
+        "task.name: binary_classification needs labels 0 and 1; the data have 3 classes: use classification",
+    ),
+    "npz without y": (
+        npz(x=X, labels=Y),
+        {},
+        "HERE/a.npz: cannot be read as a NumPy archive (.npz): no array 'y' in it; it holds x, labels",
+    ),
+    "npz of objects": (
+        npz(x=X, y=np.array([None] * 10, object)),
+        {},
+        "HERE/a.npz: cannot be read as a NumPy archive (.npz): Object arrays cannot be loaded when allow_pickle=False",
+    ),
+    "npz that is text": (file("a.npz", b"x,y\n1,2\n"), {}, "HERE/a.npz: cannot be read as a NumPy archive (.npz): "),
+    "npz that is empty": (file("a.npz", b""), {}, "HERE/a.npz: cannot be read as a NumPy archive (.npz): "),
+    "npy for npz": (
+        lambda: (np.save("a.npy", X), Path("a.npy").rename("a.npz")),
+        {},
+        "HERE/a.npz: cannot be read as a NumPy archive (.npz): ",
+    ),
+    "npz cut short": (
+        lambda: Path("a.npz").write_bytes(Path("a.npz").read_bytes()[:300]),
+        {},
+        "HERE/a.npz: cannot be read as a NumPy archive (.npz): File is not a zip file",
+    ),
+    "npz with a flipped byte": (
+        lambda: Path("a.npz").write_bytes(Path("a.npz").read_bytes()[:200] + b"?" + Path("a.npz").read_bytes()[201:]),
+        {},
+        "HERE/a.npz: cannot be read as a NumPy archive (.npz): Bad CRC-32 for file 'x.npy'",
+    ),
+    "csv with names, not said": (
+        file("a.csv", b"a,b,label\n" + ROWS),
+        csv(),
+        "HERE/a.csv: cannot be read as CSV: could not convert string 'a' to float64 at row 0, column 1.; "
+        "if the first line holds names, set data.header: true",
+    ),
+    "csv, no such column name": (
+        file("a.csv", b"a,b,label\n" + ROWS),
+        csv(header=True, target="lable"),
+        "HERE/a.csv: cannot be read as CSV: no column 'lable'; it has a, b, label",
+    ),
+    "csv, no such column number": (
+        file("a.csv", ROWS),
+        csv(target=3),
+        "HERE/a.csv: cannot be read as CSV: no column 3; it has 3",
+    ),
+    "csv, a name without a header": (
+        file("a.csv", ROWS),
+        csv(target="label"),
+        "HERE/a.csv: cannot be read as CSV: data.target is the name 'label', but data.header is false",
+    ),
+    "csv with a short row": (
+        file("a.csv", ROWS + b"1,2\n"),
+        csv(),
+        "HERE/a.csv: cannot be read as CSV: the number of columns changed from 3 to 2 at row 11",
+    ),
+    "csv with a word": (
+        file("a.csv", ROWS + b"1,two,2\n"),
+        csv(),
+        "HERE/a.csv: cannot be read as CSV: could not convert string 'two' to float64 at row 10, column 2.",
+    ),
+    "csv of nothing": (file("a.csv", b""), csv(), "HERE/a.csv: cannot be read as CSV: it holds no rows"),
+    "csv of a header alone": (
+        file("a.csv", b"a,b,c\n"),
+        csv(header=True),
+        "HERE/a.csv: cannot be read as CSV: it holds no rows",
+    ),
+    "csv of one column": (
+        file("a.csv", b"1\n2\n"),
+        csv(),
+        "HERE/a.csv: x has shape (2, 0); at least one feature is needed",
+    ),
+    "csv, gzip damaged": (
+        file("a.csv", GZIPPED[:20] + b"????" + GZIPPED[24:]),
+        csv(),
+        "HERE/a.csv: cannot be read as CSV: Error -3 while decompressing data: ",
+    ),
+    "idx with a wrong magic number": (
+        both_idx(b"\x89PNG" + IMAGES[4:], LABELS),
+        idx(),
+        "HERE/images: cannot be read as IDX: it begins with 89504e47, not with an IDX magic number",
+    ),
+    "idx cut short": (
+        both_idx(IMAGES[:-4], LABELS),
+        idx(),
+        "HERE/images: cannot be read as IDX: its header promises 36 bytes for shape (10, 1, 2), but it has 32",
+    ),
+    "idx cut short in its header": (
+        both_idx(IMAGES, LABELS[:6]),
+        idx(),
+        "HERE/labels: cannot be read as IDX: it ends after 6 bytes, inside its header",
+    ),
+    "idx, images for labels": (
+        both_idx(IMAGES, IMAGES),
+        idx(),
+        "HERE/images and HERE/labels: y has shape (10, 1, 2); (rows,) or (rows, columns) is needed",
+    ),
+    "idx, gzip cut short": (
+        both_idx(gzip.compress(IMAGES)[:-9], LABELS),
+        idx(),
+        "HERE/images: cannot be read as IDX: Compressed file ended before the end-of-stream marker was reached",
+    ),
+    "idx, one validation file": (
+        both_idx(IMAGES, LABELS),
+        idx(validation_images="images"),
+        "data: give validation_images and validation_labels together, or neither",
+    ),
+    "not hdf5": (
+        file("a.h5", b"PK\3\4" + bytes(99)),
+        HDF5,
+        "HERE/a.h5: cannot be read as HDF5: Unable to synchronously open file (file signature not found)",
+    ),
+    "hdf5, no such dataset": (
+        hdf5(images=X, y=Y),
+        HDF5,
+        "HERE/a.h5: cannot be read as HDF5: no dataset 'x' in it; it holds images, y",
+    ),
+    "hdf5 of text": (
+        hdf5(x=X, y=["a"] * 10),
+        HDF5,
+        "HERE/a.h5: cannot be read as HDF5: 'y' has dtype object; numbers are needed",
+    ),
+    "hdf5, a value that is not finite": (
+        hdf5(x=replaced(X, (5, 0), np.nan), y=Y),
+        HDF5,
+        "HERE/a.h5: row 5: x holds a value that is not finite as float32; mend or drop the row",
+    ),
+    "hdf5, a value too large for float32": (
+        hdf5(x=replaced(X, (5, 0), 1e300), y=Y),
+        HDF5,
+        "HERE/a.h5: row 5: x holds a value that is not finite as float32; mend or drop the row",
+    ),
+    "hdf5, a value too large once scaled": (
+        hdf5(x=replaced(X, (5, 0), 1e30), y=Y),
+        {"data": {**HDF5["data"], "scale": 1e30}},
+        "HERE/a.h5: row 0: x holds a value that is not finite as float32; mend or drop the row",
+    ),
+    "hdf5, a label that is not whole": (
+        hdf5(x=X, y=replaced(Y.astype(float), 9, 0.5)),
+        HDF5,
+        "HERE/a.h5: row 9: label 0.5 is not one of 0, 1, 2, ...; mend the row",
+    ),
+    "nothing left to train on": (
+        nothing,
+        data(validation_fraction=0.97),
+        "HERE/a.npz: data.validation_fraction 0.97 of 10 rows leaves 0 to train on and 10 to validate; "
+        "each needs at least one",
+    ),
+    "nothing left to validate": (
+        nothing,
+        data(validation_fraction=0.01),
+        "HERE/a.npz: data.validation_fraction 0.01 of 10 rows leaves 10 to train on and 0 to validate; "
+        "each needs at least one",
+    ),
+    "an evaluation without validation rows": (
+        nothing,
+        {"evaluate": {"every": 2}},
+        "evaluate.every: there is no validation part; set data.validation_fraction, or name validation files in data",
+    ),
+    "validation rows twice": (
+        nothing,
+        data(validation_fraction=0.5, validation_path="a.npz"),
+        "data.validation_fraction: validation files are named too; give one or the other",
+    ),
+    "validation rows of another shape": (
+        lambda: np.savez("b.npz", x=X[:, :1], y=Y),
+        data(validation_path="b.npz"),
+        "HERE/b.npz: samples of shape (1,) and targets (), but HERE/a.npz has (2,) and (); they must be equal",
+    ),
+    "a validation label that training has not": (
+        lambda: np.savez("b.npz", x=X, y=Y + 1),
+        data(validation_path="b.npz", n_classes=3),
+        "HERE/b.npz: row 2: label 3 is outside 0..2; mend the row, or raise data.n_classes",
+    ),
+    "an end before the beginning": (
+        nothing,
+        {"initial_step": 4},
+        "stop.last_step: 3 is below initial_step 4; raise it",
+    ),
+    "two ends": (nothing, {"stop": {"last_step": 3, "num_steps": 3}}, f"c.yaml:5:7: stop: {EITHER}"),
+    "no end": (nothing, {"stop": {}}, f"c.yaml:5:7: stop: {EITHER}"),
+    "no stop section": (nothing, {"stop": None}, "c.yaml:1:1: config: stop is missing"),
+    "a cadence of 0": (
+        nothing,
+        {"checkpoint": {"every": 0}},
+        "c.yaml:6:21: checkpoint.every: 0 is wrong; should be greater than or equal to 1",
+    ),
+    "a cadence that never comes": (
+        nothing,
+        {"log": {"every": 5, "offset": 5}},
+        "c.yaml:8:6: log: offset 5 never comes with every 5; it must be below it",
+    ),
+    "a component that there is not": (
+        nothing,
+        {"model": {"name": "liner"}},
+        "c.yaml:2:15: model.name: no models component is called 'liner'; did you mean 'linear'?; "
+        "allowed: linear, mlp, or your own as 'package.module:Name'",
+    ),
+    "a key that there is not": (
+        nothing,
+        {"modle": {"name": "linear"}},
+        f"c.yaml:8:1: modle: unknown key; did you mean 'model'?; allowed: {SECTIONS}",
+    ),
+    "nesterov without momentum": (
+        nothing,
+        {"optimizer": {"name": "sgd", "learning_rate": 0.1, "nesterov": True}},
+        "c.yaml:4:12: optimizer: sgd: nesterov needs a momentum above 0",
+    ),
+    "shards that do not divide": (
+        nothing,
+        data(batch_size=4, shards=3),
+        "c.yaml:1:7: data: shards 3 does not divide batch_size 4; a batch is cut into equal parts",
+    ),
+    "a batch beyond all memory": (nothing, data(batch_size=2**31 - 1), ""),
+    "a model beyond all memory": (nothing, {"model": {"name": "mlp", "hidden": [2**31 - 1, 2**31 - 1]}}, ""),
+    "threads that this BLAS has not": (
+        nothing,
+        {"numerics": {"threads": 1, "blas_kernel": "Nonesuch"}},
+        "numerics.blas_kernel: NumPy was loaded with ",
+    ),
+}
+# lines whose end is the system's own words
+PREFIXES = {"a folder for a data file", "npz that is text", "npz that is empty", "npy for npz", "csv, gzip damaged"}
+PREFIXES |= {"threads that this BLAS has not", "a batch beyond all memory", "a model beyond all memory"}
+
+
+@pytest.mark.parametrize("case", TRAIN)
+def test_train_refuses_before_it_begins(case: str, folder: Path) -> None:
+    prepare, sections, line = TRAIN[case]
+    write_config(**sections)
+    prepare()
+    before = everything(folder)
+    for arguments in (["train", "--config", "c.yaml"], ["train", "--config", "c.yaml", "--run-dir", "new/run"]):
+        answer = stepctl(*arguments)
+        expected = "stepctl: " + line.replace("HERE", str(folder))
+        assert answer.stderr.startswith(expected), answer.stderr
+        assert case in PREFIXES or answer.stderr == f"{expected}\n"
+        assert answer.stderr.count("\n") == 1
+        assert (answer.code, answer.stdout) == (Exit.USAGE, "")
+        assert everything(folder) == before
