@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 AUTO: Literal["auto"] = "auto"
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Below it, threads cost more than they give; on a busy machine they then cost a hundred times more.
+_WORTH_THREADS = 1 << 24
 _KERNEL_VARIABLE = "OPENBLAS_CORETYPE"
 
 # OpenBLAS does not check that the CPU can run a kernel that is asked for by name: a wrong one is a crash.
@@ -72,6 +74,14 @@ def asked_for(plain: Mapping[str, Any]) -> tuple[object, object]:
     return (section.get("threads"), section.get("blas_kernel")) if isinstance(section, dict) else (None, None)
 
 
+def threads_for(work: int) -> int:
+    """Return what "auto" means for a model: one thread where a step has too little work for more.
+
+    `work` is rows times parameters: the multiplications of one forward pass.
+    """
+    return 1 if work < _WORTH_THREADS else default_threads()
+
+
 def default_threads() -> int:
     """Return the thread count that the environment asks for, or the number of cores this process may use."""
     for variable in _THREAD_VARIABLES:
@@ -83,13 +93,13 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def settle(threads: int | Literal["auto"]) -> dict[str, Any]:
+def settle(threads: int) -> dict[str, Any]:
     """Give BLAS its number of threads, and return the fingerprint of the numerics as they now are."""
     import numpy as np
     from threadpoolctl import ThreadpoolController
 
     blas = ThreadpoolController().select(user_api="blas")
-    blas.limit(limits=default_threads() if threads == AUTO else threads)
+    blas.limit(limits=threads)
     libraries = blas.info()
     build: Any = np.show_config(mode="dicts")
     dependency = build["Build Dependencies"]["blas"]

@@ -13,10 +13,10 @@ import numpy as np
 
 from stepctl import yamlio
 from stepctl.arena import Array
+from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.errors import CheckpointError
-from stepctl.run import Assembly
 from stepctl.rundir import RunDirectory
 
 _SLICE = 1 << 20  # elements read at a time

@@ -57,6 +57,18 @@ def test_a_write_to_a_view_is_a_write_to_the_buffer_and_back() -> None:
     assert arena["dense0/weight"].sum() == 45
 
 
+def test_an_assignment_writes_into_the_view() -> None:
+    arena = Arena(SHAPES, "float32")
+    view = arena["dense0/weight"]
+    arena["dense0/weight"] = np.arange(5)
+    assert arena["dense0/weight"] is view
+    assert np.array_equal(view, [range(5)] * 3)
+    with pytest.raises(KeyError):
+        arena["dense9/weight"] = 0
+    with pytest.raises(ValueError, match="broadcast"):
+        arena["dense0/weight"] = np.arange(4)
+
+
 def test_like_is_zeros_of_the_same_layout_in_other_memory() -> None:
     arena = filled("float64")
     other = arena.like()
@@ -121,6 +133,23 @@ def test_names_that_only_look_like_folders_are_allowed() -> None:
 def test_a_name_that_is_no_path_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"array name .*: use letters"):
         Arena({name: (1,)}, "float32")
+
+
+def test_a_name_may_stand_below_sixteen_folders_and_no_more() -> None:
+    Arena({"a/" * 16 + "w": (1,)}, "float32")
+    with pytest.raises(ValueError, match=r"array name .* at most 16 folders"):
+        Arena({"a/" * 17 + "w": (1,)}, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mark_stands_until_all_of_an_array_is_written(dtype: str) -> None:
+    arena = filled(dtype)
+    assert arena.marked() == []
+    arena.mark()
+    assert not arena.flat[gaps(arena)].any()
+    assert arena.marked() == [name for name, view in arena.items() if view.size]
+    arena["dense0/weight"][:2], arena["dense0/bias"], arena["dense1/weight"] = 1, np.nan, np.inf
+    assert arena.marked() == ["dense0/weight", "scalar"]
 
 
 def test_an_arena_may_be_empty() -> None:

@@ -626,7 +626,7 @@ def test_a_broken_inside_behind_a_right_digest_is_refused_by_code_or_harmless(tm
     ],
     ids=lambda array: f"{array.dtype}, strides {array.strides}",
 )
-def test_what_no_checkpoint_could_give_back_is_refused_before_it_is_saved(array: Array) -> None:
+def test_arrays_that_no_checkpoint_could_give_back_are_refused_before_they_are_saved(array: Array) -> None:
     state = small_state()
     codec.check_storable(state)
     state.hooks = {"best": {"loss": array}}
@@ -658,3 +658,25 @@ def test_all_that_does_not_fit_is_reported_together(tmp_path: Path) -> None:
     ]
     assert {name: view.tobytes() for name, view in expected.arrays().items()} == before
     assert dict(expected.counters) == {"global_step": STEP, "samples_seen": 1, "model": 1}
+
+
+ODD_NAMES = [
+    ("best", "é"),
+    ("é", "loss"),
+    ("best", "x\0y"),
+    ("best", "a//b"),
+    ("best", ""),
+    ("", "loss"),
+    ("best", "."),
+]
+ODD_NAMES += [("best", "/loss"), ("best", "loss/"), ("best", "a b"), ("best", "a/" * 40 + "b"), ("best", "same/loss")]
+
+
+@pytest.mark.parametrize(("hook", "key"), ODD_NAMES, ids=repr)
+def test_names_that_no_checkpoint_could_hold_are_refused_before_they_are_saved(hook: str, key: str) -> None:
+    state = small_state()
+    state.hooks = {"best": {"same": np.zeros(1)}}
+    codec.check_storable(state)
+    state.hooks.setdefault(hook, {})[key] = np.zeros(1)
+    with pytest.raises(ConfigError, match="name"):
+        codec.check_storable(state)

@@ -191,11 +191,22 @@ class Masks(Model):
         return outputs[0], lambda dy, grads: grads.flat.fill(0)
 
 
+def task_of(model: Model, *, n_outputs: int, seed: int = 0, shards: int = 1) -> Regression:
+    return Regression(
+        model=model,
+        optimizer=SGD(learning_rate=Constant(value=0.1)),
+        n_outputs=n_outputs,
+        seed=seed,
+        dtype="float64",
+        shards=shards,
+        threads=1,
+    )
+
+
 def masks(seed: int, steps: range, shards: int) -> list[bytes]:
     """Return the masks that a training from ones draws: two for each (step, shard)."""
     model, batch = Masks(), Batch(np.ones((32, 20)), np.zeros((32, 20)))
-    optimizer = SGD(learning_rate=Constant(value=0.1))
-    task = Regression(model=model, optimizer=optimizer, seed=seed, dtype="float64", shards=shards, threads=1)
+    task = task_of(model, n_outputs=20, seed=seed, shards=shards)
     for step in steps:
         task.step(task.initial_state(step), batch)
     return model.seen
@@ -210,8 +221,7 @@ def test_a_mask_is_a_function_of_seed_layer_step_and_shard() -> None:
 
 def test_dropout_passes_everything_unchanged_in_evaluation() -> None:
     model = Masks()
-    optimizer = SGD(learning_rate=Constant(value=0.1))
-    task = Regression(model=model, optimizer=optimizer, seed=0, dtype="float64", shards=1, threads=1)
+    task = task_of(model, n_outputs=3)
     batch = Batch(np.full((8, 3), 2.0), np.zeros((8, 3)))
     assert task.evaluate(task.initial_state(0), [batch]) == {"loss": 4.0}
     assert model.seen == [bytes(24)] * 2

@@ -13,6 +13,7 @@ import pytest
 from helpers import make_config, resume, rows, silent, train
 from stepctl import config as configs
 from stepctl import run
+from stepctl.assembly import assemble
 from stepctl.checkpoint import codec
 from stepctl.cli.options import train_segment
 from stepctl.config import Cadence, Checkpoint, Config, Stop
@@ -118,7 +119,7 @@ def test_the_first_update_uses_the_rate_of_step_0(small: Any, tmp_path: Path) ->
 def test_row_n_holds_the_loss_of_the_batch_that_produced_n(small: Any, tmp_path: Path) -> None:
     train(small(), tmp_path / "run")
     losses = [row["loss"] for row in rows(tmp_path / "run") if row["kind"] == "train"]
-    again = run.assemble(small())
+    again = assemble(small())
     for step in range(12):
         batch = again.training.batch(step * BATCH)
         measured = again.task.evaluate(again.state, [batch])  # before the update, on the batch it will use
@@ -129,7 +130,7 @@ def test_row_n_holds_the_loss_of_the_batch_that_produced_n(small: Any, tmp_path:
 
 
 def test_samples_are_used_once_an_epoch_and_batches_run_across_epoch_ends(small: Any) -> None:
-    batches = run.assemble(small()).training
+    batches = assemble(small()).training
     assert batches.part.n == N_TRAINING
     drawn = np.concatenate([batches.batch(step * BATCH).x[:, 0].copy() for step in range(15)])  # four whole epochs
     assert len(drawn) == 4 * N_TRAINING
@@ -165,7 +166,7 @@ def test_a_fresh_run_publishes_its_initial_checkpoint(small: Any, tmp_path: Path
     config = small(checkpoint={"every": 1000, "keep_last": None})
     train(config, tmp_path / "run")
     assert there(tmp_path / "run") == ["step-00000000.h5", "step-00000012.h5"]
-    baseline, restored = run.assemble(config).state, run.assemble(config).state
+    baseline, restored = assemble(config).state, assemble(config).state
     for view in restored.params.values():
         view[...] = 0
     with codec.Reader(tmp_path / "run" / "checkpoints" / "step-00000000.h5") as reader:
@@ -209,7 +210,7 @@ def test_counters_that_disagree_are_refused(small: Any, tmp_path: Path) -> None:
     path = tmp_path / "run"
     train(small(stop={"last_step": 3}), path)
     with codec.Reader(path / "checkpoints" / "step-00000003.h5") as reader:
-        state = run.assemble(small()).state
+        state = assemble(small()).state
         codec.restore(reader, state)
         state.counters = Counters(dict(state.counters) | {"model": 2})
         header = reader.header
@@ -394,7 +395,7 @@ def test_saves_of_a_resumed_run_fall_on_the_same_grid(small: Any, tmp_path: Path
 
 def test_a_save_asked_for_is_made_once_also_on_the_grid(small: Any) -> None:
     published, requests = [], {3, 5}
-    state = run.assemble(small()).state
+    state = assemble(small()).state
     hook = Save(
         Checkpoint(every=5),
         publish=lambda state: published.append(state.counters.global_step),
@@ -416,13 +417,13 @@ def test_checkpoint_n_holds_the_state_after_exactly_n_updates(small: Any, tmp_pa
     train(small(stop={"last_step": 8}), tmp_path / "short")
     states = []
     for name in ("long", "short"):
-        state = run.assemble(small()).state
+        state = assemble(small()).state
         with codec.Reader(tmp_path / name / "checkpoints" / "step-00000008.h5") as reader:
             codec.restore(reader, state)
         states.append(state)
     assert states[0].same_bits(states[1])
     assert states[0].counters.global_step == 8
-    assert not states[0].same_bits(run.assemble(small()).state)
+    assert not states[0].same_bits(assemble(small()).state)
 
 
 # --- what may change on resume

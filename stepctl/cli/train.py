@@ -50,6 +50,7 @@ def train(
 
     from stepctl import config as configs
     from stepctl import report, run
+    from stepctl.assembly import prepare
 
     if resuming:
         with run.resume(directory, run.ResumeOptions(document=document), say) as segment:
@@ -58,7 +59,7 @@ def train(
     if dry_run:
         directory.refuse_run()
         directory.refuse_strangers()
-        print_plan(report.plan(run.prepare(config), directory), as_json)
+        print_plan(report.plan(prepare(config), directory), as_json)
         return
     with run.create(config, directory) as segment:
         train_segment(segment, quiet=quiet, verbose=verbose)

@@ -45,10 +45,17 @@ class Times(NamedTuple):
 def run(command: list[str], folder: Path) -> Times:
     """Run a command to its end."""
     environment = {key: value for key, value in os.environ.items() if key not in UNSET}
-    environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environment.get("PYTHONPATH", ".").split(os.pathsep)))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        map(os.path.abspath, environment.get("PYTHONPATH", ".").split(os.pathsep))
+    )
     start = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     assert process.stderr is not None
     said = process.stderr.read().decode()
@@ -93,7 +100,6 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "stepctl.py").mkdir()  # taken: the launcher must not be importable as the package
         launcher, config = folder / "launcher.py", folder / "config.yaml"
         launcher.write_text(LAUNCHER)
         config.write_text(CONFIG)
