@@ -36,6 +36,10 @@ class Assembly:
     hooks: list[Hook]
     state: TrainState
 
+    def trial(self) -> None:
+        """Try the first step without taking it, so that a model that breaks its protocol is refused before it."""
+        self.task.trial(self.state, self.training.batch(self.state.counters.samples_seen))
+
     def data_fingerprint(self) -> str:
         """Return a text that changes when the data do."""
         return "; ".join(source.fingerprint() for source in self.sources)
@@ -153,6 +157,7 @@ def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
                           f"{asked.blas_kernel}; use auto, or a kernel of this CPU")  # fmt: skip
     for source in assembly.sources:
         source.check(assembly.config.data.n_classes)
+    assembly.trial()
     resolved = {"numerics.threads": here["threads"], "numerics.blas_kernel": here["blas_kernel"]}
     assembly.config = assembly.config.with_values(resolved)
     return assembly

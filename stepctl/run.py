@@ -177,6 +177,7 @@ def resume(directory: RunDirectory, options: ResumeOptions, say: Say, hooks: Seq
             header, name = reader.header, reader.name
         assembly.task.check_counters(assembly.state.counters, config.initial_step)
         _check_data(assembly, ledger, options)
+        assembly.trial()
         step = header.global_step
         stop_changed = any(change["key"].startswith("stop.") for change in changed)
         segment = Segment(

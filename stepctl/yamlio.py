@@ -18,6 +18,7 @@ from stepctl.errors import ConfigError
 Path = tuple[str | int, ...]
 MAX_BYTES = 1 << 16
 _MAX_DEPTH = 20
+_MOST_PROBLEMS = 50  # shown
 
 # YAML 1.2.2, section 10.3.2: the core schema's scalars
 _NULL = re.compile(r"null|Null|NULL|~|")
@@ -110,7 +111,9 @@ class _Parser:
         except (yaml.YAMLError, ValueError) as error:  # PyYAML lets chr()'s ValueError through
             self.problems.append(f"{self.name}: not YAML: {' '.join(str(error).split())}")
         if self.problems:
-            raise ConfigError("\n".join(self.problems))
+            left_out = len(self.problems) - _MOST_PROBLEMS
+            more = [f"... and {left_out} more"] if left_out > 0 else []
+            raise ConfigError("\n".join(self.problems[:_MOST_PROBLEMS] + more))
         return self
 
     def _documents(self) -> None:

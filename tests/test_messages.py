@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
-from collections.abc import Callable
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +18,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from stepctl import yamlio
+from stepctl import run, yamlio
 from stepctl.cli.main import cli
 from stepctl.errors import Exit
 
@@ -27,6 +33,7 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every": 1},
     "numerics": {"threads": 1},
 }
+NO_NPZ = "cannot be read as a NumPy archive (.npz): it is not a zip archive; save x and y together with np.savez"
 EITHER = "give either last_step (absolute) or num_steps (from the segment's start)"
 SECTIONS = "seed, dtype, initial_step, data, model, task, optimizer, stop, log, evaluate, checkpoint, numerics"
 
@@ -125,7 +132,11 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         data(path="nowhere.npz"),
         "HERE/nowhere.npz: no such file; check the path in the config's data section",
     ),
-    "a folder for a data file": (nothing, data(path="."), "HERE: cannot be read as a NumPy archive (.npz): "),
+    "a folder for a data file": (
+        nothing,
+        data(path="."),
+        "HERE: cannot be read as a NumPy archive (.npz): [Errno 21] Is a directory: 'HERE'",
+    ),
     "x without features": (npz(x=X[:, 0], y=Y), {}, "HERE/a.npz: x has shape (10,); (rows, features, ...) is needed"),
     "x of no columns": (npz(x=X[:, :0], y=Y), {}, "HERE/a.npz: x has shape (10, 0); at least one feature is needed"),
     "y of the wrong shape": (
@@ -212,12 +223,12 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {},
         "HERE/a.npz: cannot be read as a NumPy archive (.npz): Object arrays cannot be loaded when allow_pickle=False",
     ),
-    "npz that is text": (file("a.npz", b"x,y\n1,2\n"), {}, "HERE/a.npz: cannot be read as a NumPy archive (.npz): "),
-    "npz that is empty": (file("a.npz", b""), {}, "HERE/a.npz: cannot be read as a NumPy archive (.npz): "),
+    "npz that is text": (file("a.npz", b"x,y\n1,2\n"), {}, f"HERE/a.npz: {NO_NPZ}"),
+    "npz that is empty": (file("a.npz", b""), {}, f"HERE/a.npz: {NO_NPZ}"),
     "npy for npz": (
         lambda: (np.save("a.npy", X), Path("a.npy").rename("a.npz")),
         {},
-        "HERE/a.npz: cannot be read as a NumPy archive (.npz): ",
+        f"HERE/a.npz: {NO_NPZ}",
     ),
     "npz cut short": (
         lambda: Path("a.npz").write_bytes(Path("a.npz").read_bytes()[:300]),
@@ -334,7 +345,7 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "hdf5, a value too large once scaled": (
         hdf5(x=replaced(X, (5, 0), 1e30), y=Y),
         {"data": {**HDF5["data"], "scale": 1e30}},
-        "HERE/a.h5: row 0: x holds a value that is not finite as float32; mend or drop the row",
+        "HERE/a.h5: row 5: x holds a value that is not finite as float32; mend or drop the row",
     ),
     "hdf5, a label that is not whole": (
         hdf5(x=X, y=replaced(Y.astype(float), 9, 0.5)),
@@ -412,15 +423,14 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         data(batch_size=4, shards=3),
         "c.yaml:1:7: data: shards 3 does not divide batch_size 4; a batch is cut into equal parts",
     ),
-    "threads that this BLAS has not": (
+    "a kernel that this CPU has not": (
         nothing,
         {"numerics": {"threads": 1, "blas_kernel": "Nonesuch"}},
         "numerics.blas_kernel: NumPy was loaded with ",
     ),
 }
-# lines whose end is the system's own words
-PREFIXES = {"a folder for a data file", "npz that is text", "npz that is empty", "npy for npz", "csv, gzip damaged"}
-PREFIXES |= {"threads that this BLAS has not"}
+# lines whose end is a library's own words
+PREFIXES = {"csv, gzip damaged", "a kernel that this CPU has not"}
 
 
 @pytest.mark.parametrize("case", TRAIN)
@@ -437,3 +447,339 @@ def test_train_refuses_before_it_begins(case: str, folder: Path) -> None:
         assert answer.stderr.count("\n") == 1
         assert (answer.code, answer.stdout) == (Exit.USAGE, "")
         assert everything(folder) == before
+
+
+# train and resume: what the command line itself asks for
+
+RANGE = "is not in the range 0<=x<=4611686018427387903."
+USAGE: dict[str, tuple[list[str], str]] = {
+    "no config file": (
+        ["train", "--config", "nowhere.yaml"],
+        "stepctl: nowhere.yaml: cannot be read: No such file or directory; check the path",
+    ),
+    "a folder for a config": (["train", "--config", "."], "stepctl: .: cannot be read: Is a directory; check the path"),
+    "data for a config": (["train", "--config", "a.npz"], "stepctl: a.npz: not UTF-8 text: "),
+    "no config at all": (["train"], "Error: Missing option '--config'."),
+    "both targets": (
+        ["train", "--config", "c.yaml", "--num-steps", "3", "--last-step", "4"],
+        "stepctl: --num-steps and --last-step: give one (steps from here, or an absolute step)",
+    ),
+    "a target below 0": (
+        ["train", "--config", "c.yaml", "--num-steps", "-1"],
+        f"Error: Invalid value for '--num-steps': -1 {RANGE}",
+    ),
+    "a target that is no number": (
+        ["train", "--config", "c.yaml", "--last-step", "1e3"],
+        "Error: Invalid value for '--last-step': '1e3' is not a valid integer range.",
+    ),
+    "a setting without a value": (
+        ["train", "--config", "c.yaml", "--set", "seed"],
+        "stepctl: --set seed: give KEY=VALUE, such as optimizer.learning_rate=1e-3",
+    ),
+    "a setting of the wrong type": (
+        ["train", "--config", "c.yaml", "--set", "seed=1.5"],
+        "stepctl: --set seed:1:1: seed: 1.5 is wrong; a whole number is needed",
+    ),
+    "a setting that there is not": (
+        ["train", "--config", "c.yaml", "--set", "data.batchsize=3"],
+        "stepctl: --set data.batchsize: data.batchsize: unknown key; did you mean 'batch_size'?; allowed: path, "
+        "validation_path, x, y, scale, batch_size, n_classes, shards, validation_fraction",
+    ),
+    "a run directory that is a file": (
+        ["train", "--config", "c.yaml", "--run-dir", "a.npz"],
+        "stepctl: a.npz: not a directory to keep a run in: Not a directory",
+    ),
+    "a run directory below a file": (
+        ["train", "--config", "c.yaml", "--run-dir", "a.npz/run"],
+        "stepctl: a.npz/run: ",
+    ),
+    "somebody's folder": (
+        ["train", "--config", "c.yaml", "--run-dir", "."],
+        "stepctl: .: holds 'a.npz', which no run made; choose another --run-dir",
+    ),
+    "somebody's folder, dry": (
+        ["train", "--config", "c.yaml", "--run-dir", ".", "--dry-run"],
+        "stepctl: .: holds 'a.npz', which no run made; choose another --run-dir",
+    ),
+    "resume of nothing": (
+        ["resume", "nowhere"],
+        "stepctl: nowhere: no run is there (no config.yaml); start one with: stepctl train",
+    ),
+    "resume of somebody's folder": (
+        ["resume", "."],
+        "stepctl: .: no run is there (no config.yaml); start one with: stepctl train",
+    ),
+    "resume of a file": (
+        ["resume", "a.npz"],
+        "stepctl: a.npz: no run is there (no config.yaml); start one with: stepctl train",
+    ),
+    "no such command": (["tarin"], "Error: No such command 'tarin'. Did you mean 'train'?"),
+    "no such option": (["train", "--confg", "c.yaml"], "Error: No such option '--confg'."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage(case: str, folder: Path) -> None:
+    arguments, line = USAGE[case]
+    before = everything(folder)
+    answer = stepctl(*arguments)
+    assert (answer.code, answer.stdout) == (Exit.USAGE, "")
+    last = answer.stderr.splitlines()[-1]
+    assert last.startswith(line), answer.stderr
+    assert last == answer.stderr.rstrip("\n") or answer.stderr.startswith("Usage: stepctl ")
+    assert everything(folder) == before
+
+
+def test_every_problem_of_a_config_has_its_line(folder: Path) -> None:
+    Path("c.yaml").write_text("seed: 1\nseed: 2\ndata: &a {name: digits}\nmodel: *a\n")
+    assert stepctl("train", "--config", "c.yaml").stderr.splitlines() == [
+        "stepctl: c.yaml:2:1: duplicate key 'seed'; the first stands at c.yaml:1:1",
+        "c.yaml:3:7: anchor &a; write each value out where it is used",
+        "c.yaml:4:8: alias *a; write the value out",
+    ]
+
+
+def test_a_user_s_own_config_is_not_a_run_s(folder: Path) -> None:
+    Path("mine").mkdir()
+    shutil.move("c.yaml", "mine/config.yaml")
+    before = everything(folder)
+    answer = stepctl("train", "--config", "mine/config.yaml", "--run-dir", "mine")
+    assert answer == (
+        Exit.USAGE,
+        "",
+        "stepctl: mine: holds 'config.yaml', which no run made; choose another --run-dir\n",
+    )
+    assert everything(folder) == before
+
+
+# A run that is there
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a run to step 3, with every checkpoint kept; copied for each test."""
+    folder = tmp_path_factory.mktemp("trained")
+    np.savez(folder / "a.npz", x=X, y=Y)
+    config = {**CONFIG, "data": {**CONFIG["data"], "path": str(folder / "a.npz")}}
+    (folder / "c.yaml").write_text(yamlio.dumps({**config, "checkpoint": {"every": 1, "keep_last": None}}))
+    answer = stepctl("train", "--config", folder / "c.yaml", "--run-dir", folder / "run", "-q")
+    assert answer == (Exit.DONE, "", "")
+    return folder
+
+
+@pytest.fixture
+def there(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with that run in it, in "run"."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RESULT = "would change the result, so a resume refuses it"
+THERE: dict[str, tuple[list[str], int, str]] = {
+    "train again": (
+        ["train", "--config", "c.yaml", "--run-dir", "run"],
+        Exit.USAGE,
+        "run: holds a run already; go on with: stepctl resume run",
+    ),
+    "train again, dry": (
+        ["train", "--config", "c.yaml", "--run-dir", "run", "--dry-run"],
+        Exit.USAGE,
+        "run: holds a run already; go on with: stepctl resume run",
+    ),
+    "a locked key": (
+        ["resume", "run", "--set", "seed=5", "--num-steps", "1"],
+        Exit.USAGE,
+        f"seed: 0 -> 5 {RESULT}; keep 0, or pass --allow-change seed",
+    ),
+    "a locked key by another config": (
+        ["train", "--config", "other.yaml", "--run-dir", "run", "--or-resume"],
+        Exit.USAGE,
+        f"data.batch_size: 2 -> 4 {RESULT}; keep 2, or pass --allow-change data.batch_size",
+    ),
+    "another locked key allowed": (
+        ["resume", "run", "--set", "optimizer.learning_rate=1", "--allow-change", "seed"],
+        Exit.USAGE,
+        f"optimizer.learning_rate.value: 0.1 -> 1.0 {RESULT}; "
+        "keep 0.1, or pass --allow-change optimizer.learning_rate.value",
+    ),
+    "a setting of the wrong type": (
+        ["resume", "run", "--set", "log.every=0"],
+        Exit.USAGE,
+        "--set log.every:1:1: log.every: 0 is wrong; should be greater than or equal to 1",
+    ),
+    "a model that does not fit": (
+        ["resume", "run", "--set", "model={name: mlp, hidden: [4]}", "--allow-change", "model"],
+        Exit.NO_CHECKPOINT,
+        "step-00000003.h5: does not fit this config\n"
+        "  /params/dense0/weight: expected float32 (2, 4), found float32 (2, 3)\n"
+        "  /params/dense0/bias: expected float32 (4,), found float32 (3,)\n"
+        "  /params/dense1/weight: expected float32 (4, 3), found nothing\n"
+        "  /params/dense1/bias: expected float32 (3,), found nothing",
+    ),
+    "a step that there is not": (
+        ["resume", "run", "--from-step", "7"],
+        Exit.NO_CHECKPOINT,
+        "run/checkpoints: no checkpoint of step 7; there are: 0, 1, 2, 3",
+    ),
+    "both targets": (
+        ["resume", "run", "--num-steps", "1", "--last-step", "9"],
+        Exit.USAGE,
+        "--num-steps and --last-step: give one (steps from here, or an absolute step)",
+    ),
+    "inspect of nothing": (
+        ["inspect", "nowhere"],
+        Exit.NO_CHECKPOINT,
+        "nowhere: cannot be opened (No such file or directory)",
+    ),
+    "inspect of another file": (
+        ["inspect", "c.yaml"],
+        Exit.NO_CHECKPOINT,
+        "c.yaml: not a stepctl checkpoint, or its first 512 bytes are damaged",
+    ),
+    "inspect of another folder": (
+        ["inspect", "."],
+        Exit.NO_CHECKPOINT,
+        ".: neither a checkpoint nor a run (no checkpoints/ in it)",
+    ),
+    "a config that there is not": (
+        ["config", "check", "nowhere.yaml"],
+        Exit.USAGE,
+        "nowhere.yaml: cannot be read: No such file or directory; check the path",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", THERE)
+def test_beside_a_run(case: str, there: Path) -> None:
+    arguments, code, line = THERE[case]
+    text = Path("c.yaml").read_text().replace("batch_size: 2", "batch_size: 4")
+    Path("other.yaml").write_text(text)
+    before = everything(there)
+    assert stepctl(*arguments) == (code, "", f"stepctl: {line}\n")
+    assert everything(there) | {"run/lock": b""} == before | {"run/lock": b""}
+
+
+def test_a_locked_key_may_be_allowed(there: Path) -> None:
+    options = ["--set", "optimizer.learning_rate=0.5", "--allow-change", "optimizer.learning_rate", "-q"]
+    assert stepctl("resume", "run", "--num-steps", "1", *options) == (Exit.DONE, "", "")
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows if row["step"] in (1, 4)] == [0.1, 0.5]
+    starts = [json.loads(line) for line in Path("run/ledger.jsonl").read_text().splitlines() if '"start"' in line]
+    assert starts[-1]["changes"] == [{"key": "optimizer.learning_rate.value", "old": 0.1, "new": 0.5}]
+
+
+def test_a_finished_run_says_so(there: Path) -> None:
+    before = everything(there)
+    line = "run: at global step 3, target 3: nothing to do (more: --num-steps N)\n"
+    assert stepctl("resume", "run") == (Exit.DONE, "", line)
+    assert stepctl("train", "--config", "c.yaml", "--run-dir", "run", "--or-resume") == (Exit.DONE, "", line)
+    assert everything(there) | {"run/lock": b""} == before | {"run/lock": b""}
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(there: Path) -> None:
+    damage(Path("run/checkpoints/step-00000003.h5"))
+    answer = stepctl("inspect", "run", "--step")
+    reason = "step-00000003.h5: damaged (sha256 differs); using step-00000002.h5\n"
+    assert answer == (Exit.DONE, "2\n", reason)
+    assert stepctl("resume", "run", "-q") == (Exit.DONE, "", reason)
+
+
+def test_no_good_checkpoint_is_left(there: Path) -> None:
+    for path in Path("run/checkpoints").iterdir():
+        damage(path) if path.name < "step-00000002" else path.unlink()
+    before = everything(there)
+    reasons = "; ".join(f"step-0000000{step}.h5: damaged (sha256 differs)" for step in (1, 0))
+    line = f"run/checkpoints: no usable checkpoint (2 files, none good: {reasons}); start again in a new --run-dir"
+    for command in ("resume", "inspect"):
+        assert stepctl(command, "run") == (Exit.NO_CHECKPOINT, "", f"stepctl: {line}\n")
+    assert everything(there) | {"run/lock": b""} == before | {"run/lock": b""}
+
+
+def test_changed_data_are_named(there: Path, trained: Path) -> None:
+    text = Path("run/config.yaml").read_text()
+    Path("run/config.yaml").write_text(text.replace(str(trained), str(there)))
+    assert stepctl("resume", "run", "--num-steps", "1", "-q") == (Exit.DONE, "", "")
+    np.savez("a.npz", x=X + 1, y=Y)
+    before = everything(there)
+    reason = "the data are not those that the run was trained on; a resume would not be exact"
+    remedy = "bring them back, or pass --allow-change data"
+    expected = f"stepctl: {there}/a.npz: {reason}; {remedy}\n"
+    assert stepctl("resume", "run", "--num-steps", "1") == (Exit.USAGE, "", expected)
+    Path("a.npz").unlink()
+    missing = f"stepctl: {there}/a.npz: no such file; check the path in the config's data section\n"
+    assert stepctl("resume", "run", "--num-steps", "1") == (Exit.USAGE, "", missing)
+    del before["a.npz"]
+    assert everything(there) | {"run/lock": b""} == before | {"run/lock": b""}
+
+
+@pytest.fixture
+def held(there: Path) -> Iterator[Path]:
+    """The run, held as another process on another machine would hold it."""
+    Path("run/lock").write_text(json.dumps({"host": "node7", "boot_id": "?", "pid": 4321}))
+    descriptor = os.open("run/lock", os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield there
+    os.close(descriptor)
+
+
+IN_USE = "stepctl: run: in use by process 4321 on node7; wait for it, or stop it\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["resume", "run", "--num-steps", "5"],
+        ["resume", "run", "--from-step", "1"],
+        ["train", "--config", "c.yaml", "--run-dir", "run", "--or-resume"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_in_use_is_left_alone(arguments: list[str], held: Path) -> None:
+    before = everything(held)
+    assert stepctl(*arguments) == (Exit.IN_USE, "", IN_USE)
+    assert everything(held) == before
+
+
+def test_a_run_in_use_may_be_looked_at(held: Path) -> None:
+    assert stepctl("inspect", "run", "--step") == (Exit.DONE, "3\n", "")
+
+
+# The process itself: its exit code and its streams
+
+
+def process(*arguments: str) -> Answer:
+    command = [sys.executable, "-m", "stepctl.cli.main", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_process_gives_the_same_answers(held: Path) -> None:
+    write_config(**data(path="nowhere.npz"))
+    line = f"stepctl: {held}/nowhere.npz: no such file; check the path in the config's data section\n"
+    assert process("train", "--config", "c.yaml", "--run-dir", "new") == (Exit.USAGE, "", line)
+    assert process("resume", "run") == (Exit.IN_USE, "", IN_USE)
+    assert process("inspect", "c.yaml").code == Exit.NO_CHECKPOINT
+    assert not Path("new").exists()
+
+
+def test_a_traceback_is_for_the_asking(folder: Path) -> None:
+    answer = process("--debug", "train", "--config", "nowhere.yaml")
+    assert (answer.code, answer.stdout) == (1, "")
+    assert answer.stderr.startswith("Traceback")
+    assert "stepctl.errors.ConfigError: nowhere.yaml: cannot be read" in answer.stderr
+
+
+def test_what_nobody_foresaw_is_one_line_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr(run, "create", fail)
+    line = "stepctl: unexpected KeyError: 'a\\nb'; see where with: stepctl --debug\n"
+    assert stepctl("train", "--config", "c.yaml") == (Exit.NEGATIVE, "", line)

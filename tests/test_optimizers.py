@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from helpers import make_config
-from stepctl import numerics, optimizers, registry, run
+from stepctl import numerics, optimizers, registry
 from stepctl.arena import Arena, Array, same_bits
+from stepctl.assembly import assemble
 from stepctl.optimizers.adagrad import Adagrad
 from stepctl.optimizers.adam import Adam, AdamW
 from stepctl.optimizers.base import BLOCK, THREADED, Optimizer, Tick, global_norm
@@ -243,7 +244,7 @@ def test_the_norm_is_that_of_all_arrays_together() -> None:
 def test_the_first_update_uses_the_rate_of_the_initial_step(initial_step: int) -> None:
     rate = {"name": "piecewise_constant", "boundaries": [initial_step + 1], "values": [0.0, 0.1]}
     config = make_config(optimizer={"name": "sgd", "learning_rate": rate}, initial_step=initial_step)
-    assembly = run.assemble(config)
+    assembly = assemble(config)
     trainer = Trainer(assembly.task, assembly.training, assembly.state, stop=[])
     flats, rates = [assembly.state.params.flat.copy()], []
     for _ in range(2):

@@ -13,9 +13,9 @@ import pytest
 
 import stepctl
 from helpers import make_config, train
-from stepctl import run
+from stepctl import assembly as assemblies
 from stepctl.arena import Array
-from stepctl.run import Assembly
+from stepctl.assembly import Assembly
 from stepctl.state import Counters
 from stepctl.tasks.base import Metrics
 from stepctl.trainer import Trainer
@@ -29,7 +29,7 @@ def write(tmp_path: Path, **arrays: Array) -> str:
 
 def assemble(path: str, *, batch_size: int, shards: int = 1, **sections: Any) -> Assembly:
     data = {"name": "arrays", "path": path, "batch_size": batch_size, "shards": shards}
-    return run.assemble(make_config(**{"evaluate": {}, "data": data, **sections}))
+    return assemblies.assemble(make_config(**{"evaluate": {}, "data": data, **sections}))
 
 
 BATCH, WIDTH, CLASSES = 2048, 256, 128

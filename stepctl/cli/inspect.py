@@ -54,5 +54,5 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return f"({', '.join(map(str, value))})"
+        return str(tuple(value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

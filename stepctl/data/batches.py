@@ -11,10 +11,12 @@ import numpy.typing as npt
 
 from stepctl.arena import Array, aligned_empty
 from stepctl.data.base import Source
-from stepctl.errors import DataError
+from stepctl.errors import ConfigError, DataError
 from stepctl.rng import Permutation, epoch_order
 
-_LOOKAHEAD = 32  # batches whose rows are looked up at a time, so that a step pays next to nothing for it
+_LOOKAHEAD = 32  # batches whose rows are looked up at a time, so that a step pays next to nothing for it,
+_LOOKAHEAD_ROWS = 1 << 16  # but not more rows than this
+_MOST_EPOCHS = 100  # in one batch
 
 
 class Batch(NamedTuple):
@@ -69,6 +71,8 @@ class TrainingBatches:
     """
 
     def __init__(self, part: Part, *, seed: int, batch_size: int, dtype: str) -> None:
+        if batch_size > part.n * _MOST_EPOCHS:
+            raise ConfigError(f"data.batch_size: {batch_size} is over {_MOST_EPOCHS} times the {part.n} rows; lower it")
         self.part, self.seed, self.batch_size = part, seed, batch_size
         self._batch = _buffers(part.source, batch_size, dtype)
         self._start, self._rows = 0, np.empty(0, np.int64)  # a cache, not state
@@ -77,7 +81,7 @@ class TrainingBatches:
         """Return the batch that begins at this position; its arrays are valid until the next call."""
         offset = samples_seen - self._start
         if offset < 0 or offset + self.batch_size > len(self._rows):
-            count = self.batch_size * _LOOKAHEAD
+            count = max(self.batch_size, min(self.batch_size * _LOOKAHEAD, _LOOKAHEAD_ROWS))
             self._rows = self.part.rows(epoch_order(self.part.n, self.seed, samples_seen, count))
             self._start, offset = samples_seen, 0
         self.part.source.read(self._rows[offset : offset + self.batch_size], self._batch.x, self._batch.y)

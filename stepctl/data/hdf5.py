@@ -20,7 +20,7 @@ from stepctl.errors import DataError
 from stepctl.registry import File
 
 _SLICE_BYTES = 1 << 24
-_SAMPLED = 1024  # rows in a fingerprint
+_SAMPLED = 64  # rows in a fingerprint
 
 
 def hdf5(

@@ -32,6 +32,10 @@ class Task(ABC):
         """Raise CheckpointError if the counters cannot belong together."""
 
     @abstractmethod
+    def trial(self, state: TrainState, batch: Batch) -> None:
+        """Compute what a step would, changing nothing; ConfigError if the model breaks its protocol."""
+
+    @abstractmethod
     def step(self, state: TrainState, batch: Batch) -> Metrics:
         """Apply one update to the arrays (not to the counters) and return what was measured on the way."""
 

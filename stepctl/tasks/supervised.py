@@ -65,8 +65,18 @@ class Supervised(Task):
     def increments(self, batch: Batch) -> dict[str, int]:
         return {GLOBAL_STEP: 1, SAMPLES_SEEN: len(batch.x), _MODEL: 1}
 
+    def trial(self, state: TrainState, batch: Batch) -> None:
+        self._gradient(state, batch, checked=True)
+
     def step(self, state: TrainState, batch: Batch) -> Metrics:
-        first = self._gradients is None
+        gradient, metrics = self._gradient(state, batch)
+        tick = Tick(self.optimizer.learning_rate(state.counters.global_step), state.counters[_MODEL] + 1)
+        slots = state.optimizers[_MODEL]
+        self.optimizer.update(state.params, slots, gradient, tick, threads=self._threads)
+        metrics["learning_rate"] = tick.learning_rate
+        return metrics
+
+    def _gradient(self, state: TrainState, batch: Batch, *, checked: bool = False) -> tuple[Arena, Metrics]:
         if self._gradients is None:
             self._gradients = TreeSum(state.params)
         step, n = state.counters.global_step, len(batch.x)
@@ -78,21 +88,17 @@ class Supervised(Task):
             outputs, backward = self._forward(state.params, batch.x[at], self._training)
             metrics, doutputs = self.measure(outputs, batch.y[at], n, self._training)
             leaf = self._gradients.leaf()
-            if first:
+            if checked:
                 leaf.mark()
             backward(doutputs, leaf)
-            if first and (unwritten := leaf.marked()):
+            if checked and (unwritten := leaf.marked()):
                 raise ConfigError(
                     f"model: backward left the gradient of {', '.join(unwritten)} unwritten; "
                     "it must write all of it: grads[name][...] = ..."
                 )
             self._gradients.add()
             parts.append(metrics)
-        tick = Tick(self.optimizer.learning_rate(step), state.counters[_MODEL] + 1)
-        self.optimizer.update(
-            state.params, state.optimizers[_MODEL], self._gradients.total(), tick, threads=self._threads
-        )
-        return _summed(parts) | {"learning_rate": tick.learning_rate}
+        return self._gradients.total(), _summed(parts)
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> Metrics:
         parts, n = [], 0
