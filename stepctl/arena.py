@@ -83,6 +83,8 @@ class Arena(Mapping[str, Array]):
 
     def copy_from(self, other: Arena) -> None:
         """Take over every value of an arena of the same layout."""
+        if (self.shapes, self.dtype) != (other.shapes, other.dtype):
+            raise ValueError("the arenas differ in layout")
         self.flat[:] = other.flat
 
     def mark(self) -> None:

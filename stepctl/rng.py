@@ -59,7 +59,7 @@ class Permutation:
         self._keys = seed_sequence(seed, stream, *index).generate_state(_ROUNDS, np.uint64)
 
     def __call__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Map positions in [0, n), any shape, to the numbers that stand there."""
+        """Map positions in [0, n), at least 1-D, to the numbers that stand there."""
         found = self._encrypt(positions.astype(np.uint64))
         outside = np.flatnonzero(found >= self.n)
         while outside.size:

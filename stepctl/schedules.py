@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated
 
+from pydantic import Field
+
 from stepctl.registry import Component, NonNegative, NonNegativeInt, Positive, PositiveInt
 
 NAMES = {
@@ -58,7 +60,7 @@ class Exponential(Schedule):
     """peak * decay_rate ** (t / decay_steps), t counted from the end of the warm-up; whole powers if `staircase`."""
 
     peak: NonNegative
-    decay_rate: Positive
+    decay_rate: Annotated[float, Field(gt=0, le=1)]
     decay_steps: PositiveInt
     staircase: bool = False
 
@@ -92,6 +94,9 @@ class Polynomial(Schedule):
     end: NonNegative = 0.0
     decay_steps: PositiveInt | None = None
     power: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        _check_horizon(self.warmup_steps, self.decay_steps)
 
     def after_warmup(self, step: int) -> float:
         left = 1 - _progress(step, self.warmup_steps, self.decay_steps)
@@ -127,6 +132,9 @@ class Cosine(Schedule):
     end: NonNegative = 0.0
     decay_steps: PositiveInt | None = None
 
+    def __post_init__(self) -> None:
+        _check_horizon(self.warmup_steps, self.decay_steps)
+
     def after_warmup(self, step: int) -> float:
         progress = _progress(step, self.warmup_steps, self.decay_steps)
         return self.end + (self.peak - self.end) * (1 + math.cos(math.pi * progress)) / 2
@@ -136,9 +144,12 @@ def _periods(elapsed: int, decay_steps: int, staircase: bool) -> float:
     return elapsed // decay_steps if staircase else elapsed / decay_steps
 
 
+def _check_horizon(warmup_steps: int, decay_steps: int | None) -> None:
+    if decay_steps is not None and decay_steps <= warmup_steps:
+        raise ValueError(f"warmup_steps {warmup_steps} leaves nothing of decay_steps {decay_steps}; change one of them")
+
+
 def _progress(step: int, warmup_steps: int, decay_steps: int | None) -> float:
     if decay_steps is None:
         raise ValueError("decay_steps is not set")
-    if decay_steps <= warmup_steps:
-        return 1.0
     return min(1.0, (step - warmup_steps) / (decay_steps - warmup_steps))

@@ -54,6 +54,9 @@ class Counters(Mapping[str, int]):
     def advance(self, increments: Mapping[str, int]) -> None:
         """Count one completed update. For the trainer alone."""
         for name, increment in increments.items():
+            if not 0 <= increment <= _LARGEST - self._values[name]:
+                raise ValueError(f"counter {name!r} cannot go from {self._values[name]} by {increment}")
+        for name, increment in increments.items():
             self._values[name] += increment
 
 

@@ -25,7 +25,7 @@ def gaps(arena: Arena) -> Array:
     taken = arena.like()
     for view in taken.values():
         view[...] = 1
-    return taken.flat == 0
+    return np.equal(taken.flat, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -91,7 +91,7 @@ WRONG: dict[str, list[str]] = {
     "task.hidden=3": ["task.hidden: task.hidden: unknown key; allowed: none"],
     "optimizer={name: adam}": ["optimizer:1:1: optimizer: learning_rate is missing; adam needs it"],
     "optimizer={name: sgd, learning_rate: 1, nesterov: true}": [
-        "optimizer:1:1: optimizer: nesterov needs a momentum above 0"
+        "optimizer:1:1: optimizer: sgd: nesterov needs a momentum above 0"
     ],
     "optimizer.learning_rate=-1": [
         "optimizer.learning_rate:1:1: optimizer.learning_rate: -1 is wrong; should be greater than or equal to 0"
@@ -110,7 +110,7 @@ WRONG: dict[str, list[str]] = {
         "should be greater than or equal to 1",
     ],
     "optimizer.learning_rate={name: piecewise_constant, boundaries: [3, 2], values: [1, 2, 3]}": [
-        "optimizer.learning_rate:1:1: optimizer.learning_rate: boundaries must rise"
+        "optimizer.learning_rate:1:1: optimizer.learning_rate: piecewise_constant: boundaries must rise"
     ],
     "stop.num_steps=3": [f"c.yaml:5:7: stop: {EITHER}"],
     "stop={}": [f"stop:1:1: stop: {EITHER}"],
@@ -420,6 +420,8 @@ SCHEMA_FAULTS = {
     "data={name: csv}": "$.data oneOf",
     "model={name: mpl, hidden: [3]}": "$.model oneOf",
     "model.hidden=[0]": "$.model oneOf",
+    "model={name: 3}": "$.model oneOf",
+    "optimizer.learning_rate=-1": "$.optimizer oneOf",
     "optimizer.learning_rate={name: cosine}": "$.optimizer oneOf",
     "optimizer.learning_rate=fast": "$.optimizer oneOf",
     "optimizer.clip_norm=0": "$.optimizer oneOf",

@@ -253,3 +253,11 @@ def test_the_first_update_uses_the_rate_of_the_initial_step(initial_step: int) -
     assert rates == [0.0, 0.1]
     assert same_bits(flats[0], flats[1])
     assert not same_bits(flats[1], flats[2])
+
+
+def test_the_norm_of_a_huge_gradient_is_finite_and_clips() -> None:
+    grads = Arena({"w": (3,)}, "float32")
+    grads["w"] = [3e30, 0, 4e30]
+    assert global_norm(grads) == pytest.approx(5e30, rel=1e-6)
+    grads["w"] = [np.inf, 0, 1]
+    assert global_norm(grads) == np.inf

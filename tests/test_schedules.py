@@ -143,3 +143,9 @@ def test_piecewise_values_that_do_not_fit_are_refused(boundaries: list[int], val
 def test_a_decay_without_a_horizon_gives_no_rate(schedule: Schedule) -> None:
     with pytest.raises(ValueError, match="decay_steps is not set"):
         schedule(0)
+
+
+@pytest.mark.parametrize("schedule", [Cosine, Polynomial])
+def test_a_warm_up_that_leaves_no_decay_is_refused(schedule: type[Cosine] | type[Polynomial]) -> None:
+    with pytest.raises(ValueError, match="warmup_steps 10 leaves nothing of decay_steps 10"):
+        schedule(peak=1.0, warmup_steps=10, decay_steps=10)

@@ -426,6 +426,13 @@ def test_checkpoint_n_holds_the_state_after_exactly_n_updates(small: Any, tmp_pa
     assert not states[0].same_bits(assemble(small()).state)
 
 
+def test_two_hooks_of_one_name_are_refused(small: Any, tmp_path: Path) -> None:
+    """A checkpoint could hold the memory of one of them only."""
+    with pytest.raises(ConfigError, match="kill"):
+        train(small(), tmp_path / "run", (Kill(5), Kill(6)))
+    assert not (tmp_path / "run").exists()
+
+
 # --- what may change on resume
 
 

@@ -190,3 +190,12 @@ def test_an_update_that_fails_is_not_counted(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MemoryError):
         Trainer(assembly.task, assembly.training, assembly.state, stop=[]).step()
     assert set(assembly.state.counters.values()) == {0}
+
+
+def test_counters_only_grow_and_all_at_once() -> None:
+    counters = Counters({"global_step": 1, "samples_seen": 2})
+    with pytest.raises(ValueError, match="cannot go"):
+        counters.advance({"samples_seen": 1, "global_step": -1})
+    with pytest.raises(KeyError):
+        counters.advance({"samples_seen": 1, "unknown": 1})
+    assert dict(counters) == {"global_step": 1, "samples_seen": 2}

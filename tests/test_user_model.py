@@ -167,6 +167,7 @@ def test_refused_in_one_line(case: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["train", "--config", str(config), "--run-dir", str(tmp_path / "run"), "-q"])
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr == f"stepctl: {line}\n".replace("CONFIG", str(config))
+    assert not (tmp_path / "run").exists()
 
 
 def test_found_in_the_current_folder_only(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ Three questions, each answered by two cases that take turns in one process:
 - seek: 32 batches from sample 10^12 of a source that computes its rows, against 32 from sample 0.
 
 Memory is that of a child process that reads 200 batches: what Python allocates at its peak (tracemalloc), private
-memory (RssAnon), and peak resident memory (ru_maxrss), which counts the file's pages that are mapped. By hand:
+memory (RssAnon), and peak resident memory (VmHWM: unlike ru_maxrss, which a child inherits), in which the mapped pages
+of the file count. By hand, from the checkout:
 
     PYTHONPATH=. python tests/bench/scale.py
     PYTHONPATH=. python tests/bench/scale.py --rows 1000 100000 --rounds 20
@@ -22,7 +23,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -120,8 +120,7 @@ def memory_child(path: str) -> None:
         one.batch(i * BATCH)
     python = tracemalloc.get_traced_memory()[1] >> 10
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    private = int(status["RssAnon"].split()[0])
-    print(json.dumps([python, private, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+    print(json.dumps([python, *(int(status[key].split()[0]) for key in ("RssAnon", "VmHWM"))]))
 
 
 def memory(name: str, small: Path, large: Path) -> None:
