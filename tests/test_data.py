@@ -48,7 +48,10 @@ def write_csv(folder: Path, x: Array, y: Array) -> dict[str, Any]:
 
 def write_csv_header(folder: Path, x: Array, y: Array) -> dict[str, Any]:
     header = [f'"{word}"' for word in ("digit", *(f"pixel; {i}" for i in range(x[0].size)))]
-    rows = ["; ".join(f"{v:.3e}" for v in [label, *row]) for row, label in zip(x.reshape(len(x), -1), y, strict=True)]
+    rows = [
+        "; ".join([f'"{label}"', *(f"{v:.3e}" for v in row)])
+        for row, label in zip(x.reshape(len(x), -1), y, strict=True)
+    ]
     text = "\r\n".join(["; ".join(header).replace('; "', ';"'), *rows, ""])
     (folder / "data.csv.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
     path = str(folder / "data.csv.gz")
@@ -151,6 +154,25 @@ def test_slices_are_all_rows_in_order(kind: str, tmp_path: Path, monkeypatch: py
     np.testing.assert_array_equal(x.reshape(N, -1), X.reshape(N, -1) / 2)
     np.testing.assert_array_equal(y, Y)
     assert (x.dtype, y.dtype) == (np.float32, np.int64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_row_is_named_by_its_number(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepctl.data.hdf5._SLICE_BYTES", 24)
+    source = build(KINDS[kind](tmp_path, X, np.where(np.arange(N) == 17, 6, Y).astype(np.uint8))).train
+    with pytest.raises(DataError, match=r": row 17: label 6 is outside 0\.\.5; "):
+        source.check(6)
+
+
+@pytest.mark.parametrize("kind", ["npz", "hdf5, chunked and gzipped"])
+def test_a_bad_value_is_named_by_its_row(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepctl.data.hdf5._SLICE_BYTES", 24)
+    x, y = X.astype(np.float64), Y.astype(np.float64)
+    x[19, 1, 2], y[21] = np.nan, 0.5
+    with pytest.raises(DataError, match=r": row 19: x holds a value that is not finite as float32; "):
+        build(KINDS[kind](tmp_path, x, Y)).train.check(5)
+    with pytest.raises(DataError, match=r": row 21: label 0\.5 is not one of 0, 1, 2, \.\.\.; "):
+        build(KINDS[kind](tmp_path, X, y)).train.n_classes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -348,10 +370,11 @@ LARGE = (20_000, 100)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Write files of 8 MB of float32, contiguous and chunked; row i holds i."""
+    """Write files of 8 MB and more; row i holds i."""
     paths = {}
     x = np.broadcast_to(np.arange(LARGE[0], dtype=np.float32)[:, None], LARGE)
-    for layout, options in {"contiguous": {}, "chunked": {"chunks": True, "compression": "gzip"}}.items():
+    layouts = {"contiguous": {}, "another type": {"dtype": "<f8"}, "chunked": {"chunks": True, "compression": "gzip"}}
+    for layout, options in layouts.items():
         paths[layout] = str(tmp_path_factory.mktemp("large") / f"{layout}.h5")
         with h5py.File(paths[layout], "w") as file:
             file.create_dataset("x", data=x, **options)
@@ -359,7 +382,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return paths
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "chunked"])
+@pytest.mark.parametrize("layout", ["contiguous", "another type", "chunked"])
 def test_a_batch_takes_the_memory_of_its_rows(layout: str, large: dict[str, str]) -> None:
     source = build({"name": "hdf5", "path": large[layout]}).train
     batches = TrainingBatches(Part(source, source.n), seed=1, batch_size=16, dtype="float32")

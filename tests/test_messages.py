@@ -754,6 +754,11 @@ def test_a_run_in_use_may_be_looked_at(held: Path) -> None:
 # The process itself: its exit code and its streams
 
 
+def test_the_exit_codes_are_a_promise() -> None:
+    promised = {"DONE": 0, "NEGATIVE": 1, "USAGE": 2, "NO_CHECKPOINT": 3, "IN_USE": 4, "STOPPED": 75}
+    assert {code.name: code.value for code in Exit} == promised
+
+
 def process(*arguments: str) -> Answer:
     command = [sys.executable, "-m", "stepctl.cli.main", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -77,7 +77,7 @@ def encode(state: TrainState, *, run: str, config: str, numerics: str) -> list[b
 def check_storable(state: TrainState) -> None:
     """Raise ConfigError if an array of the state has a name or a kind that no checkpoint could give back."""
     try:
-        check_names(state.arrays())
+        check_names({*state.arrays(), *(f"counters/{name}" for name in state.counters)})
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for path, array in state.arrays().items():

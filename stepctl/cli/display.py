@@ -19,7 +19,7 @@ def shown(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[tuple[lis
     start, target = segment.start, segment.target
     if quiet:
         yield [], []
-    elif not sys.stderr.isatty():
+    elif sys.stderr is None or not sys.stderr.isatty():
         yield [Console(say, start=start, target=target)], []
     else:
         from rich.console import Console as Terminal
@@ -29,7 +29,12 @@ def shown(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[tuple[lis
         terminal = Terminal(stderr=True, highlight=False, markup=False)
         bar = ProgressBar(terminal, title=segment.directory.name, target=target)
         kinds = ("train", "eval") if verbose else ("eval",)
+
+        def show(line: str) -> None:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                terminal.print(line)
+
         try:
-            yield [Console(terminal.print, start=start, target=target, kinds=kinds)], [bar]
+            yield [Console(show, start=start, target=target, kinds=kinds)], [bar]
         finally:
             bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -52,8 +53,9 @@ def hold_signals() -> None:
 
 
 def say(message: str) -> None:
-    """Print a message to stderr."""
-    click.echo(message, err=True)
+    """Print a message to stderr; with nobody left to read it, training goes on all the same."""
+    with contextlib.suppress(OSError):
+        click.echo(message, err=True)
 
 
 def train_segment(segment: Segment, *, quiet: bool, verbose: bool) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -40,7 +41,8 @@ class ProgressBar(Hook):
         step = state.counters.global_step
         self._first = step
         self._bar = self._progress.add_task(self._title, total=self._target, completed=step, detail="")
-        self._progress.start()
+        with contextlib.suppress(OSError):
+            self._progress.start()
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         if self._clock() - self._shown >= _REFRESH:
@@ -53,11 +55,13 @@ class ProgressBar(Hook):
 
     def close(self) -> None:
         """Give the terminal back."""
-        self._progress.stop()
+        with contextlib.suppress(OSError):
+            self._progress.stop()
 
     def _show(self, state: TrainState, metrics: Metrics) -> None:
         self._shown = self._clock()
         step = state.counters.global_step
         detail = f"(local {step - self._first})  loss {metrics['loss']:.4g}"
-        self._progress.update(self._bar, completed=step, detail=detail)
-        self._progress.refresh()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._progress.update(self._bar, completed=step, detail=detail)
+            self._progress.refresh()
