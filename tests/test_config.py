@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +276,7 @@ def test_paths_are_written_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        parse(SMALL).stop.last_step = 3  # type: ignore[misc]
+        parse(SMALL).stop.last_step = 3
 
 
 def test_every_key_has_its_policy() -> None:
@@ -350,18 +350,8 @@ def test_open_horizons() -> None:
 
 TYPES: dict[str, type | tuple[type, ...]] = {"object": dict, "array": list, "string": str, "boolean": bool}
 TYPES |= {"integer": int, "number": (int, float), "null": type(None)}
-KNOWN = {
-    "type",
-    "const",
-    "enum",
-    "minimum",
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-    "minLength",
-    "maxLength",
-    "pattern",
-    "items",
-}
+KNOWN = {"type", "const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+KNOWN |= {"minLength", "maxLength", "pattern", "items"}
 KNOWN |= {"properties", "required", "additionalProperties", "oneOf", "anyOf", "$ref", "$defs", "$schema"}
 KNOWN |= {"title", "description", "default", "resume"}  # say nothing about validity
 
@@ -376,10 +366,11 @@ def faults(schema: dict[str, Any], value: Any, root: dict[str, Any], path: str =
         if not fits:
             yield f"{path} type"
             return
-    checks = {
+    checks: dict[str, Callable[[Any], Any]] = {
         "const": lambda given: value == given,
         "enum": lambda given: value in given,
         "minimum": lambda given: value >= given,
+        "maximum": lambda given: value <= given,
         "exclusiveMinimum": lambda given: value > given,
         "exclusiveMaximum": lambda given: value < given,
         "minLength": lambda given: len(value) >= given,

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import make_config, resume, silent, train
-from stepctl import registry, run
+from stepctl import assembly, registry, run
 from stepctl.arena import Array
 from stepctl.data.base import Source, Sources
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
@@ -153,7 +153,7 @@ def test_slices_are_all_rows_in_order(kind: str, tmp_path: Path, monkeypatch: py
     x, y = np.concatenate([x for _, x, _ in parts]), np.concatenate([y for _, _, y in parts])
     np.testing.assert_array_equal(x.reshape(N, -1), X.reshape(N, -1) / 2)
     np.testing.assert_array_equal(y, Y)
-    assert (x.dtype, y.dtype) == (np.float32, np.int64)
+    assert (x.dtype.name, y.dtype.name) == ("float32", "int64")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,7 +249,7 @@ def test_a_split_is_disjoint_and_complete(n: int, fraction: float, size: int) ->
 def test_a_split_is_keyed_by_the_seed() -> None:
     def validation_rows(seed: int) -> list[int]:
         part = split_parts(numbers(1000), 0.1, seed)[1]
-        return part.rows(np.arange(part.n)).tolist()
+        return [int(row) for row in part.rows(np.arange(part.n))]
 
     assert validation_rows(1) == validation_rows(1)
     common = [len({*validation_rows(1)} & {*validation_rows(seed)}) for seed in range(2, 12)]
@@ -287,13 +287,13 @@ def test_validation_rows_may_stand_in_files_of_their_own(kind: str, key: str, tm
     assert sources.validation is not None
     assert (sources.train.n, sources.validation.n) == (N, 9)
     config = make_config(data={**spec, "batch_size": 8}, stop={"last_step": 3}, evaluate={"every": 3})
-    assembly = run.prepare(config)
-    assert assembly.validation is not None
-    assert (assembly.training.part.n, assembly.validation.part.n) == (N, 9)
+    built = assembly.prepare(config)
+    assert built.validation is not None
+    assert (built.training.part.n, built.validation.part.n) == (N, 9)
     for path in (tmp_path / "b").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="no such file"):
-        run.prepare(config)
+        assembly.prepare(config)
 
 
 # Batches
@@ -304,7 +304,7 @@ def seen(batches: TrainingBatches, position: int) -> list[int]:
     batch = batches.batch(position)
     assert batch.x[:, 0].tolist() == batch.y.tolist()
     assert batch.x.shape == (batches.batch_size, 1)
-    return batch.y.tolist()
+    return [int(row) for row in batch.y]
 
 
 @pytest.mark.parametrize("batch_size", [3, 5, 12, 30])
@@ -357,7 +357,7 @@ def test_batches_have_the_run_s_types_and_their_own_memory(dtype: str, tmp_path:
     source = build(write_npz(tmp_path, X, Y), dtype=dtype).train
     batches = TrainingBatches(Part(source, N), seed=1, batch_size=8, dtype=dtype)
     first, second = batches.batch(0), batches.batch(8)
-    assert (first.x.dtype, first.y.dtype, first.x.shape) == (dtype, np.int64, (8, 2, 3))
+    assert (first.x.dtype.name, first.y.dtype.name, first.x.shape) == (dtype, "int64", (8, 2, 3))
     assert first.x is second.x
     assert first.x.ctypes.data % 64 == 0
 
@@ -373,7 +373,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Write files of 8 MB and more; row i holds i."""
     paths = {}
     x = np.broadcast_to(np.arange(LARGE[0], dtype=np.float32)[:, None], LARGE)
-    layouts = {"contiguous": {}, "another type": {"dtype": "<f8"}, "chunked": {"chunks": True, "compression": "gzip"}}
+    layouts: dict[str, dict[str, Any]] = {"contiguous": {}, "another type": {"dtype": "<f8"}}
+    layouts["chunked"] = {"chunks": True, "compression": "gzip"}
     for layout, options in layouts.items():
         paths[layout] = str(tmp_path_factory.mktemp("large") / f"{layout}.h5")
         with h5py.File(paths[layout], "w") as file:
@@ -488,7 +489,8 @@ class Payload:
 @pytest.mark.parametrize("name", ["x", "y"])
 def test_a_pickle_in_an_archive_runs_nothing(name: str, tmp_path: Path) -> None:
     payload = np.array([Payload(tmp_path / "ran")] * N, object)
-    np.savez(tmp_path / "data.npz", **{"x": X, "y": Y, name: payload})
+    arrays: dict[str, Any] = {"x": X, "y": Y, name: payload}
+    np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(DataError, match="Object arrays cannot be loaded"):
         build({"name": "arrays", "path": str(tmp_path / "data.npz")})
     assert not (tmp_path / "ran").exists()

@@ -226,7 +226,7 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "npz that is text": (file("a.npz", b"x,y\n1,2\n"), {}, f"HERE/a.npz: {NO_NPZ}"),
     "npz that is empty": (file("a.npz", b""), {}, f"HERE/a.npz: {NO_NPZ}"),
     "npy for npz": (
-        lambda: (np.save("a.npy", X), Path("a.npy").rename("a.npz")),
+        file("a.npz", b"\x93NUMPY\1\0" + bytes(99)),
         {},
         f"HERE/a.npz: {NO_NPZ}",
     ),
@@ -422,6 +422,11 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         nothing,
         data(batch_size=4, shards=3),
         "c.yaml:1:7: data: shards 3 does not divide batch_size 4; a batch is cut into equal parts",
+    ),
+    "a batch of more than a hundred epochs": (
+        nothing,
+        data(batch_size=1001),
+        "data.batch_size: 1001 is over 100 times the 10 rows; lower it",
     ),
     "a kernel that this CPU has not": (
         nothing,

@@ -86,6 +86,15 @@ def test_stopped_at_any_step_with_shards(at: int, tmp_path: Path) -> None:
     assert resume(tmp_path / "stopped", last_step=LAST).same_bits(unbroken)
 
 
+@pytest.mark.parametrize("own", [{}, {"sizes": [6, 6]}])
+def test_a_tuple_goes_through_the_config_file_and_back(own: dict[str, Any], tmp_path: Path) -> None:
+    config = make_config(model={"name": "user_model:TupleOfSizes", **own}, stop={"last_step": 2})
+    train(config, tmp_path / "run")
+    assert yamlio.load(str(tmp_path / "run" / "config.yaml")).value["model"]["sizes"] == own.get("sizes", [4, 2])
+    state = resume(tmp_path / "run", last_step=3)
+    assert state.params["in/W"].shape == (64, sum(own.get("sizes", (4, 2))))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_its_gradient_is_that_of_its_forward_pass(training: bool) -> None:
     model = TwoLayers(width=4, input_shape=(5,), n_outputs=3)

@@ -67,3 +67,12 @@ class OneOutput(TwoLayers):
 def no_model(*, size: int = 3) -> list[int]:
     """Return something else."""
     return [size]
+
+
+class TupleOfSizes(TwoLayers):
+    """An argument of a type that a config file has no word for."""
+
+    def __init__(self, *, sizes: tuple[int, ...] = (4, 2), input_shape: Shape, n_outputs: int) -> None:
+        if not isinstance(sizes, tuple):
+            raise TypeError("sizes must be a tuple")
+        super().__init__(width=sum(sizes), input_shape=input_shape, n_outputs=n_outputs)

@@ -17,7 +17,8 @@ def config() -> None:
 @config.command()
 @click.argument("file", metavar="FILE")
 @set_option
-def check(file: str, assignments: tuple[str, ...]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def check(file: str, assignments: tuple[str, ...], as_json: bool) -> None:
     """Check FILE and print it with every default written out; all errors are listed at once."""
     from stepctl import config as configs
     from stepctl import yamlio
@@ -25,7 +26,8 @@ def check(file: str, assignments: tuple[str, ...]) -> None:
     document = yamlio.load(file)
     for assignment in assignments:
         document.set(assignment)
-    click.echo(yamlio.dumps(configs.parse(document).plain()), nl=False)
+    plain = configs.parse(document).plain()
+    click.echo(json.dumps(plain, indent=2) if as_json else yamlio.dumps(plain).rstrip())
 
 
 @config.command()

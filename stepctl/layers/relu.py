@@ -12,12 +12,12 @@ class ReLU(Layer):
     """The rectifier (Nair and Hinton 2010); its gradient at 0 is 0."""
 
     def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
-        y = workspace.empty(x.shape)
-        np.maximum(x, 0, out=y)
+        y, zero = workspace.empty(x.shape), np.zeros((), x.dtype)
+        np.maximum(x, zero, out=y)
 
         def backward(dy: Array, grads: Mapping[str, Array]) -> Array:
             positive = workspace.empty(x.shape, np.bool_)
-            np.greater(y, 0, out=positive)
+            np.greater(y, zero, out=positive)
             np.multiply(dy, positive, out=dy)
             return dy
 

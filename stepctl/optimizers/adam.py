@@ -6,6 +6,7 @@ from typing import final
 
 import numpy as np
 
+from stepctl.arena import Array
 from stepctl.optimizers.base import Block, Optimizer, Tick
 from stepctl.registry import Fraction, NonNegative, Positive
 
@@ -25,21 +26,25 @@ class AdaptiveMoments(Optimizer):
     def slots(self) -> tuple[str, ...]:
         return ("first_moment", "second_moment")
 
-    def update_block(self, block: Block, tick: Tick) -> None:
-        (m, v), (new_m, new_v) = block.slots, block.new_slots
-        g, scratch = block.grads, block.scratch
-        np.multiply(m, self.beta1, out=new_m)
-        np.multiply(g, 1 - self.beta1, out=scratch)
-        np.add(new_m, scratch, out=new_m)
-        np.multiply(scratch, g, out=scratch)
-        np.multiply(scratch, (1 - self.beta2) / (1 - self.beta1), out=scratch)
-        np.multiply(v, self.beta2, out=new_v)
-        np.add(new_v, scratch, out=new_v)
-        # p - lr m' / (sqrt(v') + epsilon), with both corrections and the rate folded into two numbers
+    def coefficients(self, tick: Tick) -> tuple[float, ...]:
+        # both corrections and the rate folded into two numbers: p - step m / (sqrt(v) + epsilon root)
         root = math.sqrt(1 - self.beta2**tick.number)
         step = tick.learning_rate * root / (1 - self.beta1**tick.number)
+        return self.beta1, 1 - self.beta1, self.beta2, (1 - self.beta2) / (1 - self.beta1), step, self.epsilon * root
+
+    def update_block(self, block: Block, *coefficients: Array) -> None:
+        beta1, share, beta2, ratio, step, epsilon = coefficients
+        (m, v), (new_m, new_v) = block.slots, block.new_slots
+        g, scratch = block.grads, block.scratch
+        np.multiply(m, beta1, out=new_m)
+        np.multiply(g, share, out=scratch)
+        np.add(new_m, scratch, out=new_m)
+        np.multiply(scratch, g, out=scratch)
+        np.multiply(scratch, ratio, out=scratch)
+        np.multiply(v, beta2, out=new_v)
+        np.add(new_v, scratch, out=new_v)
         np.sqrt(new_v, out=scratch)
-        np.add(scratch, self.epsilon * root, out=scratch)
+        np.add(scratch, epsilon, out=scratch)
         np.divide(new_m, scratch, out=scratch)
         np.multiply(scratch, step, out=scratch)
         np.subtract(block.params, scratch, out=block.new_params)

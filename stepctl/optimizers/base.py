@@ -57,8 +57,15 @@ class Optimizer(ABC):
         """The names of the arenas that this optimizer keeps beside the parameters."""
 
     @abstractmethod
-    def update_block(self, block: Block, tick: Tick) -> None:
-        """Write `new_params` and `new_slots`, elementwise. `grads` and `scratch` are free to be overwritten."""
+    def coefficients(self, tick: Tick) -> tuple[float, ...]:
+        """Return the numbers that `update_block` needs, the same for every block of an update."""
+
+    @abstractmethod
+    def update_block(self, block: Block, *coefficients: Array) -> None:
+        """Write `new_params` and `new_slots`, elementwise. `grads` and `scratch` are free to be overwritten.
+
+        The coefficients come as 0-d arrays of the parameters' dtype: a ufunc takes these faster than numbers.
+        """
 
     def initial_slots(self, params: Arena) -> dict[str, Arena]:
         """Return the slots before the first update, each of the parameters' layout."""
@@ -103,6 +110,7 @@ class Optimizer(ABC):
         start: int,
         end: int,
     ) -> None:
+        coefficients = [np.array(value, params.dtype) for value in self.coefficients(tick)]
         scratch = _scratch(threading.get_ident(), params.dtype)
         for first in range(start, end, BLOCK):
             at = slice(first, min(first + BLOCK, end))
@@ -119,7 +127,7 @@ class Optimizer(ABC):
                 np.multiply(g, scale, out=g)
             if self.weight_decay:
                 block = self.decay(block, tick)
-            self.update_block(block, tick)
+            self.update_block(block, *coefficients)
 
     def decay(self, block: Block, tick: Tick) -> Block:
         """Add weight_decay * parameters to the gradient (L2 regularisation); return the block to update."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stepctl.arena import Array
 from stepctl.optimizers.base import Block, Optimizer, Tick
 from stepctl.registry import Fraction, Positive
 
@@ -19,15 +20,19 @@ class RMSProp(Optimizer):
     def slots(self) -> tuple[str, ...]:
         return ("mean_square",)
 
-    def update_block(self, block: Block, tick: Tick) -> None:
+    def coefficients(self, tick: Tick) -> tuple[float, ...]:
+        return tick.learning_rate, self.decay_rate, 1 - self.decay_rate, self.epsilon
+
+    def update_block(self, block: Block, *coefficients: Array) -> None:
+        learning_rate, decay_rate, share, epsilon = coefficients
         (mean_square,), (new_mean_square,) = block.slots, block.new_slots
         g, scratch = block.grads, block.scratch
         np.multiply(g, g, out=scratch)
-        np.multiply(scratch, 1 - self.decay_rate, out=scratch)
-        np.multiply(mean_square, self.decay_rate, out=new_mean_square)
+        np.multiply(scratch, share, out=scratch)
+        np.multiply(mean_square, decay_rate, out=new_mean_square)
         np.add(new_mean_square, scratch, out=new_mean_square)
         np.sqrt(new_mean_square, out=scratch)
-        np.add(scratch, self.epsilon, out=scratch)
+        np.add(scratch, epsilon, out=scratch)
         np.divide(g, scratch, out=scratch)
-        np.multiply(scratch, tick.learning_rate, out=scratch)
+        np.multiply(scratch, learning_rate, out=scratch)
         np.subtract(block.params, scratch, out=block.new_params)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stepctl.arena import Array
 from stepctl.optimizers.base import Block, Optimizer, Tick
 from stepctl.registry import Fraction
 
@@ -23,16 +24,20 @@ class SGD(Optimizer):
     def slots(self) -> tuple[str, ...]:
         return ("momentum",) if self.momentum else ()
 
-    def update_block(self, block: Block, tick: Tick) -> None:
+    def coefficients(self, tick: Tick) -> tuple[float, ...]:
+        return tick.learning_rate, self.momentum
+
+    def update_block(self, block: Block, *coefficients: Array) -> None:
+        learning_rate, momentum = coefficients
         step, scratch = block.grads, block.scratch
         if self.momentum:
             (velocity,), (new_velocity,) = block.slots, block.new_slots
-            np.multiply(velocity, self.momentum, out=new_velocity)
+            np.multiply(velocity, momentum, out=new_velocity)
             np.add(new_velocity, block.grads, out=new_velocity)
             step = new_velocity
             if self.nesterov:
-                np.multiply(new_velocity, self.momentum, out=scratch)
+                np.multiply(new_velocity, momentum, out=scratch)
                 np.add(scratch, block.grads, out=scratch)
                 step = scratch
-        np.multiply(step, tick.learning_rate, out=scratch)
+        np.multiply(step, learning_rate, out=scratch)
         np.subtract(block.params, scratch, out=block.new_params)
