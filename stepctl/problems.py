@@ -13,7 +13,7 @@ Path = tuple[str | int, ...]
 
 # pydantic's error types -> what is needed there; the others speak for themselves
 _NEEDED = {
-    "model_type": "a mapping is needed, such as {name: ...}",
+    "model_type": "a mapping is needed",
     "dict_type": "a mapping is needed",
     "list_type": "a list is needed",
     "string_type": "text is needed",

@@ -119,8 +119,6 @@ def check(family: str, spec: Mapping[str, Any], shared: tuple[str, ...] = ()) ->
         value, found = _check_value(hint, spec.get(name, parameter.default))
         full[name] = value
         problems += [Problem((name, *problem.path), problem.message) for problem in found]
-    for kind in not_plain(full):
-        problems.append(Problem((), f"{spec['name']} has a default of type {kind}, which no config can hold; give it"))
     if not problems and not CONTEXT & inspect.signature(factory).parameters.keys():
         try:
             build(family, full)
@@ -139,6 +137,8 @@ def _check_value(hint: Any, value: Any) -> tuple[Any, list[Problem]]:
             return check(mark.family, value)
         known = ", ".join(names(mark.family))
         return value, [Problem((), f"{shown(value)} is wrong; give a number, or {{name: ...}} with one of {known}")]
+    for kind in not_plain(value):
+        return value, [Problem((), f"{value!r} is of type {kind}, which no config can hold; give it")]
     try:
         # JSON's rules are YAML's: a list may become a tuple, but "1" no number. What comes back is plain again.
         return _adapter(hint).dump_python(_validated(hint, value), mode="json"), []

@@ -50,7 +50,7 @@ ALL_WRONG_LINES = [
     "3:48: data.shards: true is wrong; a whole number is needed",
     f"3:54: data.batchsize: unknown key; did you mean 'batch_size'?; allowed: {SHARED}",
     f"4:15: model.name: no models component is called 'mpl'; did you mean 'mlp'?; allowed: linear, mlp, {OR_YOUR_OWN}",
-    '5:7: task: "classification" is wrong; a mapping is needed, such as {name: ...}',
+    '5:7: task: "classification" is wrong; a mapping is needed',
     "6:61: optimizer.learning_rate.peak: -1 is wrong; should be greater than or equal to 0",
     f"6:65: optimizer.learning_rate.warmup: unknown key; did you mean 'warmup_steps'?; allowed: {COSINE}",
     "6:84: optimizer.beta1: 1 is wrong; should be less than 1",

@@ -608,6 +608,11 @@ THERE: dict[str, tuple[list[str], int, str]] = {
         f"optimizer.learning_rate.value: 0.1 -> 1.0 {RESULT}; "
         "keep 0.1, or pass --allow-change optimizer.learning_rate.value",
     ),
+    "a key to allow that there is not": (
+        ["resume", "run", "--allow-change", "nonsense"],
+        Exit.USAGE,
+        "--allow-change nonsense: no such key",
+    ),
     "a setting of the wrong type": (
         ["resume", "run", "--set", "log.every=0"],
         Exit.USAGE,
@@ -705,6 +710,13 @@ def test_no_good_checkpoint_is_left(there: Path) -> None:
     for command in ("resume", "inspect"):
         assert stepctl(command, "run") == (Exit.NO_CHECKPOINT, "", f"stepctl: {line}\n")
     assert everything(there) | {"run/lock": b""} == before | {"run/lock": b""}
+
+
+def test_a_lost_config_is_in_the_checkpoints(there: Path) -> None:
+    Path("run/config.yaml").unlink()
+    line = "stepctl: run/config.yaml: is missing; its checkpoints hold it (stepctl inspect run): put it back\n"
+    assert stepctl("resume", "run", "--num-steps", "1") == (Exit.USAGE, "", line)
+    assert "\nconfig\n  seed: 0\n" in stepctl("inspect", "run").stdout
 
 
 def test_changed_data_are_named(there: Path, trained: Path) -> None:

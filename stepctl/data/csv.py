@@ -35,7 +35,6 @@ def csv(
             table = _parse(text, header, delimiter)
             if not -table.shape[1] <= column < table.shape[1]:
                 raise ValueError(f"no column {column}; it has {table.shape[1]}")
-        column %= table.shape[1]
         features = np.delete(table, column, axis=1)
         return InMemory(features, table[:, column], origin=file, targets=targets, dtype=dtype, scale=scale)
 

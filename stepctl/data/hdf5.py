@@ -93,8 +93,8 @@ class HDF5Rows(Source):
         digest = hashlib.sha256(f"{os.path.getsize(self.origin)} {self._x.shape} {self._x.dtype}".encode())
         digest.update(f"{self._y.shape} {self._y.dtype}".encode())
         rows = np.unique(np.linspace(0, self.n - 1, _SAMPLED, dtype=np.int64))
-        digest.update(np.ascontiguousarray(_rows(self._x, rows)).data)
-        digest.update(np.ascontiguousarray(_rows(self._y, rows)).data)
+        digest.update(_rows(self._x, rows).tobytes())
+        digest.update(_rows(self._y, rows).tobytes())
         return digest.hexdigest()
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
@@ -123,7 +123,7 @@ def _dataset(file: h5py.File, name: str) -> Any:
         raise ValueError(f"{name!r} keeps its data in other files; copy them into this one")
     if found.shape is None:
         raise ValueError(f"{name!r} is empty")
-    if found.dtype.kind not in "biuf":
+    if found.dtype.kind not in "biuf" or found.dtype.itemsize > 8:
         raise ValueError(f"{name!r} has dtype {found.dtype}; numbers are needed")
     offset = found.id.get_offset()
     if found.chunks is not None or offset is None or found.dtype.kind == "b" or not found.shape:

@@ -32,7 +32,7 @@ SIZES = ("64-128-10@64", "784-256-128-10@128", "784-1024-1024-10@256", "1024-409
 TURN, MOST = 0.1, 256  # seconds and steps that a turn is timed for
 REST = 0.05  # seconds between turns: thread pools spin for a while after their last task
 UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
-QUIET = 0.15  # cores' worth of other processes' work that a turn may see
+SHARE = 0.15  # of a core, that other processes may take from a turn's
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -56,8 +56,11 @@ class Child:
         assert self.process.stdout is not None
         return self.process.stdout.readline() or sys.exit(f"a child ended: {' '.join(map(str, self.process.args))}")
 
-    def turn(self, patience: float) -> float:
-        """Return the microseconds per step of one turn, the least disturbed of those that patience allows."""
+    def turn(self, patience: float, quiet: float) -> float:
+        """Return the microseconds per step of one turn, the least disturbed of those that patience allows.
+
+        Other processes may keep `quiet` cores busy.
+        """
         assert self.process.stdin is not None
         turns, end = [], time.monotonic() + patience
         while True:
@@ -65,10 +68,10 @@ class Child:
             answer = json.loads(self.answer())
             time.sleep(REST)
             turns.append((answer["others"], answer["seconds"] * 1e6))
-            if answer["others"] < QUIET or time.monotonic() > end:
+            if answer["others"] < quiet or time.monotonic() > end:
                 break
         others, microseconds = min(turns)
-        self.disturbed += others >= QUIET
+        self.disturbed += others >= quiet
         return microseconds
 
 
@@ -78,9 +81,10 @@ def measure(
     """Return (microseconds per step, tool -> one a round; what the tools are; the share of turns disturbed)."""
     children = {tool: Child(tool, size, options.threads) for tool in tools}
     times: dict[str, list[float]] = {tool: [] for tool in tools}
+    quiet = (os.cpu_count() or 1) - options.threads + SHARE
     for i in range(options.rounds):
         for tool in tools[i % len(tools) :] + tools[: i % len(tools)]:
-            times[tool].append(children[tool].turn(options.patience))
+            times[tool].append(children[tool].turn(options.patience, quiet))
     for one in children.values():
         one.process.communicate()
     disturbed = sum(one.disturbed for one in children.values()) / (options.rounds * len(tools))
