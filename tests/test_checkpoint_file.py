@@ -674,3 +674,10 @@ def test_names_that_no_checkpoint_could_hold_are_refused_before_they_are_saved(h
     state.hooks.setdefault(hook, {})[key] = np.zeros(1)
     with pytest.raises(ConfigError, match="name"):
         codec.check_storable(state)
+
+
+def test_a_counter_needs_such_a_name_too() -> None:
+    state = small_state()
+    state.counters = Counters(dict(state.counters) | {"generatör": 0})
+    with pytest.raises(ConfigError, match="name"):
+        codec.check_storable(state)

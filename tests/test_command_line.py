@@ -276,8 +276,7 @@ def test_inspect_prints_a_table_with_the_same_figures() -> None:
         values = figures(arrays[path])
         expected = [str(values["count"]), *(f"{values[key]:.4g}" for key in ("min", "max", "mean", "std"))]
         assert cells == [*expected, str(values["non_finite"])]
-        assert re.findall(r"\d+", shape) == [str(size) for size in arrays[path].shape]
-        assert dtype == "float32"
+        assert (shape, dtype) == (str(arrays[path].shape), "float32")
     assert "global step 7" in done.stdout
 
 
@@ -329,6 +328,28 @@ def test_sigusr2_saves_and_goes_on() -> None:
         child.signal(signal.SIGKILL)
         child.end()
     assert bits("run", step) == unbroken_bits(config, step)
+
+
+def test_nobody_need_read_the_messages() -> None:
+    """As after Ctrl-C in `stepctl train ... 2>&1 | tee log`, which ends tee as well."""
+    config = small(stop={"last_step": FOREVER}, checkpoint={"every": FOREVER})
+    with running("train", "--config", write(config), "--run-dir", "run") as child:
+        child.until("step 60/")
+        assert child.process.stderr is not None
+        child.process.stderr.close()
+        child.signal(signal.SIGINT)
+        assert child.process.wait() == 75
+    (end,) = ledger("run", "end")
+    assert end["reason"] == "signal SIGINT"
+    assert saved("run") == ["step-00000000.h5", codec.file_name(end["step"])]
+
+
+def test_there_need_not_be_a_stderr() -> None:
+    train(small(stop={"last_step": 3}), Path("run"))
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, "resume", "run", "--last-step", "5"]
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, timeout=DEADLINE)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert saved("run")[-1] == "step-00000005.h5"
 
 
 STUCK = """

@@ -123,6 +123,12 @@ def test_the_lock_excludes_in_one_process_too_and_ends_with_its_block(tmp_path: 
         pass
 
 
+def test_a_lock_that_cannot_be_made_is_said_in_plain_words(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(StepctlError, match=r"lock: cannot be written: Is a directory"), RunDirectory(tmp_path).lock():
+        pass
+
+
 def test_a_run_in_use_is_neither_resumed_nor_started_nor_touched(samples: Path, tmp_path: Path) -> None:
     train(small(samples, stop={"last_step": 3}), tmp_path / "run")
     before = snapshot(tmp_path / "run")

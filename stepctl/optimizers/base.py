@@ -16,9 +16,11 @@ from stepctl.arena import Arena, Array, aligned_empty
 from stepctl.registry import NonNegative, Positive
 from stepctl.schedules import LearningRate
 
-BLOCK = 1 << 14  # elements: five float32 blocks of it lie in a 512 KiB L2 cache
+# Elements of a block. Long enough that a NumPy call outlasts the hand-over of the interpreter lock between threads,
+# and that all blocks of one update still lie in the last-level cache together.
+BLOCK = 1 << 18
 _NORM_BLOCK = 1 << 13  # elements: below the size at which OpenBLAS threads a dot product
-THREADED = 1 << 18  # elements from which a second thread is worth its start
+THREADED = 1 << 20  # elements from which a second thread is worth its start
 
 
 class Tick(NamedTuple):
