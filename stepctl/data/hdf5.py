@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from typing import Any, final
@@ -128,19 +129,28 @@ def _dataset(file: h5py.File, name: str) -> Any:
     offset = found.id.get_offset()
     if found.chunks is not None or offset is None or found.dtype.kind == "b" or not found.shape:
         return found
-    return np.memmap(file.filename, found.dtype, "r", offset, found.shape)
+    with open(file.filename, "rb") as raw:
+        mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)  # the pages of these rows, and none ahead of them
+    return np.ndarray(found.shape, found.dtype, mapped, offset)
 
 
 def _rows(dataset: Any, rows: npt.NDArray[np.int64]) -> Array:
-    if isinstance(dataset, np.memmap):
+    if isinstance(dataset, np.ndarray):
         return np.asarray(dataset[rows])
-    # HDF5 selects rising, distinct rows only
-    distinct, inverse = np.unique(rows, return_inverse=True)
-    return np.asarray(dataset[distinct])[inverse]
+    # row by row, in the file's order: a selection of many rows costs HDF5 a walk over all chunks between them
+    found = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
+    one_row, space = (1, *dataset.shape[1:]), dataset.id.get_space()
+    memory = h5py.h5s.create_simple(one_row)
+    for i in np.argsort(rows).tolist():
+        space.select_hyperslab((int(rows[i]), *[0] * len(dataset.shape[1:])), one_row)
+        dataset.id.read(memory, space, found[i : i + 1])
+    return found
 
 
 def _take(dataset: Any, rows: npt.NDArray[np.int64], out: Array) -> None:
-    if isinstance(dataset, np.memmap) and dataset.dtype == out.dtype:
+    if isinstance(dataset, np.ndarray) and dataset.dtype == out.dtype:
         np.take(dataset, rows, axis=0, out=out, mode="clip")
     else:
         out[...] = _rows(dataset, rows)
