@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from stepctl import config as configs
 from stepctl import numerics, registry
@@ -57,7 +57,7 @@ def assemble(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
 
 
 def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
-    task_class: type[Task] = registry.resolve("tasks", config.task.name)  # type: ignore[assignment]
+    task_class = cast(type[Task], registry.resolve("tasks", config.task.name))
     train, validation = _build("data", config.data.spec(), targets=task_class.targets, dtype=config.dtype)
     sources = [train, validation] if validation is not None else [train]
     if task_class.targets != "classes" and config.data.n_classes is not None:

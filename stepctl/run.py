@@ -16,7 +16,7 @@ from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config, Stop
-from stepctl.errors import ConfigError, NumericsError
+from stepctl.errors import ConfigError, NumericsError, StepctlError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.evaluate import Evaluate
 from stepctl.hooks.log import Log
@@ -74,7 +74,7 @@ class Segment:
             try:
                 reason = trainer.run()
             except BaseException as error:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(StepctlError):  # the disk may be what failed
                     self._record_end(number, f"{type(error).__name__}: {error}")
                 raise
             finally:

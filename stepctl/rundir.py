@@ -168,7 +168,7 @@ def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 for chunk in chunks:
-                    _write_all(descriptor, chunk)
+                    write_all(descriptor, chunk)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -199,7 +199,8 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
+def write_all(descriptor: int, chunk: bytes | memoryview) -> None:
+    """Write all of a chunk, however little the system takes at a time."""
     left = memoryview(chunk).cast("B")
     while left:
         left = left[os.write(descriptor, left) :]

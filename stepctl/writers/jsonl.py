@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import final
 
-from stepctl.rundir import writing
+from stepctl.rundir import write_all, writing
 from stepctl.writers.base import Row, Writer
 
 
@@ -16,20 +16,20 @@ class JSONLines(Writer):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+        with writing(path):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def write(self, row: Row) -> None:
         line = json.dumps({key: _value(item) for key, item in row.items()}).encode() + b"\n"
         with writing(self._path):
-            self._file.write(line)
-            self._file.flush()
+            write_all(self._descriptor, line)
 
     def sync(self) -> None:
         with writing(self._path):
-            os.fsync(self._file.fileno())
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._descriptor)
 
 
 def _value(item: object) -> object:
