@@ -14,7 +14,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import h5py
 import numpy as np
@@ -243,7 +244,7 @@ class Reader:
             raise CheckpointError("text", f"{self.name}: /{where} is not UTF-8 text") from error
 
 
-def _open_hdf5(raw: BinaryIO, name: str) -> h5py.File:
+def _open_hdf5(raw: BufferedReader, name: str) -> h5py.File:
     raw.seek(userblock.SIZE)
     if raw.read(len(_SUPERBLOCK)) != _SUPERBLOCK:
         raise CheckpointError("hdf5", f"{name}: no HDF5 superblock of version 3 at byte {userblock.SIZE}")

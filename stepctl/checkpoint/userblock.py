@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import stat
-from typing import BinaryIO
+from io import BufferedReader
 
 from stepctl.errors import CheckpointError
 
@@ -21,7 +21,6 @@ SIZE = 512
 VERSION = 1
 MAX_BYTES = 1 << 40  # a file above this is not read at all
 _TEXT = re.compile(rb"stepctl-checkpoint ([0-9]{1,9})\nsha256: ([0-9a-f]{64})\nlength: ([0-9]{1,15})\n\0*")
-_CHUNK = 1 << 20
 
 
 def make(body: memoryview) -> bytes:
@@ -31,7 +30,7 @@ def make(body: memoryview) -> bytes:
     return text.encode().ljust(SIZE, b"\0")
 
 
-def open_verified(path: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
+def open_verified(path: str | os.PathLike[str]) -> tuple[BufferedReader, str]:
     """Open a checkpoint whose digest is right; return the file and the digest.
 
     CheckpointError, with the reason as its code, if it is not a regular file, too large, not a checkpoint, of
@@ -61,7 +60,7 @@ def open_verified(path: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
         raise
 
 
-def _verify(file: BinaryIO, name: str, size: int) -> str:
+def _verify(file: BufferedReader, name: str, size: int) -> str:
     if size > MAX_BYTES:
         raise CheckpointError("size", f"{name}: {size:,} bytes; at most {MAX_BYTES:,} are read")
     head = file.read(SIZE)
@@ -73,14 +72,6 @@ def _verify(file: BinaryIO, name: str, size: int) -> str:
         raise CheckpointError("version", f"{name}: format version {version}; this stepctl reads {VERSION}")
     if size != SIZE + length:
         raise CheckpointError("length", f"{name}: damaged ({size} bytes instead of {SIZE + length})")
-    if _digest(file) != digest:
+    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
         raise CheckpointError("digest", f"{name}: damaged (sha256 differs)")
     return digest
-
-
-def _digest(file: BinaryIO) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
-    view = memoryview(buffer)
-    while n_read := file.readinto(buffer):  # type: ignore[attr-defined]
-        digest.update(view[:n_read])
-    return digest.hexdigest()
