@@ -218,12 +218,11 @@ def _core_scalar(text: str) -> Any:
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever the strict reader would not read back as the same string."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
+_Dumper.yaml_implicit_resolvers = {}
 for _tag, _pattern in (
     ("merge", re.compile("<<")),
     ("null", _NULL),
