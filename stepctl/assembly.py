@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from stepctl import config as configs
-from stepctl import numerics, registry
+from stepctl import numerics, registry, yamlio
 from stepctl.checkpoint import codec
 from stepctl.config import Config
 from stepctl.data.base import Source, Sources, count_classes
@@ -155,6 +155,9 @@ def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
     if asked.blas_kernel != "auto" and asked.blas_kernel.lower() != here["blas_kernel"].lower():
         raise ConfigError(f"numerics.blas_kernel: NumPy was loaded with {here['blas_kernel']}, not "
                           f"{asked.blas_kernel}; use auto, or a kernel of this CPU")  # fmt: skip
+    n_bytes = len(yamlio.dumps(assembly.config.plain()))
+    if n_bytes > yamlio.MAX_BYTES // 2:
+        raise ConfigError(f"config: {n_bytes} bytes with its defaults; at most {yamlio.MAX_BYTES // 2} can be kept")
     for source in assembly.sources:
         source.check(assembly.config.data.n_classes)
     assembly.trial()

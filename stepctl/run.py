@@ -16,7 +16,7 @@ from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config, Stop
-from stepctl.errors import ConfigError, NumericsError, StepctlError
+from stepctl.errors import CheckpointError, ConfigError, NumericsError, StepctlError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.evaluate import Evaluate
 from stepctl.hooks.log import Log
@@ -98,7 +98,7 @@ class Segment:
             hooks.append(Evaluate(config.evaluate, assembly.task, assembly.validation, writers))
         saved_step = self.start if self.restored else None
         hooks += assembly.hooks
-        hooks.append(Save(config.checkpoint, publish, signals.save_requested, saved_step))
+        hooks.append(Save(config.checkpoint, publish, signals.save_requested, saved_step, self.target))
         return hooks
 
     def _publish(self, state: TrainState) -> None:
@@ -172,10 +172,21 @@ def resume(directory: RunDirectory, options: ResumeOptions, say: Say, hooks: Seq
         configs.refuse_locked(changed, options.allow_change)
         assembly = assemble(config, hooks)
         store, ledger = Store(directory.checkpoints), directory.read_ledger()
-        with store.newest(say) if options.from_step is None else store.open(options.from_step) as reader:
+        excused = {change["key"] for row in ledger for change in row.get("changes", ())}
+        excused |= {change["key"] for change in changed} | set(options.allow_change)
+
+        def accept(reader: codec.Reader) -> None:
+            _check_same_run(reader, base, excused)
             codec.restore(reader, assembly.state)
-            header, name = reader.header, reader.name
-        assembly.task.check_counters(assembly.state.counters, config.initial_step)
+            assembly.task.check_counters(assembly.state.counters, config.initial_step)
+
+        if options.from_step is None:
+            reader = store.newest(say, accept)
+        else:
+            reader = store.open(options.from_step)
+            accept(reader)
+        header, name = reader.header, reader.name
+        reader.close()
         _check_data(assembly, ledger, options)
         assembly.trial()
         step = header.global_step
@@ -204,7 +215,27 @@ def _changed_config(base: Config, options: ResumeOptions, directory: RunDirector
     decided = [f"numerics.{key}" for key in open_keys] + config.horizon_keys()
     decided += ["data.n_classes"] if config.data.n_classes is None else []
     before = configs.flatten(base.plain())
+    for key in config.horizon_keys():
+        if before.get(key) is None:
+            raise ConfigError(f"{key}: is missing; a schedule that comes with a resume needs its own horizon")
     return config.with_values({key: before.get(key) for key in decided})
+
+
+def _check_same_run(reader: codec.Reader, base: Config, excused: set[str]) -> None:
+    # as plain values: what a checkpoint names is never imported
+    made_with = configs.flatten(yamlio.loads(reader.header.config, f"{reader.name}:/config").value)
+    for key, value in configs.flatten(base.plain()).items():
+        differs = key in made_with and made_with[key] != value
+        if (
+            differs
+            and configs.policy(key) == "locked"
+            and not any(f"{key}.".startswith(f"{name}.") for name in excused)
+        ):
+            raise CheckpointError(
+                "config",
+                f"{reader.name}: made with another config ({key}: {made_with[key]}, not {value}); "
+                f"put config.yaml back, or pass --allow-change {key}",
+            )
 
 
 def _target(config: Config, options: ResumeOptions, ledger: list[dict[str, Any]], step: int, changed: bool) -> int:

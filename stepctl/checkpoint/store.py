@@ -5,6 +5,7 @@ The directory is the truth: no pointer file, nothing edited, nothing replaced.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,15 +47,22 @@ class Store:
         file.close()
         return digest
 
-    def newest(self, report: Callable[[str], None]) -> codec.Reader:
-        """Open the checkpoint of the highest step that verifies; bad ones are reported and left in place.
+    def newest(
+        self, report: Callable[[str], None], accept: Callable[[codec.Reader], None] = lambda reader: None
+    ) -> codec.Reader:
+        """Open the checkpoint of the highest step that verifies and that `accept` does not refuse.
 
-        CheckpointError if there is none.
+        Refused ones (CheckpointError) are reported and left in place. CheckpointError if there is no other.
         """
         steps, refused = self.steps(), []
         for step in reversed(steps):
             try:
                 reader = codec.Reader(self.file(step))
+                try:
+                    accept(reader)
+                except BaseException:
+                    reader.close()
+                    raise
             except CheckpointError as error:
                 refused.append(str(error))
                 continue
@@ -88,5 +96,5 @@ class Store:
         A file of a later step was passed over by the resume that led here: it is damaged, and counts for nothing.
         """
         for step in retention.to_prune((step for step in self.steps() if step <= published), keep_last):
-            with rundir.writing(self.file(step)):
-                self.file(step).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what cannot be removed is no reason to stop training
+                self.file(step).unlink()

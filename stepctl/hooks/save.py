@@ -21,16 +21,19 @@ class Save(Hook):
         publish: Callable[[TrainState], None],
         requested: Callable[[], bool],
         saved_step: int | None,
+        target: int,
     ) -> None:
         self._config, self._publish, self._requested = config, publish, requested
-        self._saved_step = saved_step
+        self._saved_step, self._target = saved_step, target
 
     def start(self, state: TrainState) -> None:
         self._save(state)
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         requested = self._requested()  # asked at every step, so that no request outlives its step
-        if requested or state.counters.global_step % self._config.every == 0:
+        step = state.counters.global_step
+        # the target's own comes at the end, after the last rows: whoever finds it finds them
+        if step != self._target and (requested or step % self._config.every == 0):
             self._save(state)
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:

@@ -67,6 +67,7 @@ class Supervised(Task):
 
     def trial(self, state: TrainState, batch: Batch) -> None:
         self._gradient(state, batch, checked=True)
+        self.optimizer.learning_rate(state.counters.global_step)
 
     def step(self, state: TrainState, batch: Batch) -> Metrics:
         gradient, metrics = self._gradient(state, batch)

@@ -151,7 +151,7 @@ def main() -> None:
                 make_file(path, n, chunk)
             print(header)
             small, large = (open_file(str(path)) for path in paths)
-            compare(name, (small, 0), (large, 0), options.rounds)
+            compare(name, (small, 0), (large, 0), options.rounds if chunk is None else -(-options.rounds // 4))
             print(f"{'MiB':<16}{'Python peak':<22}{'private':<22}peak resident")
             memory(name, *paths)
     print(header)

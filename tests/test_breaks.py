@@ -1,0 +1,83 @@
+"""Ways in which a run was once made to lose something, each kept from coming back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import make_config, resume, rows, train
+from stepctl.errors import CheckpointError, ConfigError
+from stepctl.hooks.evaluate import Evaluate
+
+SAVES = {"checkpoint": {"every": 10, "keep_last": None}}
+
+
+def test_a_kill_in_the_final_evaluation_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(**SAVES)
+    expected = train(config, tmp_path / "whole")
+
+    class Kill(BaseException):
+        pass
+
+    def end(*_: Any) -> None:
+        raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluate, "end", end)
+        with pytest.raises(Kill):
+            train(config, tmp_path / "killed")
+    assert resume(tmp_path / "killed").same_bits(expected)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_a_config_too_long_to_read_back_is_refused_before_training(tmp_path: Path) -> None:
+    n = 9000
+    schedule = {"name": "piecewise_constant", "boundaries": list(range(1, n)), "values": [0.1] * n}
+    with pytest.raises(ConfigError, match="bytes with its defaults"):
+        train(make_config(optimizer={"name": "sgd", "learning_rate": schedule}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_schedule_without_a_horizon_is_refused_and_forgotten(tmp_path: Path) -> None:
+    train(make_config(stop={"last_step": 5}), tmp_path / "run")
+    key = "optimizer.learning_rate"
+    change = {"assignments": (f"{key}={{name: cosine, peak: 0.01}}",), "allow_change": (key,)}
+    with pytest.raises(ConfigError, match="decay_steps: is missing"):
+        resume(tmp_path / "run", last_step=8, **change)
+    assert resume(tmp_path / "run", last_step=8).counters.global_step == 8
+
+
+@pytest.mark.parametrize("stranger", [{"model": {"name": "mlp", "hidden": [24]}}, {"seed": 5}], ids=["shape", "seed"])
+def test_another_runs_checkpoint_is_passed_over(stranger: dict[str, Any], tmp_path: Path) -> None:
+    expected = train(make_config(), tmp_path / "whole")
+    train(make_config(stop={"last_step": 20}), tmp_path / "run")
+    train(make_config(stop={"last_step": 30}, **stranger), tmp_path / "other")
+    name = "checkpoints/step-00000030.h5"
+    shutil.copy(tmp_path / "other" / name, tmp_path / "run" / name)
+    said: list[str] = []
+    state = resume(tmp_path / "run", last_step=40, say=said.append)
+    assert state.same_bits(expected)
+    assert len(said) == 1
+    assert said[0].startswith("step-00000030.h5: made with another config")
+    assert said[0].endswith("using step-00000020.h5")
+
+
+def test_a_locked_key_edited_in_the_frozen_config_is_noticed(tmp_path: Path) -> None:
+    train(make_config(stop={"last_step": 5}), tmp_path / "run")
+    frozen = tmp_path / "run" / "config.yaml"
+    text = frozen.read_text()
+    assert "value: 0.01" in text
+    frozen.write_text(text.replace("value: 0.01", "value: 0.5"))
+    with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate\.value: 0\.01, not 0\.5"):
+        resume(tmp_path / "run", last_step=8)
+
+
+def test_what_cannot_be_pruned_does_not_stop_training(tmp_path: Path) -> None:
+    train(make_config(stop={"last_step": 20}), tmp_path / "run")
+    os.mkdir(tmp_path / "run" / "checkpoints" / "step-00000010.h5")
+    changed = {"assignments": ("checkpoint.every=5", "checkpoint.keep_last=1")}
+    assert resume(tmp_path / "run", last_step=40, **changed).counters.global_step == 40
