@@ -5,7 +5,8 @@ StepctlError                1  an operation failed; nothing was lost
 |- DataError                2  a data file is missing, or holds what it should not
 |- CheckpointError          3  no usable checkpoint, or a refused one
 |- NumericsError            3  --strict-numerics, and this machine cannot give the same bits
-`- RunInUseError            4  another process holds the run
+|- RunInUseError            4  another process holds the run
+`- StoppedAtOnce           75  a second Ctrl-C: what was published stands
 
 A message says what, where, why and how to mend it, in one line (ConfigError: one line per problem).
 """
@@ -21,6 +22,7 @@ class Exit(IntEnum):
     USAGE = 2
     NO_CHECKPOINT = 3
     IN_USE = 4
+    INTERRUPTED = 130  # Ctrl-C before training began: nothing was changed
     STOPPED = 75  # EX_TEMPFAIL: run it again
 
 
@@ -62,3 +64,9 @@ class RunInUseError(StepctlError):
     """Another process holds the run."""
 
     exit_code = Exit.IN_USE
+
+
+class StoppedAtOnce(StepctlError):
+    """A second Ctrl-C: the step in flight was given up; what was published stands."""
+
+    exit_code = Exit.STOPPED

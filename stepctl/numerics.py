@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import platform
 import sys
@@ -50,6 +52,7 @@ _LABELS = {
     "blas": "BLAS",
     "numpy": "NumPy",
     "simd": "CPU features",
+    "functions": "elementary functions",
     "machine": "machine",
 }
 
@@ -110,8 +113,22 @@ def settle(threads: int) -> dict[str, Any]:
         "blas": f"{dependency['name']} {dependency['version']}",
         "numpy": np.__version__,
         "simd": " ".join(simd.get("baseline", []) + simd.get("found", [])),
+        "functions": _probe(),
         "machine": platform.machine(),
     }
+
+
+def _probe() -> str:
+    """Return a digest of elementary functions at fixed points: libm and NumPy choose their kernels by CPU too."""
+    import numpy as np
+
+    points = np.linspace(0.01, 9.0, 997)
+    digest = hashlib.sha256(np.array([[math.cos(x), math.exp(x), 0.97**x] for x in points.tolist()]).tobytes())
+    for dtype in (np.float32, np.float64):
+        values = points.astype(dtype)
+        for function in (np.exp, np.log, np.tanh, np.log1p):
+            digest.update(function(values).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

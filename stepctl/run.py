@@ -16,7 +16,7 @@ from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config, Stop
-from stepctl.errors import CheckpointError, ConfigError, NumericsError, StepctlError
+from stepctl.errors import CheckpointError, ConfigError, NumericsError, StepctlError, StoppedAtOnce
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.evaluate import Evaluate
 from stepctl.hooks.log import Log
@@ -73,6 +73,11 @@ class Segment:
             )
             try:
                 reason = trainer.run()
+            except KeyboardInterrupt as error:
+                self._record_end(number, "a second SIGINT")
+                path = self.directory.path
+                remedy = f"go on from the newest checkpoint with: stepctl resume {path}"
+                raise StoppedAtOnce(f"{path}: stopped at once; {remedy}") from error
             except BaseException as error:
                 with contextlib.suppress(StepctlError):  # the disk may be what failed
                     self._record_end(number, f"{type(error).__name__}: {error}")
@@ -176,17 +181,15 @@ def resume(directory: RunDirectory, options: ResumeOptions, say: Say, hooks: Seq
         excused |= {change["key"] for change in changed} | set(options.allow_change)
 
         def accept(reader: codec.Reader) -> None:
-            _check_same_run(reader, base, excused)
+            words = _check_same_run(reader, base, excused)
             codec.restore(reader, assembly.state)
             assembly.task.check_counters(assembly.state.counters, config.initial_step)
+            for line in words:
+                say(line)
 
-        if options.from_step is None:
-            reader = store.newest(say, accept)
-        else:
-            reader = store.open(options.from_step)
-            accept(reader)
-        header, name = reader.header, reader.name
-        reader.close()
+        back = options.from_step
+        with store.newest(say, accept) if back is None else store.open(back, accept) as reader:
+            header, name = reader.header, reader.name
         _check_data(assembly, ledger, options)
         assembly.trial()
         step = header.global_step
@@ -194,6 +197,7 @@ def resume(directory: RunDirectory, options: ResumeOptions, say: Say, hooks: Seq
         segment = Segment(
             directory, assembly, target=_target(config, options, ledger, step, stop_changed), restored=name
         )
+        _say_horizon(config, segment.target, say)
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
@@ -221,21 +225,22 @@ def _changed_config(base: Config, options: ResumeOptions, directory: RunDirector
     return config.with_values({key: before.get(key) for key in decided})
 
 
-def _check_same_run(reader: codec.Reader, base: Config, excused: set[str]) -> None:
+def _check_same_run(reader: codec.Reader, base: Config, excused: set[str]) -> list[str]:
+    """Return in words what is excused; CheckpointError if a locked key differs that is not."""
     # as plain values: what a checkpoint names is never imported
     made_with = configs.flatten(yamlio.loads(reader.header.config, f"{reader.name}:/config").value)
+    words = []
     for key, value in configs.flatten(base.plain()).items():
-        differs = key in made_with and made_with[key] != value
-        if (
-            differs
-            and configs.policy(key) == "locked"
-            and not any(f"{key}.".startswith(f"{name}.") for name in excused)
-        ):
+        if configs.policy(key) == "live" or made_with.get(key, value) == value:
+            continue
+        if not any(f"{key}.".startswith(f"{name}.") for name in excused):
             raise CheckpointError(
                 "config",
                 f"{reader.name}: made with another config ({key}: {made_with[key]}, not {value}); "
                 f"put config.yaml back, or pass --allow-change {key}",
             )
+        words.append(f"{reader.name} was made with {key} {made_with[key]}; going on with {value}")
+    return words
 
 
 def _target(config: Config, options: ResumeOptions, ledger: list[dict[str, Any]], step: int, changed: bool) -> int:
@@ -244,6 +249,15 @@ def _target(config: Config, options: ResumeOptions, ledger: list[dict[str, Any]]
         return options.stop.last_step if options.stop.last_step is not None else step + (options.stop.num_steps or 0)
     recorded = rundir.newest_target(ledger)
     return config.target(step) if changed or recorded is None else recorded
+
+
+def _say_horizon(config: Config, target: int, say: Say) -> None:
+    rate = config.optimizer.spec().get("learning_rate", {})
+    horizon = rate.get("decay_steps") if rate.get("name") in ("cosine", "polynomial") else None
+    if horizon is not None and target > horizon:
+        key = "optimizer.learning_rate.decay_steps"
+        remedy = f"to stretch it: --set {key}={target} --allow-change {key}"
+        say(f"note: the learning rate's decay ends at step {horizon}, and from there to {target} it stays ({remedy})")
 
 
 def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:

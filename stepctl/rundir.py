@@ -15,6 +15,12 @@ from typing import Any
 from stepctl import yamlio
 from stepctl.errors import ConfigError, RunInUseError, StepctlError
 
+# Each event of the ledger, and what a line of it must hold.
+_EVENTS: dict[str, dict[str, type]] = {
+    "start": {"segment": int, "step": int, "target": int, "data": str},
+    "checkpoint": {"step": int, "sha256": str},
+    "end": {"segment": int, "step": int, "reason": str},
+}
 _TEMPORARY = ".tmp-"  # ends in the writer's pid
 
 
@@ -34,7 +40,9 @@ class RunDirectory:
         return self.path.resolve().name
 
     def holds_run(self) -> bool:
-        """Tell whether a run was ever started here: whether it published a checkpoint."""
+        """Tell whether a run was ever started here: whether it published a checkpoint, be it gone now."""
+        if any(row["event"] == "checkpoint" for row in self.read_ledger()):
+            return True
         return self.checkpoints.is_dir() and any(name.startswith("step-") for name in os.listdir(self.checkpoints))
 
     def refuse_run(self) -> None:
@@ -44,6 +52,8 @@ class RunDirectory:
 
     def newest_config(self) -> yamlio.Document:
         """Return the config that the newest segment ran with: the frozen one, or what the ledger changed it to."""
+        if self.path.is_file():
+            raise ConfigError(f"{self.path}: is a file; give the run's directory (and --from-step N to go back)")
         if not self.config.is_file():
             if self.holds_run():
                 remedy = f"its checkpoints hold it (stepctl inspect {self.path}): put it back"
@@ -125,8 +135,8 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def read_ledger(self) -> list[dict[str, Any]]:
-        """Return the ledger's lines; a line that a kill cut short is passed over."""
-        return list(_rows(self.ledger))
+        """Return the ledger's lines; one that a kill cut short, or that no segment wrote, is passed over."""
+        return [row for row in _rows(self.ledger) if _is_event(row)]
 
     def mend_ledger(self) -> None:
         """Cut a line that a kill left unfinished, so that the next one begins a line of its own."""
@@ -145,9 +155,14 @@ class RunDirectory:
             publish(self.metrics, kept)
 
 
+def _is_event(row: dict[str, Any]) -> bool:
+    facts = _EVENTS.get(str(row.get("event")))
+    return facts is not None and all(isinstance(row.get(name), kind) for name, kind in facts.items())
+
+
 def _stands(line: bytes, step: int) -> bool:
     row = _parsed(line) if line.endswith(b"\n") else None
-    return row is not None and row["step"] <= step and not row.get("extra")
+    return row is not None and isinstance(row.get("step"), int) and row["step"] <= step and not row.get("extra")
 
 
 def newest_target(ledger: list[dict[str, Any]]) -> int | None:

@@ -81,3 +81,43 @@ def test_what_cannot_be_pruned_does_not_stop_training(tmp_path: Path) -> None:
     os.mkdir(tmp_path / "run" / "checkpoints" / "step-00000010.h5")
     changed = {"assignments": ("checkpoint.every=5", "checkpoint.keep_last=1")}
     assert resume(tmp_path / "run", last_step=40, **changed).counters.global_step == 40
+
+
+def test_lines_that_no_segment_wrote_do_not_stop_a_resume(tmp_path: Path) -> None:
+    train(make_config(stop={"last_step": 20}), tmp_path / "run")
+    for name, lines in (("ledger", '{}\n{"event": "start"}\n[1]\n'), ("metrics", '{}\n{"step": null}\n')):
+        with open(tmp_path / "run" / f"{name}.jsonl", "a") as file:
+            file.write(lines)
+    expected = train(make_config(), tmp_path / "whole")
+    assert resume(tmp_path / "run", last_step=40).same_bits(expected)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_is_not_begun_anew(tmp_path: Path) -> None:
+    train(make_config(stop={"last_step": 5}), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(make_config(), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        resume(tmp_path / "run")
+    assert rows(tmp_path / "run")
+
+
+def test_a_state_of_too_many_arrays_is_refused_before_it_is_saved(tmp_path: Path) -> None:
+    model = {"name": "mlp", "hidden": [1] * 6000}
+    with pytest.raises(ConfigError, match="arrays and groups"):
+        train(make_config(model=model), tmp_path / "run")
+
+
+def test_a_run_directory_of_an_odd_name_trains(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/nu\xff"))
+    assert train(make_config(stop={"last_step": 2}), path).counters.global_step == 2
+
+
+def test_falling_back_behind_a_change_is_said(tmp_path: Path) -> None:
+    train(make_config(**SAVES, stop={"last_step": 20}), tmp_path / "run")
+    change = {"assignments": ("data.batch_size=24",), "allow_change": ("data.batch_size",)}
+    resume(tmp_path / "run", last_step=30, **change)
+    said: list[str] = []
+    resume(tmp_path / "run", from_step=10, say=said.append)
+    assert "step-00000010.h5 was made with data.batch_size 48; going on with 24" in said

@@ -572,7 +572,7 @@ def test_a_copy_under_a_free_name_is_good(tmp_path: Path) -> None:
 
 
 def test_too_many_objects_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk, "_MAX_OBJECTS", 20)
+    monkeypatch.setattr(walk, "MAX_OBJECTS", 20)
     path = tampered(tmp_path, lambda file: [file.create_group(f"params/{n}") for n in range(30)])
     assert refused(path).code == "objects"
 

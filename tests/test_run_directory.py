@@ -345,6 +345,8 @@ def test_a_stillborn_run_can_be_started_again(samples: Path, tmp_path: Path) -> 
     for file in (path / "checkpoints").iterdir():
         file.unlink()
     (path / "checkpoints" / ".step-00000000.h5.tmp-99").write_bytes(b"half")
+    lines = (path / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (path / "ledger.jsonl").write_text(lines[0])  # the start alone: nothing was ever acknowledged
     assert not RunDirectory(path).holds_run()
     state = train(small(samples, stop={"last_step": 2}), path)
     assert state.counters.global_step == 2

@@ -217,7 +217,7 @@ def test_counters_that_disagree_are_refused(small: Any, tmp_path: Path) -> None:
     parts = codec.encode(state, run=header.run, config=header.config, numerics=header.numerics)
     (path / "checkpoints" / "step-00000003.h5").write_bytes(b"".join(parts))
     with pytest.raises(CheckpointError, match="2 updates of the model, but global step 3") as caught:
-        resume(path, last_step=5)
+        resume(path, last_step=5, from_step=3)
     assert caught.value.code == "counter"
 
 
@@ -401,6 +401,7 @@ def test_a_save_asked_for_is_made_once_also_on_the_grid(small: Any) -> None:
         publish=lambda state: published.append(state.counters.global_step),
         requested=lambda: state.counters.global_step in requests and not requests.remove(state.counters.global_step),
         saved_step=0,
+        target=100,
     )
     hook.start(state)
     for _ in range(7):

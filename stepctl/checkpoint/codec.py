@@ -23,7 +23,7 @@ import numpy as np
 from stepctl import __version__, yamlio
 from stepctl.arena import Array, check_names
 from stepctl.checkpoint import userblock
-from stepctl.checkpoint.walk import NUMBERS, TEXTS, Walk, is_fixed_string
+from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_string
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.state import GLOBAL_STEP, Counters, TrainState
 
@@ -60,7 +60,7 @@ def encode(state: TrainState, *, run: str, config: str, numerics: str) -> list[b
         root.create("format_version", np.int64(FORMAT_VERSION))
         root.create("global_step", np.int64(state.counters.global_step))
         root.create("created_by", _text(f"stepctl {__version__}"))
-        root.create("run", _text(run))
+        root.create("run", _text(run.encode("utf-8", "replace").decode()))
         groups = {"": file.id}
         for group in ("counters", "params", "optimizers", "buffers", "hooks"):
             _group(groups, group)
@@ -81,12 +81,20 @@ def check_storable(state: TrainState) -> None:
         check_names({*state.arrays(), *(f"counters/{name}" for name in state.counters)})
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    objects = {path[:end] for path in state.arrays() for end in _ends(path)}
+    if len(objects) > MAX_OBJECTS // 2:
+        raise ConfigError(f"model: makes {len(objects)} arrays and groups; a checkpoint holds {MAX_OBJECTS // 2}")
     for path, array in state.arrays().items():
         if array.dtype.newbyteorder("<").str not in NUMBERS or not (array.flags.c_contiguous and array.flags.writeable):
             raise ConfigError(
                 f"/{path}: {array.dtype}, strides {array.strides}: a checkpoint holds arrays of float32, float64, "
                 "int64 and uint8 in C order, and a resume writes into them"
             )
+
+
+def _ends(path: str) -> Iterator[int]:
+    yield from (match.start() for match in re.finditer("/", path))
+    yield len(path)
 
 
 @contextlib.contextmanager

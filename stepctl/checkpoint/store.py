@@ -14,6 +14,9 @@ from stepctl import rundir
 from stepctl.checkpoint import codec, retention, userblock
 from stepctl.errors import CheckpointError
 
+Accept = Callable[[codec.Reader], None]  # raises CheckpointError at a checkpoint that it cannot use
+_UNFIT = {"mismatch", "config"}  # codes of whole checkpoints that belong to another config
+
 
 class Store:
     """A directory of `step-%08d.h5` files."""
@@ -47,37 +50,39 @@ class Store:
         file.close()
         return digest
 
-    def newest(
-        self, report: Callable[[str], None], accept: Callable[[codec.Reader], None] = lambda reader: None
-    ) -> codec.Reader:
+    def newest(self, report: Callable[[str], None], accept: Accept = lambda reader: None) -> codec.Reader:
         """Open the checkpoint of the highest step that verifies and that `accept` does not refuse.
 
         Refused ones (CheckpointError) are reported and left in place. CheckpointError if there is no other.
         """
-        steps, refused = self.steps(), []
-        for step in reversed(steps):
+        refused: list[CheckpointError] = []
+        for step in reversed(self.steps()):
             try:
-                reader = codec.Reader(self.file(step))
-                try:
-                    accept(reader)
-                except BaseException:
-                    reader.close()
-                    raise
+                reader = self.open(step, accept)
             except CheckpointError as error:
-                refused.append(str(error))
+                refused.append(error)
                 continue
             for reason in refused:
-                report(f"{reason}; using {reader.name}")
+                report(f"{str(reason).splitlines()[0]}; using {reader.name}")
             return reader
-        detail = f"{len(steps)} files, none good: {'; '.join(refused)}" if steps else "there is none"
+        if refused and all(error.code in _UNFIT for error in refused):
+            raise refused[0]  # all are whole, and none fits: the newest says why
+        reasons = "; ".join(str(error).splitlines()[0] for error in refused)
+        detail = f"{len(refused)} files, none good: {reasons}" if refused else "there is none"
         raise CheckpointError("none", f"{self.path}: no usable checkpoint ({detail}); start again in a new --run-dir")
 
-    def open(self, step: int) -> codec.Reader:
-        """Open the checkpoint of one step; CheckpointError names the steps that there are."""
+    def open(self, step: int, accept: Accept = lambda reader: None) -> codec.Reader:
+        """Open the checkpoint of one step, if `accept` takes it; CheckpointError names the steps that there are."""
         if step not in self.steps():
             have = ", ".join(str(known) for known in self.steps()) or "none"
             raise CheckpointError("none", f"{self.path}: no checkpoint of step {step}; there are: {have}")
-        return codec.Reader(self.file(step))
+        reader = codec.Reader(self.file(step))
+        try:
+            accept(reader)
+        except BaseException:
+            reader.close()
+            raise
+        return reader
 
     def set_aside(self, step: int) -> Path:
         """Rename a step's file, so that it is kept but never loaded; return its new path."""

@@ -15,7 +15,7 @@ NUMBERS: dict[str, Any] = {
     "<i8": h5py.h5t.STD_I64LE,
     "|u1": h5py.h5t.STD_U8LE,
 }
-_MAX_OBJECTS = 100_000
+MAX_OBJECTS = 100_000
 _MAX_DEPTH = 32
 _GROUPS = {"counters", "params", "optimizers", "buffers", "ema", "hooks"}
 TEXTS = {"config", "numerics"}
@@ -51,8 +51,8 @@ class Walk:
         if address in self.seen:
             self._refuse("doubled", path, "the same object under a second name")
         self.seen.add(address)
-        if len(self.seen) > _MAX_OBJECTS:
-            self._refuse("objects", path, f"more than {_MAX_OBJECTS} objects")
+        if len(self.seen) > MAX_OBJECTS:
+            self._refuse("objects", path, f"more than {MAX_OBJECTS} objects")
         if h5py.h5a.get_num_attrs(found):
             self._refuse("attribute", path, "attributes are allowed at the root only")
         if isinstance(found, h5py.h5g.GroupID) and path not in TEXTS:

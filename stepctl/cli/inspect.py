@@ -25,6 +25,8 @@ def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
             click.echo(reader.header.global_step)
             return
         facts = report.inspect(reader, pattern)
+    if not facts["arrays"]:
+        say(f"no array's path matches {pattern!r}; a pattern is such as 'params/*'")
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:

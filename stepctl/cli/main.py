@@ -1,5 +1,7 @@
 """`stepctl`: the group of commands, and what becomes of errors."""
 
+import os
+import traceback
 from typing import Any
 
 import click
@@ -21,8 +23,8 @@ class Main(click.Group):
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            click.echo("stepctl: stopped at once; what was published stands", err=True)
-            ctx.exit(Exit.STOPPED)
+            click.echo("stepctl: interrupted before training began; nothing was changed", err=True)
+            ctx.exit(Exit.INTERRUPTED)
         except StepctlError as error:
             if ctx.params["debug"]:
                 raise
@@ -31,8 +33,12 @@ class Main(click.Group):
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            text = " ".join(str(error).split())
-            click.echo(f"stepctl: unexpected {type(error).__name__}: {text}; see where with: stepctl --debug", err=True)
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{' '.join(str(error).split())} ({os.path.basename(at.filename)}:{at.lineno})"
+            click.echo(
+                f"stepctl: unexpected {type(error).__name__}: {text}; see more with: stepctl --debug COMMAND ...",
+                err=True,
+            )
             ctx.exit(Exit.NEGATIVE)
 
 

@@ -57,7 +57,6 @@ def train(
             train_segment(segment, quiet=quiet, verbose=verbose)
     config = configs.parse(document)
     if dry_run:
-        directory.refuse_run()
         directory.refuse_strangers()
         print_plan(report.plan(prepare(config), directory), as_json)
         return

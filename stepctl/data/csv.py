@@ -56,7 +56,7 @@ def _column(text: str, target: int | str, header: bool, delimiter: str) -> int:
     if isinstance(target, int):
         return target
     if not header:
-        raise ValueError(f"data.target is the name {target!r}, but data.header is false")
+        raise ValueError(f"data.target is the name {target!r}, but data.header is false; set it to true")
     names = [name.strip() for name in next(reader(io.StringIO(text), delimiter=delimiter), [])]
     if target not in names:
         raise ValueError(f"no column {target!r}; it has {', '.join(names)}")

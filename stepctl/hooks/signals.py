@@ -22,7 +22,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._stop: signal.Signals | None = None
-        self._save = False
+        self._save = self._interrupted = False
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -39,9 +39,10 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR2:
             self._save = True
-        elif number == signal.SIGINT and self._stop is signal.SIGINT:
+        elif number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         else:
+            self._interrupted = self._interrupted or number == signal.SIGINT
             self._stop = signal.Signals(number)
 
     def reason(self, counters: Counters) -> StopReason | None:
