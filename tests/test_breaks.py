@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +124,25 @@ def test_falling_back_behind_a_change_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     resume(tmp_path / "run", from_step=10, say=said.append)
     assert "step-00000010.h5 was made with data.batch_size 48; going on with 24" in said
+
+
+def test_a_target_past_the_decay_is_said(tmp_path: Path) -> None:
+    schedule = {"name": "cosine", "peak": 0.01}
+    train(make_config(optimizer={"name": "adam", "learning_rate": schedule}, stop={"last_step": 4}), tmp_path / "run")
+    said: list[str] = []
+    resume(tmp_path / "run", last_step=6, say=said.append)
+    assert said[0].startswith("note: the learning rate's decay ends at step 4, and from there to 6 it stays")
+
+
+def test_another_libm_is_another_numerics() -> None:
+    code = "from stepctl import numerics; print(numerics.settle(1)['functions'])"
+    environments = ({}, {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4,-AVX"})
+    probes = [
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | extra, capture_output=True, text=True, check=True
+        ).stdout
+        for extra in ({}, *environments)
+    ]
+    assert probes[0] == probes[1]
+    if platform.machine() == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text():
+        assert probes[1] != probes[2]

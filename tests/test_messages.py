@@ -6,6 +6,7 @@ import fcntl
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -259,7 +260,7 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "csv, a name without a header": (
         file("a.csv", ROWS),
         csv(target="label"),
-        "HERE/a.csv: cannot be read as CSV: data.target is the name 'label', but data.header is false",
+        "HERE/a.csv: cannot be read as CSV: data.target is the name 'label', but data.header is false; set it to true",
     ),
     "csv with a short row": (
         file("a.csv", ROWS + b"1,2\n"),
@@ -516,7 +517,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     ),
     "resume of a file": (
         ["resume", "a.npz"],
-        "stepctl: a.npz: no run is there (no config.yaml); start one with: stepctl train",
+        "stepctl: a.npz: is a file; give the run's directory (and --from-step N to go back)",
     ),
     "no such command": (["tarin"], "Error: No such command 'tarin'. Did you mean 'train'?"),
     "no such option": (["train", "--confg", "c.yaml"], "Error: No such option '--confg'."),
@@ -584,11 +585,6 @@ RESULT = "would change the result, so a resume refuses it"
 THERE: dict[str, tuple[list[str], int, str]] = {
     "train again": (
         ["train", "--config", "c.yaml", "--run-dir", "run"],
-        Exit.USAGE,
-        "run: holds a run already; go on with: stepctl resume run",
-    ),
-    "train again, dry": (
-        ["train", "--config", "c.yaml", "--run-dir", "run", "--dry-run"],
         Exit.USAGE,
         "run: holds a run already; go on with: stepctl resume run",
     ),
@@ -772,6 +768,7 @@ def test_a_run_in_use_may_be_looked_at(held: Path) -> None:
 
 def test_the_exit_codes_are_a_promise() -> None:
     promised = {"DONE": 0, "NEGATIVE": 1, "USAGE": 2, "NO_CHECKPOINT": 3, "IN_USE": 4, "STOPPED": 75}
+    promised["INTERRUPTED"] = 130
     assert {code.name: code.value for code in Exit} == promised
 
 
@@ -802,5 +799,9 @@ def test_what_nobody_foresaw_is_one_line_too(folder: Path, monkeypatch: pytest.M
         raise KeyError("a\nb")
 
     monkeypatch.setattr(run, "create", fail)
-    line = "stepctl: unexpected KeyError: 'a\\nb'; see where with: stepctl --debug\n"
-    assert stepctl("train", "--config", "c.yaml") == (Exit.NEGATIVE, "", line)
+    code, out, text = stepctl("train", "--config", "c.yaml")
+    assert (code, out) == (Exit.NEGATIVE, "")
+    where = r"\(test_messages\.py:\d+\)"
+    assert re.fullmatch(
+        rf"stepctl: unexpected KeyError: 'a\\nb' {where}; see more with: stepctl --debug COMMAND ...\n", text
+    )
