@@ -151,11 +151,6 @@ class Workspace:
         self._next += 1
         return buffer
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes held by all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers)
-
 
 class TreeSum:
     """The sum of n arenas in the order of a fixed binary tree: ((0 + 1) + (2 + 3)) + ...

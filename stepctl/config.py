@@ -103,6 +103,10 @@ class Checkpoint(Section):
     every: PositiveInt = 100
     keep_last: PositiveInt | None = 3
 
+    def fires(self, step: int) -> bool:
+        """Tell whether this step is on the grid."""
+        return step % self.every == 0
+
 
 class Numerics(Section):
     """What the last bits depend on; "auto" is resolved when the run starts."""

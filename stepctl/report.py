@@ -120,7 +120,7 @@ def plan(assembly: Assembly, directory: RunDirectory) -> dict[str, Any]:
         "steps": [first, last],
         "log": [step for step in steps if step in (first + 1, last) or config.log.fires(step)],
         "evaluate": [step for step in steps if assembly.validation and (step == last or config.evaluate.fires(step))],
-        "save": [first, *(step for step in steps if step == last or step % config.checkpoint.every == 0)],
+        "save": [first, *(step for step in steps if step == last or config.checkpoint.fires(step))],
     }
 
 

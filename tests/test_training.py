@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import stepctl
-from helpers import make_config, train
+from helpers import make_config, resume, train
 from stepctl import assembly as assemblies
 from stepctl.arena import Array
 from stepctl.assembly import Assembly
+from stepctl.optimizers.base import Optimizer, Tick
 from stepctl.state import Counters
 from stepctl.tasks.base import Metrics
 from stepctl.trainer import Trainer
@@ -199,3 +200,19 @@ def test_counters_only_grow_and_all_at_once() -> None:
     with pytest.raises(KeyError):
         counters.advance({"samples_seen": 1, "unknown": 1})
     assert dict(counters) == {"global_step": 1, "samples_seen": 2}
+
+
+def test_an_optimizer_counts_its_own_updates_on_through_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int] = []
+    update = Optimizer.update
+
+    def spy(self: Optimizer, params: Any, slots: Any, grads: Any, tick: Tick, **options: Any) -> None:
+        numbers.append(tick.number)
+        update(self, params, slots, grads, tick, **options)
+
+    monkeypatch.setattr(Optimizer, "update", spy)
+    train(make_config(initial_step=5, stop={"last_step": 8}), tmp_path / "run")
+    resume(tmp_path / "run", last_step=10)
+    assert numbers == [1, 2, 3, 4, 5]

@@ -33,7 +33,7 @@ class Save(Hook):
         requested = self._requested()  # asked at every step, so that no request outlives its step
         step = state.counters.global_step
         # the target's own comes at the end, after the last rows: whoever finds it finds them
-        if step != self._target and (requested or step % self._config.every == 0):
+        if step != self._target and (requested or self._config.fires(step)):
             self._save(state)
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
