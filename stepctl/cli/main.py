@@ -1,6 +1,7 @@
 """`stepctl`: the group of commands, and what becomes of errors."""
 
 import os
+import sys
 import traceback
 from typing import Any
 
@@ -59,7 +60,20 @@ for command in (train, resume, inspect, config):
 
 def main() -> None:
     """Run the command line."""
-    cli.main(prog_name="stepctl")
+    try:
+        cli.main(prog_name="stepctl")
+    finally:
+        _let_go_of_stderr()
+
+
+def _let_go_of_stderr() -> None:
+    # a message that nobody reads any more must not become the exit code 120 of Python's last flush
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 if __name__ == "__main__":
