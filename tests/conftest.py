@@ -1,0 +1,46 @@
+"""The switch for the long attacks, and the lines that say at the end what they reached."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers.py, for the folders below too
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="Run the attacks with real faults too (minutes).")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "faults: a long attack; runs with --faults only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--faults"):
+        attacks = [item for item in items if "faults" in item.keywords]
+        config.hook.pytest_deselected(items=attacks)
+        items[:] = [item for item in items if "faults" not in item.keywords]
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
+    """Return a function that adds a count to the summary: figure("kills", 12); equal names are added up."""
+    return record_property
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    sums: defaultdict[str, int] = defaultdict(int)
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", None) == "call":
+            for name, count in report.user_properties:
+                sums[name] += count
+    for name, count in sorted(sums.items()):
+        terminalreporter.write_line(f"{name}: {count:,}")
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = sorted({str(report.longrepr[-1]) for report in skipped if isinstance(report.longrepr, tuple)})
+    terminalreporter.write_line(f"skipped: {len(skipped)}" + "".join(f"\n  {reason}" for reason in reasons))
