@@ -109,13 +109,15 @@ class Segment:
         )
         try:
             reason = trainer.run()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            self._background.abandon()
+            raise
+        except BaseException as error:
             self._save_what_stands(trainer, save)
             with contextlib.suppress(StepctlError):  # the disk may be what failed
                 self._record_end(f"{type(error).__name__}: {error}")
             raise
         finally:
-            self._background.abandon()
             self._report_saved()
             for writer in writers:
                 writer.close()
