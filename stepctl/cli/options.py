@@ -71,10 +71,18 @@ def stop_section(num_steps: int | None, last_step: int | None) -> dict[str, int]
 
 def hold_signals() -> None:
     """Keep the signals that stop or save pending until training can answer them; Ctrl-C still ends the build-up."""
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    held = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    handlers = {number: signal.getsignal(number) for number in (*held, signal.SIGINT)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+
+    def restore() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
     context = click.get_current_context()
     if context.find_root().obj is not WHOLE_PROCESS:  # which has nothing left to do but to end
-        context.call_on_close(lambda: signal.pthread_sigmask(signal.SIG_SETMASK, old))
+        context.call_on_close(restore)
 
 
 def say(message: str) -> None:
