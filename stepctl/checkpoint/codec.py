@@ -220,7 +220,8 @@ class Reader:
         values = out if out.dtype == dataset.dtype else np.empty(out.shape, dataset.dtype)  # of another byte order
         if out.size:
             self._read(path, dataset.id.get_offset(), values)
-            out[...] = values
+            if values is not out:
+                out[...] = values
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if the file was written to since its digest was checked."""
