@@ -59,9 +59,9 @@ class Process:
             return False
         return True
 
-    def running(self) -> bool:
-        """Tell whether it has not ended yet."""
-        return not select.select([self._descriptor], [], [], 0)[0]
+    def running(self, after: float = 0.0) -> bool:
+        """Tell whether it still runs after so many seconds; False as soon as it ends."""
+        return not select.select([self._descriptor], [], [], after)[0]
 
     def wait(self, timeout: float = DEADLINE) -> int:
         """Return the exit code, -N if signal N ended it; TimeoutError, with what it said, if it does not end."""
