@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+from processes import start
 
 from helpers import rows
-from processes import start
 
 _NAME = re.compile(r"step-(\d{8,})\.h5")
 _HEAD = re.compile(rb"stepctl-checkpoint 1\nsha256: ([0-9a-f]{64})\nlength: (\d+)\n\0*")
