@@ -55,7 +55,7 @@ class Trial:
         keep: int | None = self.config["checkpoint"]["keep_last"]
         return keep
 
-    def new_run(self, number: int) -> Path:
+    def new_run(self, number: object) -> Path:
         """Return the path of a run that is yet to be made; its name is the unbroken run's, so all may be equal."""
         folder = self.folder / str(number)
         folder.mkdir()
@@ -168,12 +168,14 @@ def assert_nothing_lost(run: Path, keep_last: int | None) -> None:
     """Assert that each file is whole, and each acknowledged one there or rightly removed: for so many newer ones."""
     files = checkpoints(run)
     digests = {step: digest(path) for step, path in files.items()}
+    removed = {step for line in ledger(run, "checkpoint") for step in line["pruned"]}
     for step, sha256 in acknowledged(run):
         if step in files:
             assert digests[step] == sha256, f"step {step} is not the one that was acknowledged"
         else:
             newer = sum(other > step for other in files)
-            assert keep_last is not None, f"step {step} was acknowledged, and is gone"
+            assert step in removed, f"step {step} was acknowledged, and is gone; no line says so"
+            assert keep_last is not None, f"step {step} was acknowledged, and is gone; all were to be kept"
             assert newer >= keep_last, f"step {step} was acknowledged, and is gone; {newer} newer ones are there"
 
 
