@@ -13,22 +13,41 @@ from processes import Process, start, until
 from trials import Trial, ledger, make_trial, random_config
 
 GATE_AT = 5  # step 4 is saved before, step 8 after
-# A learning rate that waits for a file to appear.
+# A learning rate that waits for a file to appear; before that, it may start a process that outlives its own.
 _GATE = """
 import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from stepctl.schedules import Schedule
+
+def stay():
+    while True:
+        signal.pause()
+
+def by_fork():
+    pid = os.fork()
+    return pid if pid else stay()
+
+def by_command():
+    return subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], close_fds=False).pid
 
 @dataclass(frozen=True, kw_only=True)
 class Gate(Schedule):
     at: int
 
     def after_warmup(self, step: int) -> float:
+        if step == self.at and "ORPHAN" in os.environ:
+            pid = globals()[os.environ["ORPHAN"]]()
+            Path(os.environ["ORPHAN_PID"]).write_text(f"{pid}\\n")
         while step == self.at and not os.path.exists(os.environ.get("DOOR", "gate.py")):
             time.sleep(0.001)
         return 0.01
 """
+ORPHANS = ("by_fork", "by_command")
 
 
 @dataclass(frozen=True)
@@ -46,9 +65,9 @@ class Gated:
         """Let the run go on."""
         run.with_name("door").touch()
 
-    def start(self, arguments: Sequence[object], run: Path) -> Process:
+    def start(self, arguments: Sequence[object], run: Path, **variables: str) -> Process:
         """Start a process that waits at the gate."""
-        return start(arguments, cwd=self.trial.folder, env=self.environment(run))
+        return start(arguments, cwd=self.trial.folder, env=self.environment(run) | variables)
 
     def copy_of_killed(self, number: object) -> Path:
         """Return a run as one that was killed left it, its lock file included."""
