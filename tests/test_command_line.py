@@ -309,7 +309,7 @@ def test_a_killed_run_goes_on_exactly() -> None:
         child.signal(signal.SIGKILL)
         assert child.end()[0] == -signal.SIGKILL
     newest = int(saved("run")[-1][5:13])
-    assert newest >= 50
+    assert newest >= 25  # 50 may still have been in flight
     call("resume", "run", "--num-steps", 30, "--quiet")
     assert bits("run", newest + 30) == unbroken_bits(config, newest + 30)
     assert rows(Path("run")) == rows(Path("unbroken"))
@@ -378,6 +378,8 @@ def test_a_second_sigint_stops_at_once() -> None:
     with running("train", "--config", write(config), "--run-dir", "run") as child:
         for _ in range(2):
             child.until("in step 4")
+            while not ledger("run", "checkpoint")[1:]:  # that of step 2 may be in flight
+                pass
             child.signal(signal.SIGINT)
         code, rest = child.end()
     assert code == 75

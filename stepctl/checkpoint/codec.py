@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -32,7 +33,10 @@ FORMAT = "stepctl-checkpoint"
 FORMAT_VERSION = 1
 FILE_NAME = re.compile(r"step-([0-9]{8,19})\.h5")
 _SLICE = 1 << 22  # bytes written together
-_SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03"  # signature and version
+# Signature, version 3, offsets and lengths of 8 bytes, no flags; then base address, extension (none), end of file.
+_SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03\x08\x08\x00"
+_MAX_ATTRIBUTE = 4096  # bytes
+_UNDEFINED = 2**64 - 1
 _ROOT_ATTRIBUTES = {"format", "format_version", "global_step", "created_by", "run"}
 
 
@@ -253,10 +257,13 @@ class Reader:
         for name in sorted(found):
             space, kind = self._file.attrs.get_id(name).get_space(), self._file.attrs.get_id(name).get_type()
             whole = name in ("format_version", "global_step")
-            if space.get_simple_extent_type() != h5py.h5s.SCALAR or not (
-                kind.equal(NUMBERS["<i8"]) if whole else is_fixed_string(kind)
+            large = kind.get_size() > _MAX_ATTRIBUTE
+            if (
+                large
+                or space.get_simple_extent_type() != h5py.h5s.SCALAR
+                or not (kind.equal(NUMBERS["<i8"]) if whole else is_fixed_string(kind))
             ):
-                raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} has the wrong type")
+                raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} is of a wrong type")
             value = self._file.attrs[name]
             values[name] = int(value) if whole else self._string(value, name)
         return values
@@ -283,9 +290,10 @@ class Reader:
 
 
 def _open_hdf5(raw: BufferedReader, name: str) -> h5py.File:
+    size = os.fstat(raw.fileno()).st_size
     raw.seek(userblock.SIZE)
-    if raw.read(len(_SUPERBLOCK)) != _SUPERBLOCK:
-        raise CheckpointError("hdf5", f"{name}: no HDF5 superblock of version 3 at byte {userblock.SIZE}")
+    if raw.read(len(_SUPERBLOCK) + 24) != _SUPERBLOCK + struct.pack("<QQQ", userblock.SIZE, _UNDEFINED, size):
+        raise CheckpointError("hdf5", f"{name}: no superblock at byte {userblock.SIZE} such as the format has")
     raw.seek(0)
     return h5py.File(raw, "r")
 

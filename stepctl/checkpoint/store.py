@@ -15,7 +15,7 @@ from typing import Any
 from stepctl import rundir
 from stepctl.checkpoint import codec, retention, userblock
 from stepctl.config import Checkpoint
-from stepctl.errors import CheckpointError
+from stepctl.errors import CheckpointError, StepctlError
 
 Accept = Callable[[codec.Reader], None]  # raises CheckpointError at a checkpoint that it cannot use
 Body = Iterable[bytes | memoryview]  # all that follows the user block
@@ -64,7 +64,10 @@ class Store:
                 length += len(chunk)
             os.lseek(descriptor, 0, os.SEEK_SET)
             rundir.write_all(descriptor, userblock.make(sha256.hexdigest(), length))
-        file, digest = userblock.open_verified(path)
+        try:
+            file, digest = userblock.open_verified(path)
+        except CheckpointError as error:
+            raise StepctlError(f"{path}: written, but it does not read back: {error}; mend the disk") from error
         file.close()
         return digest
 
