@@ -13,7 +13,8 @@ from processes import Process, start, until
 from trials import Trial, ledger, make_trial, random_config
 
 GATE_AT = 5  # step 4 is saved before, step 8 after
-# A learning rate that waits for a file to appear; before that, it may start a process that outlives its own.
+# A learning rate that waits for a file to appear: in the midst of training, and if asked when it is built for the
+# so-manieth time. It may start a process that outlives its own, too.
 _GATE = """
 import os
 import signal
@@ -35,16 +36,29 @@ def by_fork():
 def by_command():
     return subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], close_fds=False).pid
 
+built = 0
+
+def wait_for(door):
+    while not os.path.exists(door):
+        time.sleep(0.001)
+
 @dataclass(frozen=True, kw_only=True)
 class Gate(Schedule):
     at: int
+
+    def __post_init__(self):
+        global built
+        built += 1
+        if built == int(os.environ.get("BUILD_AT", 0)):
+            Path(os.environ["DOOR"] + "-waiting").touch()
+            wait_for(os.environ["DOOR"] + "-built")
 
     def after_warmup(self, step: int) -> float:
         if step == self.at and "ORPHAN" in os.environ:
             pid = globals()[os.environ["ORPHAN"]]()
             Path(os.environ["ORPHAN_PID"]).write_text(f"{pid}\\n")
-        while step == self.at and not os.path.exists(os.environ.get("DOOR", "gate.py")):
-            time.sleep(0.001)
+        if step == self.at:
+            wait_for(os.environ.get("DOOR", "gate.py"))
         return 0.01
 """
 ORPHANS = ("by_fork", "by_command")
@@ -68,6 +82,16 @@ class Gated:
     def start(self, arguments: Sequence[object], run: Path, **variables: str) -> Process:
         """Start a process that waits at the gate."""
         return start(arguments, cwd=self.trial.folder, env=self.environment(run) | variables)
+
+    def start_building(self, arguments: Sequence[object], run: Path, at: int) -> Process:
+        """Start a process, and come back when it waits at the so-manieth time that it builds the gate."""
+        process = self.start(arguments, run, BUILD_AT=str(at))
+        until(lambda: run.with_name("door-waiting").exists() or not process.running())
+        return process
+
+    def let_build(self, run: Path) -> None:
+        """Let a process that waits while it builds go on."""
+        run.with_name("door-built").touch()
 
     def copy_of_killed(self, number: object) -> Path:
         """Return a run as one that was killed left it, its lock file included."""

@@ -20,6 +20,11 @@ DONE, USAGE, IN_USE, STOPPED = 0, 2, 4, 75
 SOON = 60.0  # seconds for all but one to leave
 
 
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Gated:
+    return make_gated(tmp_path_factory.mktemp("races") / "gated", random.Random(1))
+
+
 def train(trial: Trial, run: Path) -> list[object]:
     return trial.begin(run)
 
@@ -74,7 +79,7 @@ def race(gated: Gated, run: Path, commands: Sequence[Command], chance: random.Ra
             stack.enter_context(hold(command(gated.trial, run), cwd=gated.trial.folder, env=gated.environment(run)))
             for command in commands
         ]
-        spread = chance.choice((0, 0, 0.01, 0.1))
+        spread = chance.choice((0, 0, 0.01, 0.2))
         for racer in racers:
             racer.release()
             racer.running(after=spread * chance.random())
@@ -103,6 +108,27 @@ def assert_left(loser: Process, holders: set[int], may_find_a_run: bool) -> None
     assert match, said
     assert match[2] == socket.gethostname()
     assert int(match[1]) in holders, f"{said}; it is held by one of {holders}"
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("ended", [False, True], ids=["that trains", "that has ended"])
+def test_one_line_for_both_meets_a_run_that_began_while_it_was_building(
+    at: int, ended: bool, gated: Gated, tmp_path: Path
+) -> None:
+    run = gated.trial.new_run(tmp_path.name)
+    with gated.start_building(or_resume(gated.trial, run), run, at) as late:
+        assert late.running(), late.said()
+        with gated.start(train(gated.trial, run), run) as first:
+            until(lambda: at_the_gate(run) or not first.running())
+            if ended:
+                gated.open(run)
+                assert first.wait() == DONE, first.said()
+            gated.let_build(run)
+            assert late.wait() == (DONE if ended else IN_USE), late.said()
+            gated.open(run)
+            assert first.wait() == DONE, first.said()
+    assert len(ledger(run, "start")) == 1
+    gated.trial.assert_finished(run)
 
 
 # --- when the one who holds it ends just then
