@@ -169,6 +169,7 @@ def assert_nothing_lost(run: Path, keep_last: int | None) -> None:
     files = checkpoints(run)
     digests = {step: digest(path) for step, path in files.items()}
     removed = {step for line in ledger(run, "checkpoint") for step in line["pruned"]}
+    removed |= {step for line in ledger(run, "prune") for step in line["steps"]}
     for step, sha256 in acknowledged(run):
         if step in files:
             assert digests[step] == sha256, f"step {step} is not the one that was acknowledged"
