@@ -154,6 +154,7 @@ def judge(code: int, said: str, shots: list[Shot], before: Before, run: Path, tr
 
 def judge_stop(said: str, shots: list[Shot], run: Path) -> None:
     """75 promises a durable checkpoint of the step that it names, made after the step in flight."""
+    assert list(acknowledged(run)), f"nothing is saved: {said[-300:]}"
     newest, _ = list(acknowledged(run))[-1]
     assert newest == max(checkpoints(run))
     if [shot.number for shot in shots].count(SIGINT) > 1 and "stopped at once" in said:
