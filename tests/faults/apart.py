@@ -1,0 +1,94 @@
+"""A function in a process of its own, whose mounts, limits and children end with it; and commands that it forks off.
+
+    outcome = apart(attack, tmp_path, seed)    # a function of a test's module; what it returns or raises comes back
+
+A command forked off a process that has run one before starts in no time, and is a process like any other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+import processes  # noqa: F401  (what the server has imported before it forks)
+import pytest
+
+
+class Refused(Exception):
+    """The machine does not let an attack be made; the test is skipped."""
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return function(*arguments), called in a process of its own; skip the test if that raises Refused."""
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        kind, value = receiver.recv()
+    except EOFError:
+        kind, value = "error", "it ended without an answer"
+    process.join()
+    if kind == "refused":
+        pytest.skip(value)
+    if kind == "error":
+        pytest.fail(value, pytrace=False)
+    return value
+
+
+def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        answer = "value", function(*arguments)
+    except Refused as error:
+        answer = "refused", str(error)
+    except BaseException:
+        answer = "error", traceback.format_exc()
+    sender.send(answer)
+
+
+def fork(words: Sequence[object], output: Path | int, before: Callable[[], None] = lambda: None) -> int:
+    """Return the pid of a forked `stepctl *words`, its output to a file or descriptor, that calls `before` first."""
+    pid = os.fork()
+    if not pid:
+        _become(words, output, before)
+    return pid
+
+
+def ended(pid: int) -> int:
+    """Wait for a forked command; return its exit code, or -N if signal N ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def command(words: Sequence[object], output: Path) -> int:
+    """Run `stepctl *words` to its end; return its exit code."""
+    return ended(fork(words, output))
+
+
+def _become(words: Sequence[object], output: Path | int, before: Callable[[], None]) -> NoReturn:
+    code = 70
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        descriptor = output if isinstance(output, int) else os.open(output, flags, 0o666)
+        for number in (1, 2):
+            os.dup2(descriptor, number)
+        os.close(descriptor)
+        sys.argv = ["stepctl", *map(str, words)]
+        before()
+        from stepctl.__main__ import main
+
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
