@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from apart import apart, command, fork
 from places import in_memory
-from small_runs import Unbroken, temporaries
+from small_runs import Unbroken, acknowledged, checkpoints, temporaries
 from tracer import WRITES, Blow, Call, Trace, held
 
 LAST = 6
