@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from h5py import h5d, h5p, h5s, h5t
 
+from helpers import file_bytes
 from stepctl.arena import Arena, Array, aligned_empty
 from stepctl.checkpoint import codec, userblock, walk
 from stepctl.errors import CheckpointError, ConfigError
@@ -69,7 +70,7 @@ def full_state(dtype: str = "float32", seed: int = 0) -> TrainState:
 
 
 def encoded(state: TrainState) -> bytes:
-    return b"".join(codec.encode(state, run="moon", config="seed: 0  # é\n", numerics='{"threads": 1}'))
+    return file_bytes(codec.encode(state, run="moon", config="seed: 0  # é\n", numerics='{"threads": 1}'))
 
 
 def written(folder: Path, state: TrainState, name: str = NAME) -> Path:
@@ -323,7 +324,7 @@ def tampered(folder: Path, change: Callable[[h5py.File], object], name: str = NA
 
 
 def redigested(path: Path, body: bytes) -> Path:
-    path.write_bytes(userblock.make(memoryview(body)) + body)
+    path.write_bytes(userblock.make(hashlib.sha256(body).hexdigest(), len(body)) + body)
     return path
 
 

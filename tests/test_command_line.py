@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import stepctl
-from helpers import make_config, rows, train
+from helpers import file_bytes, make_config, rows, train
 from stepctl import numerics, yamlio
 from stepctl.arena import Arena
 from stepctl.checkpoint import codec
@@ -236,7 +236,7 @@ def odd_checkpoint() -> dict[str, Any]:
     hooks = {"best": {"steps": np.array([5, 2**40]), "flags": np.array([0, 255], np.uint8), "none": np.array([np.nan])}}
     counters = Counters({"global_step": 7, "samples_seen": 56, "model": 7})
     state = TrainState(counters, params, {"model": slots}, Arena({}, "float32"), hooks)
-    data = b"".join(codec.encode(state, run="moon", config="seed: 3\n", numerics='{"threads": 1}'))
+    data = file_bytes(codec.encode(state, run="moon", config="seed: 3\n", numerics='{"threads": 1}'))
     Path("odd.h5").write_bytes(data)
     return state.arrays()
 
@@ -506,8 +506,8 @@ def test_numerics_that_differ_are_said_recorded_and_refused_if_strict() -> None:
         header = reader.header
     here = json.loads(header.numerics)
     elsewhere = json.dumps(here | {"blas_kernel": "Z80", "numpy": "1.0"})
-    parts = codec.encode(state, run=header.run, config=header.config, numerics=elsewhere)
-    path.write_bytes(b"".join(parts))
+    image = codec.encode(state, run=header.run, config=header.config, numerics=elsewhere)
+    path.write_bytes(file_bytes(image))
 
     refusal = call("resume", "run", "--last-step", 9, "--strict-numerics", expect=3)
     differences = f"BLAS kernel Z80 -> {here['blas_kernel']}; NumPy 1.0 -> {np.__version__}"

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers import file_bytes
 from stepctl.arena import Arena
 from stepctl.checkpoint import codec, retention
 from stepctl.checkpoint.store import Store
+from stepctl.config import Checkpoint
 from stepctl.errors import CheckpointError, Exit, StepctlError
 from stepctl.state import Counters, TrainState
 
 
-def parts(step: int) -> list[bytes | memoryview]:
+def parts(step: int) -> codec.Image:
     params = Arena({"weight": (2,)}, "float32")
     params["weight"][:] = step
     counters = Counters({"global_step": step, "samples_seen": 8 * step})
@@ -45,7 +47,7 @@ def names(store: Store) -> list[str]:
 
 def damage(store: Store, step: int) -> None:
     path = store.file(step)
-    data = bytearray(path.read_bytes()) if path.exists() else bytearray(b"".join(parts(step)))
+    data = bytearray(path.read_bytes()) if path.exists() else bytearray(file_bytes(parts(step)))
     data[-1] ^= 1
     path.write_bytes(data)
 
@@ -341,8 +343,9 @@ KEPT: list[tuple[list[int], int | None, list[int]]] = [
 
 @pytest.mark.parametrize(("steps", "keep_last", "pruned"), KEPT)
 def test_retention(steps: list[int], keep_last: int | None, pruned: list[int]) -> None:
-    assert retention.to_prune(steps, keep_last) == pruned
-    assert retention.to_prune(iter(steps), keep_last) == pruned
+    keep = Checkpoint(keep_last=keep_last)
+    assert retention.to_prune(steps, keep, {}) == pruned
+    assert retention.to_prune(iter(steps), keep, {}) == pruned
     assert not steps or max(steps) not in pruned
 
 
@@ -350,7 +353,7 @@ def test_retention(steps: list[int], keep_last: int | None, pruned: list[int]) -
 def test_prune_removes_the_oldest_and_nothing_else(keep_last: int, tmp_path: Path) -> None:
     store = make_store(tmp_path, 0, 10, 20, 30)
     (store.path / "step-00000005.h5.aside-1").write_bytes(b"kept")
-    store.prune(30, keep_last)
+    store.remove(store.to_prune(30, Checkpoint(keep_last=keep_last), {}))
     assert store.steps() == [0, 10, 20, 30][-keep_last:]
     assert (store.path / "step-00000005.h5.aside-1").read_bytes() == b"kept"
     assert newest_step(store, pytest.fail) == 30
@@ -361,6 +364,6 @@ def test_a_bad_newer_file_never_costs_a_good_one(keep_last: int, tmp_path: Path)
     store = make_store(tmp_path, 8, 9)
     bad = bad_files(store)
     store.publish(10, parts(10))
-    store.prune(10, keep_last)
+    store.remove(store.to_prune(10, Checkpoint(keep_last=keep_last), {}))
     assert store.steps() == [8, 9, 10][-keep_last:] + list(bad)
     assert newest_step(store, lambda message: None) == 10

@@ -209,7 +209,8 @@ def test_an_optimizer_counts_its_own_updates_on_through_a_resume(
     update = Optimizer.update
 
     def spy(self: Optimizer, params: Any, slots: Any, grads: Any, tick: Tick, **options: Any) -> None:
-        numbers.append(tick.number)
+        if "dense0/weight" in params:
+            numbers.append(tick.number)
         update(self, params, slots, grads, tick, **options)
 
     monkeypatch.setattr(Optimizer, "update", spy)
