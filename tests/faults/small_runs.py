@@ -70,8 +70,8 @@ class Unbroken:
         known = sorted({*seen, *recorded} - set(excused))
         newest = known[-1] if known else -1
         kept = sorted(step for step, digest in files.items() if digest)[-self.keep_last :]  # retention takes older ones
-        pruned = [step for step in known if len(kept) == self.keep_last and step < kept[0]]
-        wrong += [f"step {step}: acknowledged, and lost" for step in known if step not in (*files, *pruned)]
+        pruned = {step for step in _pruned(run) if len(kept) == self.keep_last and step < kept[0]}
+        wrong += [f"step {step}: acknowledged, and lost" for step in known if step not in pruned | set(files)]
         standing = rows(run)
         wrong += [f"no row {row}" for row in self.rows if row["step"] <= newest and row not in standing]
         return wrong
@@ -90,6 +90,10 @@ def acknowledged(run: Path) -> dict[int, str]:
     """Return the sha256 of each checkpoint that the ledger acknowledges."""
     lines = _lines(run / "ledger.jsonl")
     return {line["step"]: line["sha256"] for line in lines if line.get("event") == "checkpoint"}
+
+
+def _pruned(run: Path) -> set[int]:
+    return {step for line in _lines(run / "ledger.jsonl") for step in line.get("pruned", ())}
 
 
 def checkpoints(run: Path) -> dict[int, str | None]:

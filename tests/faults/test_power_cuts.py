@@ -23,8 +23,8 @@ from stepctl import yamlio
 from stepctl.assembly import Assembly, prepare
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
-from stepctl.run import Segment
 from stepctl.rundir import RunDirectory
+from stepctl.segment import Segment
 
 KINDS = ("ext4", "xfs")
 LAST = 150
@@ -61,7 +61,7 @@ def _resume(run: Path, assembly: Assembly) -> None:
     with directory.lock():
         directory.clear_temporaries()
         with Store(directory.checkpoints).newest(print, lambda reader: codec.restore(reader, assembly.state)) as reader:
-            segment = Segment(directory, assembly, target=LAST, restored=reader.name)
+            segment = Segment(directory, assembly, print, target=LAST, restored=reader.name)
         segment.report = lambda message: print(message, flush=True)
         print("global step", flush=True)
         if segment.start < LAST:
