@@ -2,109 +2,26 @@
 
 from __future__ import annotations
 
-import gc
-import shutil
+import errno
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-from apart import apart, command, fork
-from places import in_memory
-from small_runs import Unbroken, acknowledged, checkpoints, temporaries
-from tracer import WRITES, Blow, Call, Trace, held
+from apart import apart
+from scenes import SCENES, Stage
+from small_runs import temporaries
+from tracer import Blow, Call
 
-LAST = 6
-HARMLESS = Blow()
+PARTS = 4
+WRITES = {"write", "pwrite64"}
+TAKE_ROOM = WRITES | {"openat", "mkdir", "rename", "fsync", "fdatasync", "close"}
+TRIED_AGAIN = WRITES | {"openat", "read", "pread64", "fsync", "fdatasync", "ftruncate"}  # by Python, after EINTR
+NEEDED = WRITES | {"mkdir", "rename", "fsync", "fdatasync"}  # a save that goes on after one of these failed is a lie
+DISK_ERRORS = ("a damaged file in the way", "the first save of a fresh run, and all after it", next(iter(SCENES)))
 Figure = Callable[[str, int], None]
-RESUME = ("resume", "RUN", "--set", f"stop.last_step={LAST}")
-FRESH = ("train", "--config", "CONFIG", "--run-dir", "RUN", "--or-resume")
-SEGMENT_START = Call("write", "ledger.jsonl")  # a resume's first line in the ledger
-ROW_OF_STEP_5 = Call("write", "metrics.jsonl", 2)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A command that saves, and what lies there when it starts."""
-
-    words: tuple[str, ...] = RESUME
-    trained: int | None = 3  # what the run had reached, if there is one
-    since: Call | None = SEGMENT_START  # the first call that is struck
-    signals: dict[Call, int] = field(default_factory=dict)
-    code: int = 0
-    damaged: int | None = None
-    killed_at: Call | None = None
-
-
-SCENES = {
-    "saves on the grid and at the end, with pruning": Scene(),
-    "the first save of a fresh run, and all after it": Scene(words=FRESH, trained=None, since=None),
-    "the save of a stop by signal": Scene(since=ROW_OF_STEP_5, signals={ROW_OF_STEP_5: signal.SIGTERM}, code=75),
-    "a save on request": Scene(since=ROW_OF_STEP_5, signals={ROW_OF_STEP_5: signal.SIGUSR2}),
-    "a damaged file in the way": Scene(trained=4, damaged=4),
-    "a resume after a kill": Scene(
-        since=None, killed_at=Call("rename", "checkpoints/.step-00000006.h5.tmp-PID -> checkpoints/step-00000006.h5")
-    ),
-}
-
-
-class Stage:
-    """A scene that can be played again and again, in a process apart."""
-
-    def __init__(self, scene: Scene, folder: Path) -> None:
-        folder = in_memory(folder)
-        self.scene, self.run, self.output = scene, folder / "attacked" / "run", folder / "output.txt"
-        self.unbroken = Unbroken(folder, LAST, every=2, keep_last=2)
-        self._start = folder / "start" / "run"
-        if scene.trained is not None:
-            self._prepare(scene.trained)
-        there = checkpoints(self._start)
-        self.excused = {step for step in acknowledged(self._start) if not there.get(step)}
-        gc.freeze()  # the forks share what is here
-        code, trace = self.play()
-        assert code == scene.code, self.output.read_text()
-        if scene.signals:
-            self.unbroken.admit(self.run)  # it has saved off the grid
-        self.calls = trace.calls[trace.calls.index(scene.since) if scene.since else 0 :]
-
-    def _prepare(self, step: int) -> None:
-        words = ["train", "--config", self.unbroken.config, "--run-dir", self._start, "--last-step", step]
-        assert command(words, self.output) == 0, self.output.read_text()
-        self.unbroken.admit(self._start)
-        if self.scene.killed_at is not None:
-            trace = Trace(self._start, self.scene.killed_at, Blow(kill=True), {})
-            assert trace.follow(held(lambda stop: fork(self.words(self._start), self.output, stop))) == -9
-            with open(self._start / "ledger.jsonl", "a") as file:
-                file.write('{"event": "checkp')
-            assert temporaries(self._start)
-        if self.scene.damaged is not None:
-            path = self._start / "checkpoints" / f"step-{self.scene.damaged:08d}.h5"
-            data = bytearray(path.read_bytes())
-            data[-1] ^= 1
-            path.write_bytes(data)
-
-    def words(self, run: Path) -> list[Any]:
-        return [{"RUN": run, "CONFIG": self.unbroken.config}.get(word, word) for word in self.scene.words]
-
-    def play(self, target: Call | None = None, blow: Blow = HARMLESS) -> tuple[int, Trace]:
-        """Run the command from the same start; return its exit code, and what it did."""
-        shutil.rmtree(self.run.parent, ignore_errors=True)
-        if self._start.exists():
-            shutil.copytree(self._start, self.run)
-        trace = Trace(self.run, target, blow, self.scene.signals)
-        return trace.follow(held(lambda stop: fork(self.words(self.run), self.output, stop))), trace
-
-    def faults(self) -> list[str]:
-        """Return what is wrong with the run as it stands."""
-        return self.unbroken.faults(self.run, excused=self.excused)
-
-    def faults_of_going_on(self) -> list[str]:
-        """Run the command again, undisturbed; return what is wrong with the end that the run comes to."""
-        if code := command(self.words(self.run), self.output):
-            return [f"cannot go on: exit code {code}, {self.output.read_text()}"]
-        return self.unbroken.end_faults(self.run)
+Attack = Callable[[Stage, slice], tuple[int, list[str]]]
 
 
 def kills(stage: Stage) -> Iterator[tuple[Call, Blow]]:
@@ -115,31 +32,127 @@ def kills(stage: Stage) -> Iterator[tuple[Call, Blow]]:
             yield call, Blow(kill=True, half=True)
 
 
-def sweep_kills(scene: str, folder: Path, part: slice) -> tuple[int, list[str]]:
+def errors(stage: Stage) -> Iterator[tuple[Call, Blow]]:
+    """Yield every error that a disk can give, at every call; EINTR apart."""
+    for call in stage.calls:
+        for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT) if call.name in TAKE_ROOM else (errno.EIO,):
+            yield call, Blow(error=number)
+
+
+def harmless(stage: Stage) -> Iterator[tuple[Call, Blow]]:
+    """Yield an interrupted call wherever there can be one, and half a write at every write."""
+    for call in stage.calls:
+        if call.name in TRIED_AGAIN:
+            yield call, Blow(error=errno.EINTR)
+        if call.name in WRITES:
+            yield call, Blow(half=True)
+
+
+def kill_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
     """Kill at each call; return how many were killed, and what was wrong."""
-    stage, wrong, count = Stage(SCENES[scene], folder), list[str](), 0
-    for call, blow in list(kills(stage))[part]:
-        code, trace = stage.play(call, blow)
-        assert trace.struck, f"{call}: did not come"
+    wrong, attacks = list[str](), list(kills(stage))[part]
+    for call, blow in attacks:
+        code, trace = stage.play((call, blow))
+        assert trace.struck >= {call}, f"{call}: did not come"
         assert code == -signal.SIGKILL, f"{call}: exit code {code}"
         wrong += [f"killed at {call}: {fault}" for fault in (*stage.faults(), *stage.faults_of_going_on())]
-        count += 1
-    return count, wrong
+    return len(attacks), wrong
 
 
-PARTS = 4
+def fail_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
+    """Let each call fail in each way; return how many did, and what was wrong."""
+    wrong, attacks = list[str](), list(errors(stage))[part]
+    for call, blow in attacks:
+        code, trace = stage.play((call, blow))
+        assert trace.struck >= {call}, f"{call}: did not come"
+        must_fail = call.name in NEEDED or (call, "fsync") in _followed_by(stage.calls)
+        found = _faults_of_an_error(stage, code, must_fail)
+        wrong += [f"{errno.errorcode[blow.error]} at {call}: {fault}" for fault in found]
+    return len(attacks), wrong
+
+
+def fill_up_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
+    """Let each write write half, and the next one find the disk full; return how many did, and what was wrong."""
+    wrong, attacks = list[str](), [call for call in stage.calls if call.name in WRITES][part]
+    for call in attacks:
+        rest = call._replace(nth=call.nth + 1)
+        code, trace = stage.play((call, Blow(half=True)), (rest, Blow(error=errno.ENOSPC)))
+        assert trace.struck == {call, rest}, f"{call}: did not come"
+        wrong += [f"a full disk in {call}: {fault}" for fault in _faults_of_an_error(stage, code, must_fail=True)]
+    return len(attacks), wrong
+
+
+def disturb_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
+    """Interrupt each call and cut each write short; return how many, and what was wrong: it must not matter."""
+    wrong, attacks = list[str](), list(harmless(stage))[part]
+    for call, blow in attacks:
+        code, trace = stage.play((call, blow))
+        assert trace.struck >= {call}, f"{call}: did not come"
+        if code:
+            wrong.append(f"{blow} at {call}: exit code {code}, {stage.output.read_text()}")
+        wrong += [f"{blow} at {call}: {fault}" for fault in stage.unbroken.end_faults(stage.run)]
+    return len(attacks), wrong
+
+
+def _followed_by(calls: list[Call]) -> set[tuple[Call, str]]:
+    return {(call, following.name) for call, following in pairwise(calls)}
+
+
+def _faults_of_an_error(stage: Stage, code: int, must_fail: bool) -> list[str]:
+    """Return what is wrong with how a command took an error: it ends with 1 and says why, or nothing came of it."""
+    said = stage.output.read_text()
+    reasons = [line for line in said.splitlines() if line.startswith("stepctl: ")]
+    if code == 0 and not must_fail:
+        return stage.unbroken.end_faults(stage.run)
+    wrong = [] if code == 1 else [f"exit code {code}"]
+    if len(reasons) != 1 or "unexpected" in said or "Traceback" in said:
+        wrong.append(f"no clear reason: {said}")
+    wrong += [f"left behind: {name}" for name in temporaries(stage.run)]
+    return wrong + stage.faults() + stage.faults_of_going_on()
+
+
+def strike(attack: Attack, scene: str, folder: Path, part: slice) -> tuple[int, list[str]]:
+    return attack(Stage(SCENES[scene], folder), part)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_kill_at_any_system_call_loses_nothing(scene: str, part: int, tmp_path: Path, figure: Figure) -> None:
-    count, wrong = apart(sweep_kills, scene, tmp_path, slice(part, None, PARTS))
+    count, wrong = apart(strike, kill_all, scene, tmp_path, slice(part, None, PARTS))
     figure("kills at a system call", count)
     assert wrong == []
 
 
-def test_a_kill_at_some_system_calls_loses_nothing(tmp_path: Path, figure: Figure) -> None:
-    count, wrong = apart(sweep_kills, next(iter(SCENES)), tmp_path, slice(3, None, 12))
-    figure("kills at a system call", count)
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("scene", DISK_ERRORS)
+def test_an_error_at_any_system_call_is_said_and_loses_nothing(
+    scene: str, part: int, tmp_path: Path, figure: Figure
+) -> None:
+    count, wrong = apart(strike, fail_all, scene, tmp_path, slice(part, None, PARTS))
+    figure("errors at a system call", count)
+    assert wrong == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_disk_that_is_full_in_the_middle_of_a_write_loses_nothing(scene: str, tmp_path: Path, figure: Figure) -> None:
+    count, wrong = apart(strike, fill_up_all, scene, tmp_path, slice(None))
+    figure("writes that filled the disk half-way", count)
+    assert wrong == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("scene", DISK_ERRORS)
+def test_interrupted_calls_and_short_writes_do_not_matter(scene: str, tmp_path: Path, figure: Figure) -> None:
+    count, wrong = apart(strike, disturb_all, scene, tmp_path, slice(None))
+    figure("interrupted calls and short writes", count)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("attack", [kill_all, fail_all, fill_up_all, disturb_all])
+def test_a_few_faults_at_system_calls_lose_nothing(attack: Attack, tmp_path: Path, figure: Figure) -> None:
+    count, wrong = apart(strike, attack, next(iter(SCENES)), tmp_path, slice(3, None, 20))
+    figure("faults at system calls, in passing", count)
     assert wrong == []

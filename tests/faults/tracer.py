@@ -53,11 +53,12 @@ class Call(NamedTuple):
 
 
 class Blow(NamedTuple):
-    """What happens at a call: `error`: it fails with this errno; `half`: it writes half; `kill`: the process ends."""
+    """What happens at a call: `signal` is sent; `error`: it fails with this errno; `half`: it writes half; `kill`."""
 
     kill: bool = False
     half: bool = False
     error: int = 0
+    signal: int = 0
 
 
 class _Info(ctypes.Structure):  # struct ptrace_syscall_info
@@ -77,12 +78,12 @@ _libc.ptrace.restype = ctypes.c_long
 
 
 class Trace:
-    """The calls of a traced process, and whether the blow fell."""
+    """The calls of a traced process, and the blows that fell."""
 
-    def __init__(self, folder: Path, target: Call | None, blow: Blow, signals: Mapping[Call, int]) -> None:
+    def __init__(self, folder: Path, blows: Mapping[Call, Blow]) -> None:
         self.calls: list[Call] = []
-        self.struck = False
-        self._folder, self._target, self._blow, self._signals = os.path.realpath(folder), target, blow, signals
+        self.struck: set[Call] = set()
+        self._folder, self._blows = os.path.realpath(folder), blows
         self._counts: Counter[tuple[str, str]] = Counter()
         self._at_leave: dict[int, Callable[[], None]] = {}  # by thread, what is left to do when its call ends
 
@@ -126,22 +127,9 @@ class Trace:
             self._counts[name, file] += 1
             call = Call(name, file, self._counts[name, file])
             self.calls.append(call)
-            if call == self._target:
-                self.struck = True
-                self._at_leave[thread] = self._strike(pid, thread, info)
-            if call in self._signals:
-                os.kill(pid, self._signals[call])
-
-    def _strike(self, pid: int, thread: int, info: _Info) -> Callable[[], None]:
-        blow = self._blow
-        if blow.error:
-            _poke(thread, _ORIG_RAX, -1)
-            return lambda: _poke(thread, _RAX, -blow.error)
-        if blow.half:
-            _poke(thread, _RDX, max(info.args[2] // 2, 1))
-            return (lambda: _kill(pid)) if blow.kill else lambda: _poke(thread, _RDX, info.args[2])
-        _kill(pid)
-        return _nothing
+            if call in self._blows:
+                self.struck.add(call)
+                self._at_leave[thread] = _strike(pid, thread, self._blows[call], info)
 
     def _files(self, pid: int, info: _Info) -> Iterator[str | None]:
         """Yield, for each file of a call, its path below the folder; None for one outside."""
@@ -156,6 +144,21 @@ class Trace:
             position += kind in "pa"
             whole = os.path.normpath(path if path.startswith("/") else os.path.join(_descriptor(pid, _AT_CWD), path))
             yield os.path.relpath(whole, self._folder) if f"{whole}/".startswith(f"{self._folder}/") else None
+
+
+def _strike(pid: int, thread: int, blow: Blow, info: _Info) -> Callable[[], None]:
+    """Do what is to be done when a call begins; return what is left for its end."""
+    if blow.signal:
+        os.kill(pid, blow.signal)
+    if blow.error:
+        _poke(thread, _ORIG_RAX, -1)
+        return lambda: _poke(thread, _RAX, -blow.error)
+    if blow.half:
+        _poke(thread, _RDX, max(info.args[2] // 2, 1))
+        return (lambda: _kill(pid)) if blow.kill else lambda: _poke(thread, _RDX, info.args[2])
+    if blow.kill:
+        _kill(pid)
+    return _nothing
 
 
 def held(start: Callable[[Callable[[], None]], int]) -> int:
