@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn
 
 import processes  # noqa: F401  (what the server has imported before it forks)
@@ -53,32 +52,41 @@ def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[A
     sender.send(answer)
 
 
-def fork(words: Sequence[object], output: Path | int, before: Callable[[], None] = lambda: None) -> int:
-    """Return the pid of a forked `stepctl *words`, its output to a file or descriptor, that calls `before` first."""
-    pid = os.fork()
-    if not pid:
-        _become(words, output, before)
-    return pid
+def nothing() -> None:
+    """Do nothing."""
 
 
 def ended(pid: int) -> int:
-    """Wait for a forked command; return its exit code, or -N if signal N ended it."""
+    """Wait for a forked process; return its exit code, or -N if signal N ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def command(words: Sequence[object], output: Path) -> int:
-    """Run `stepctl *words` to its end; return its exit code."""
-    return ended(fork(words, output))
+def fork(words: Sequence[object], before: Callable[[], None] = nothing) -> tuple[int, int]:
+    """Fork `stepctl *words`, which calls `before` first; return its pid, and a descriptor that hears what it says."""
+    hearing, saying = os.pipe()
+    pid = os.fork()
+    if not pid:
+        _become(words, saying, before)
+    os.close(saying)
+    return pid, hearing
 
 
-def _become(words: Sequence[object], output: Path | int, before: Callable[[], None]) -> NoReturn:
+def command(
+    words: Sequence[object], before: Callable[[], None] = nothing, follow: Callable[[int], int] = ended
+) -> tuple[int, str]:
+    """Run `stepctl *words` to its end; return its exit code, and the little that it said."""
+    pid, hearing = fork(words, before)
+    code = follow(pid)
+    with open(hearing) as file:
+        return code, file.read()
+
+
+def _become(words: Sequence[object], saying: int, before: Callable[[], None]) -> NoReturn:
     code = 70
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        descriptor = output if isinstance(output, int) else os.open(output, flags, 0o666)
         for number in (1, 2):
-            os.dup2(descriptor, number)
-        os.close(descriptor)
+            os.dup2(saying, number)
+        os.close(saying)
         sys.argv = ["stepctl", *map(str, words)]
         before()
         from stepctl.__main__ import main

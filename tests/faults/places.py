@@ -37,7 +37,7 @@ def own_mounts() -> None:
 
 def mount_memory(point: Path, size: int) -> None:
     """Mount an empty tmpfs of `size` bytes."""
-    point.mkdir()
+    point.mkdir(exist_ok=True)
     _mount("tmpfs", point, "tmpfs", f"size={size}")
 
 

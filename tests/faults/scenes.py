@@ -6,14 +6,15 @@ import gc
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apart import command, fork
+from apart import command, ended, nothing
 from places import in_memory
 from small_runs import Unbroken, acknowledged, checkpoints, temporaries
-from tracer import Blow, Call, Trace, held
+from tracer import Blow, Call, Trace, stand_still
 
 LAST = 6
 RESUME = ("resume", "RUN", "--set", f"stop.last_step={LAST}", "-v")
@@ -52,7 +53,7 @@ class Stage:
 
     def __init__(self, scene: Scene, folder: Path) -> None:
         folder = in_memory(folder)
-        self.scene, self.run, self.output = scene, folder / "attacked" / "run", folder / "output.txt"
+        self.scene, self.run, self.said = scene, folder / "attacked" / "run", ""
         self.unbroken = Unbroken(folder, LAST, every=2, keep_last=2)
         self._start = folder / "start" / "run"
         if scene.trained is not None:
@@ -61,18 +62,18 @@ class Stage:
         self.excused = {step for step in acknowledged(self._start) if not there.get(step)}
         gc.freeze()  # the forks share what is here
         code, trace = self.play()
-        assert code == scene.code, self.output.read_text()
+        assert code == scene.code, self.said
         if scene.signals:
             self.unbroken.admit(self.run)  # it has saved off the grid
         self.calls = trace.calls[trace.calls.index(scene.since) if scene.since else 0 :]
 
     def _prepare(self, step: int) -> None:
-        words = ["train", "--config", self.unbroken.config, "--run-dir", self._start, "--last-step", step]
-        assert command(words, self.output) == 0, self.output.read_text()
+        words = ["train", "--config", self.unbroken.config, "--run-dir", self._start, "--last-step", step, "-q"]
+        assert command(words) == (0, "")
         self.unbroken.admit(self._start)
         if self.scene.killed_at is not None:
             trace = Trace(self._start, {self.scene.killed_at: Blow(kill=True)})
-            assert trace.follow(held(lambda stop: fork(self.words(self._start), self.output, stop))) == -9
+            assert command(self.words(self._start), stand_still, trace.follow)[0] == -signal.SIGKILL
             with open(self._start / "ledger.jsonl", "a") as file:
                 file.write('{"event": "checkp')
             assert temporaries(self._start)
@@ -86,24 +87,43 @@ class Stage:
         return [{"RUN": run, "CONFIG": self.unbroken.config}.get(word, word) for word in self.scene.words]
 
     def play(self, *blows: tuple[Call, Blow]) -> tuple[int, Trace]:
-        """Run the command from the same start; return its exit code, and what it did."""
-        shutil.rmtree(self.run.parent, ignore_errors=True)
-        if self._start.exists():
-            shutil.copytree(self._start, self.run)
+        """Run the command from the same start, traced; return its exit code, and what it did."""
         falling = {call: Blow(signal=number) for call, number in self.scene.signals.items()}
         for call, blow in blows:
             falling[call] = blow._replace(signal=self.scene.signals.get(call, 0))
         trace = Trace(self.run, falling)
-        return trace.follow(held(lambda stop: fork(self.words(self.run), self.output, stop))), trace
+        self.set()
+        return self.go(stand_still, trace.follow), trace
+
+    def set(self) -> None:
+        """Put back what lay there at the start."""
+        shutil.rmtree(self.run.parent, ignore_errors=True)
+        if self._start.exists():
+            shutil.copytree(self._start, self.run)
+
+    def go(self, before: Callable[[], None] = nothing, follow: Callable[[int], int] = ended) -> int:
+        """Run the command; return its exit code, and keep what it said."""
+        code, self.said = command(self.words(self.run), before, follow)
+        return code
 
     def faults(self) -> list[str]:
         """Return what is wrong with the run as it stands."""
-        said = self.output.read_text()
-        seen = {int(step) for step in re.findall(r"^saved step-([0-9]{8})\.h5$", said, re.MULTILINE)}
+        seen = {int(step) for step in re.findall(r"^saved step-([0-9]{8})\.h5$", self.said, re.MULTILINE)}
         return self.unbroken.faults(self.run, seen, self.excused)
 
     def faults_of_going_on(self) -> list[str]:
         """Run the command again, undisturbed; return what is wrong with the end that the run comes to."""
-        if code := command(self.words(self.run), self.output):
-            return [f"cannot go on: exit code {code}, {self.output.read_text()}"]
+        if code := self.go():
+            return [f"cannot go on: exit code {code}, {self.said}"]
         return self.unbroken.end_faults(self.run)
+
+    def faults_of_an_error(self, code: int, *, must_fail: bool) -> list[str]:
+        """Return what is wrong with how the command took an error: it ends with 1 and says why, or all is as ever."""
+        if code == 0 and not must_fail:
+            return self.unbroken.end_faults(self.run)
+        wrong = [] if code == 1 else [f"exit code {code}"]
+        reasons = [line for line in self.said.splitlines() if line.startswith("stepctl: ")]
+        if len(reasons) != 1 or "unexpected" in self.said or "Traceback" in self.said:
+            wrong.append(f"no clear reason: {self.said}")
+        wrong += [f"left behind: {name}" for name in temporaries(self.run)]
+        return wrong + self.faults() + self.faults_of_going_on()

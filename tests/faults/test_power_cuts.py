@@ -40,7 +40,6 @@ class Bench:
         own_mounts()
         memory = folder / "memory"
         mount_memory(memory, 1 << 30)
-        self.output = memory / "output.txt"
         self.unbroken = unbroken
         self.assembly = prepare(configs.parse(yamlio.load(str(self.unbroken.config))))
         self.disk = Disk(kind, memory)
@@ -73,9 +72,7 @@ class Process:
     """A process that trains, and what it has acknowledged so far."""
 
     def __init__(self, words: list[object], before: Callable[[], None]) -> None:
-        self._pipe, inside = os.pipe()
-        self.pid = fork(words, inside, before)
-        os.close(inside)
+        self.pid, self._pipe = fork(words, before)
         self.said = b""
 
     def acknowledged(self) -> set[int]:
@@ -128,7 +125,8 @@ def survive(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) -
         if LAST in seen:
             number, seen = number + 1, set()
     seconds = time.monotonic() - since
-    assert command(["train", "--config", bench.unbroken.config, "--run-dir", run, "--or-resume"], bench.output) == 0
+    code, said = command(["train", "--config", bench.unbroken.config, "--run-dir", run, "--or-resume"])
+    assert code == 0, said
     assert bench.unbroken.end_faults(run) == []
     return seconds
 

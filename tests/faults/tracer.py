@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import signal
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import NamedTuple
 
 from apart import Refused
 
-_POKE, _SYSCALL, _SEIZE, _INFO = 6, 24, 0x4206, 0x420E
-_TRACE_SYSCALLS, _TRACE_CLONES, _EXIT_KILL = 0x1, 0x8, 0x100000  # PTRACE_O_TRACESYSGOOD, TRACECLONE, EXITKILL
+_POKE, _CONTINUE, _SYSCALL, _SEIZE, _INFO = 6, 7, 24, 0x4206, 0x420E
+_OPTIONS = 0x1 | 0x2 | 0x4 | 0x8 | 0x80 | 0x100000  # TRACESYSGOOD, FORK, VFORK, CLONE, SECCOMP, EXITKILL
+_EVENT_SECCOMP, _LEAVES = 7, 2
+_NO_NEW_PRIVILEGES, _SET_SECCOMP = 38, 22  # of prctl
+_ALLOW, _STOP = 0x7FFF0000, 0x7FF00000  # what a filter answers
 _ALL_THREADS = 0x40000000  # __WALL
 _RAX, _RDX, _ORIG_RAX = 80, 96, 120  # offsets of the registers in struct user
-_ENTERS, _LEAVES = 1, 2
 _AT_CWD = -100
 
 # by its number on x86_64: the name, and which arguments are descriptors (f), paths (p), or paths below a descriptor (a)
@@ -38,7 +41,6 @@ _CALLS = {
     269: ("faccessat", "a"), 277: ("sync_file_range", "f"), 285: ("fallocate", "f"), 316: ("renameat2", "aa"),
     326: ("copy_file_range", "f"), 332: ("statx", "a"), 439: ("faccessat2", "a"), 280: ("utimensat", "a"),
 }  # fmt: skip
-WRITES = {"write", "pwrite64"}
 
 
 class Call(NamedTuple):
@@ -88,40 +90,33 @@ class Trace:
         self._at_leave: dict[int, Callable[[], None]] = {}  # by thread, what is left to do when its call ends
 
     def follow(self, pid: int) -> int:
-        """Trace a process that was started by `held` to its end; return its exit code, or -N for signal N."""
-        options = _TRACE_SYSCALLS | _TRACE_CLONES | _EXIT_KILL
-        if _libc.ptrace(_SEIZE, pid, None, options):
-            os.kill(pid, signal.SIGKILL)
+        """Trace a process that calls `stand_still` first to its end; return its exit code, or -N for signal N."""
+        os.waitpid(pid, os.WUNTRACED)
+        if platform.machine() != "x86_64" or _libc.ptrace(_SEIZE, pid, None, _OPTIONS):
+            _kill(pid)
             os.waitpid(pid, 0)
-            raise Refused(f"a process cannot be traced ({os.strerror(ctypes.get_errno())})")
+            raise Refused("a process cannot be traced here (that needs ptrace, and the registers of x86_64)")
         os.kill(pid, signal.SIGCONT)
-        while True:
-            thread, status = os.waitpid(-1, _ALL_THREADS)
-            if not os.WIFSTOPPED(status):
-                if thread == pid:
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            while True:
+                thread, status = os.waitpid(-1, _ALL_THREADS)
+                if os.WIFSTOPPED(status):
+                    self._stopped(pid, thread, status, memory.fileno())
+                elif thread == pid:
                     return os.waitstatus_to_exitcode(status)
-            else:
-                self._stopped(pid, thread, status)
 
-    def _stopped(self, pid: int, thread: int, status: int) -> None:
+    def _stopped(self, pid: int, thread: int, status: int, memory: int) -> None:
         number, event = os.WSTOPSIG(status), status >> 16
-        if number == signal.SIGTRAP | 0x80:
-            self._at_call(pid, thread)
-            number = 0
-        elif event:
-            number = 0
-        _libc.ptrace(_SYSCALL, thread, None, number)
+        if event == _EVENT_SECCOMP:
+            self._enters(pid, thread, memory)
+        elif number == signal.SIGTRAP | 0x80 and thread in self._at_leave and _info(thread).op == _LEAVES:
+            self._at_leave.pop(thread)()
+        to_end = _SYSCALL if thread in self._at_leave else _CONTINUE
+        _libc.ptrace(to_end, thread, None, 0 if event or number & 0x80 else number)
 
-    def _at_call(self, pid: int, thread: int) -> None:
-        info = _Info()
-        _libc.ptrace(_INFO, thread, ctypes.sizeof(info), ctypes.addressof(info))
-        if info.op == _LEAVES:
-            self._at_leave.pop(thread, _nothing)()
-        elif info.op == _ENTERS:
-            self._enters(pid, thread, info)
-
-    def _enters(self, pid: int, thread: int, info: _Info) -> None:
-        files = [file for file in self._files(pid, info) if file is not None]
+    def _enters(self, pid: int, thread: int, memory: int) -> None:
+        info = _info(thread)
+        files = [file for path in _paths(pid, info, memory) if (file := self._below(path))]
         if files:
             name, file = _CALLS[info.nr][0], re.sub(r"tmp-\d+", "tmp-PID", " -> ".join(files))
             self._counts[name, file] += 1
@@ -129,45 +124,61 @@ class Trace:
             self.calls.append(call)
             if call in self._blows:
                 self.struck.add(call)
-                self._at_leave[thread] = _strike(pid, thread, self._blows[call], info)
+                leave = _strike(pid, thread, self._blows[call], info)
+                if leave:
+                    self._at_leave[thread] = leave
 
-    def _files(self, pid: int, info: _Info) -> Iterator[str | None]:
-        """Yield, for each file of a call, its path below the folder; None for one outside."""
-        _, kinds = _CALLS.get(info.nr, ("", ""))
-        position = 0
-        for kind in kinds:
-            base = ""
-            if kind in "fa":
-                base = _descriptor(pid, ctypes.c_int(info.args[position]).value)
-                position += 1
-            path = base if kind == "f" else os.path.join(base, _text(pid, info.args[position]))
-            position += kind in "pa"
-            whole = os.path.normpath(path if path.startswith("/") else os.path.join(_descriptor(pid, _AT_CWD), path))
-            yield os.path.relpath(whole, self._folder) if f"{whole}/".startswith(f"{self._folder}/") else None
+    def _below(self, path: str) -> str | None:
+        if not path.startswith(self._folder):
+            return None
+        path = os.path.normpath(path)
+        return os.path.relpath(path, self._folder) if f"{path}/".startswith(f"{self._folder}/") else None
 
 
-def _strike(pid: int, thread: int, blow: Blow, info: _Info) -> Callable[[], None]:
+def stand_still() -> None:
+    """Wait to be traced; from then on stop at the calls that are listed here, and at no other."""
+    signal.raise_signal(signal.SIGSTOP)
+    numbers = sorted(_CALLS)
+    jumps = [(0x15, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
+    program = [(0x20, 0, 0, 0), *jumps, (0x06, 0, 0, _ALLOW), (0x06, 0, 0, _STOP)]
+    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    header = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(filters))
+    if _libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) or _libc.prctl(_SET_SECCOMP, 2, header, 0, 0):
+        raise OSError(ctypes.get_errno(), "no seccomp filter can be set")
+
+
+def _strike(pid: int, thread: int, blow: Blow, info: _Info) -> Callable[[], None] | None:
     """Do what is to be done when a call begins; return what is left for its end."""
     if blow.signal:
         os.kill(pid, blow.signal)
     if blow.error:
-        _poke(thread, _ORIG_RAX, -1)
-        return lambda: _poke(thread, _RAX, -blow.error)
-    if blow.half:
+        _poke(thread, _ORIG_RAX, -1)  # no call is made
+        _poke(thread, _RAX, -blow.error)
+    elif blow.half:
         _poke(thread, _RDX, max(info.args[2] // 2, 1))
         return (lambda: _kill(pid)) if blow.kill else lambda: _poke(thread, _RDX, info.args[2])
-    if blow.kill:
+    elif blow.kill:
         _kill(pid)
-    return _nothing
+    return None
 
 
-def held(start: Callable[[Callable[[], None]], int]) -> int:
-    """Return start(stop), once the process that it forks has called `stop` in itself, and stands still."""
-    if platform.machine() != "x86_64":
-        raise Refused("system calls are known by their numbers on x86_64 alone")
-    pid = start(lambda: signal.raise_signal(signal.SIGSTOP))
-    os.waitpid(pid, os.WUNTRACED)
-    return pid
+def _info(thread: int) -> _Info:
+    info = _Info()
+    _libc.ptrace(_INFO, thread, ctypes.sizeof(info), ctypes.addressof(info))
+    return info
+
+
+def _paths(pid: int, info: _Info, memory: int) -> Iterator[str]:
+    """Yield the path of each file of a call."""
+    position = 0
+    for kind in _CALLS[info.nr][1]:
+        base, text = "", ""
+        if kind != "f":
+            text = _text(memory, info.args[position + (kind == "a")])
+        if not text.startswith("/"):
+            base = _descriptor(pid, ctypes.c_int(info.args[position]).value if kind in "fa" else _AT_CWD)
+        yield f"{base}/{text}" if base and text else base or text
+        position += len("ap") if kind == "a" else 1
 
 
 def _descriptor(pid: int, number: int) -> str:
@@ -177,14 +188,12 @@ def _descriptor(pid: int, number: int) -> str:
         return ""
 
 
-def _text(pid: int, address: int) -> str:
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        text = b""
-        while b"\0" not in text:
-            start = address + len(text)
-            memory.seek(start)
-            text += memory.read(min(4096 - start % 4096, 256))  # not into the next page, which may not be there
-    return re.sub(rb"\0.*", b"", text, flags=re.DOTALL).decode(errors="surrogateescape")
+def _text(memory: int, address: int) -> str:
+    text = b""
+    while b"\0" not in text:
+        start = address + len(text)
+        text += os.pread(memory, min(4096 - start % 4096, 256), start)  # not into a page that may not be there
+    return os.fsdecode(text[: text.index(b"\0")])
 
 
 def _poke(thread: int, register: int, value: int) -> None:
@@ -194,7 +203,3 @@ def _poke(thread: int, register: int, value: int) -> None:
 
 def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-
-
-def _nothing() -> None:
-    pass
