@@ -21,9 +21,11 @@ _EVENTS: dict[str, dict[str, type]] = {
     "start": {"segment": int, "step": int, "target": int, "data": str},
     "checkpoint": {"step": int, "sha256": str},
     "end": {"segment": int, "step": int, "reason": str},
+    "prune": {"steps": list},
 }
 _TEMPORARY = ".tmp-"  # ends in the writer's pid
 _HELD: set[int] = set()  # descriptors of this process's locks; a forked child that kept one would hold the run
+_LINE = 512  # bytes of the lock
 _TRIES = 100  # at a lock whose holder has not written its name
 
 
@@ -102,13 +104,14 @@ class RunDirectory:
         _HELD.add(descriptor)
         try:
             self._take(descriptor)
-            if holder := _parsed(os.pread(descriptor, 4096, 0)):
-                say(f"{self.path}: {_described(holder)} ended without letting go; taking over")
+            dead = _parsed(os.pread(descriptor, _LINE, 0))
             mine = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": os.getpid()}
             try:
                 with writing(self.path / "lock"):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(mine).encode() + b"\n", 0)
+                    # one write of one length, so that a reader finds the old name or the new one
+                    write_all(descriptor, (json.dumps(mine) + "\n").ljust(_LINE).encode())
+                if dead:
+                    say(f"{self.path}: {_described(dead)} ended without letting go; taking over")
                 yield
             finally:
                 with contextlib.suppress(OSError):
@@ -118,20 +121,20 @@ class RunDirectory:
             os.close(descriptor)
 
     def _take(self, descriptor: int) -> None:
+        holder: dict[str, Any] | None = None
         for _ in range(_TRIES):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            except BlockingIOError as error:
-                if holder := _parsed(os.pread(descriptor, 4096, 0)):
-                    raise RunInUseError(
-                        f"{self.path}: in use by {_described(holder)}; wait for it, or stop it"
-                    ) from error
+            except BlockingIOError:
+                holder = _parsed(os.pread(descriptor, _LINE, 0))
+                if holder and _may_live(holder):
+                    break
                 time.sleep(0.01)  # it has just begun, or is just letting go
             except OSError as error:
                 remedy = "keep runs on a file system that has flock"
                 raise StepctlError(f"{self.path}: cannot be locked: {error.strerror}; {remedy}") from error
-        raise RunInUseError(f"{self.path}: in use by a process that did not say which; wait for it, or stop it")
+        raise RunInUseError(f"{self.path}: in use by {_described(holder or {})}; wait for it, or stop it")
 
     def freeze_config(self, plain: Mapping[str, Any]) -> None:
         """Write the resolved config, once, at the start of the run."""
@@ -166,18 +169,20 @@ class RunDirectory:
         """Return the rows of metrics.jsonl; a line that a kill cut short is passed over."""
         return [row for row in _rows(self.metrics) if isinstance(row.get("step"), int)]
 
+    def acknowledged(self) -> dict[str, int]:
+        """Return sha256 -> step of every checkpoint that the ledger acknowledges."""
+        return {row["sha256"]: row["step"] for row in self.read_ledger() if row["event"] == "checkpoint"}
+
     def mend_ledger(self) -> None:
         """Cut a line that a kill left unfinished, so that the next one begins a line of its own."""
-        text = self.ledger.read_bytes() if self.ledger.exists() else b""
+        text = _content(self.ledger)
         if text and not text.endswith(b"\n"):
             lines = text.splitlines()
             publish(self.ledger, [line + b"\n" for line in lines if _parsed(line) is not None])
 
     def cut_metrics(self, step: int) -> None:
         """Drop rows past `step`, rows marked extra and torn lines, atomically."""
-        if not self.metrics.exists():
-            return
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        lines = _content(self.metrics).splitlines(keepends=True)
         kept = [line for line in lines if _stands(line, step)]
         if kept != lines:
             publish(self.metrics, kept)
@@ -185,6 +190,18 @@ class RunDirectory:
 
 def _described(holder: Mapping[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+
+
+def _may_live(holder: Mapping[str, Any]) -> bool:
+    if (holder.get("host"), holder.get("boot_id")) != (socket.gethostname(), _boot_id()):
+        return True
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except (ProcessLookupError, KeyError, TypeError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _let_go() -> None:
@@ -270,11 +287,19 @@ def write_all(descriptor: int, chunk: bytes | memoryview) -> None:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            row = _parsed(line)
-            if row is not None:
-                yield row
+    for line in _content(path).splitlines():
+        row = _parsed(line)
+        if row is not None:
+            yield row
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        raise StepctlError(f"{path}: cannot be read: {error.strerror}; mend the disk, then resume") from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--faults"):
         attacks = [item for item in items if item.get_closest_marker("faults")]
         config.hook.pytest_deselected(items=attacks)
-        items[:] = [item for item in items if not item.get_closest_marker("faults")]
+        items[:] = [item for item in items if item not in attacks]
 
 
 @pytest.fixture
