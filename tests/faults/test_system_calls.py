@@ -65,7 +65,7 @@ def fail_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
     for call, blow in attacks:
         code, trace = stage.play((call, blow))
         assert trace.struck >= {call}, f"{call}: did not come"
-        must_fail = call.name in NEEDED or (call, "fsync") in _followed_by(stage.calls)
+        must_fail = call.name in NEEDED or call in _opened_for_fsync(stage.calls)
         found = stage.faults_of_an_error(code, must_fail=must_fail)
         wrong += [f"{errno.errorcode[blow.error]} at {call}: {fault}" for fault in found]
     return len(attacks), wrong
@@ -94,8 +94,10 @@ def disturb_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
     return len(attacks), wrong
 
 
-def _followed_by(calls: list[Call]) -> set[tuple[Call, str]]:
-    return {(call, following.name) for call, following in pairwise(calls)}
+def _opened_for_fsync(calls: list[Call]) -> set[Call]:
+    by_file = sorted(enumerate(calls), key=lambda item: (item[1].file, item[0]))
+    pairs = pairwise(call for _, call in by_file)
+    return {call for call, following in pairs if (call.name, following.name) == ("openat", "fsync")}
 
 
 def strike(attack: Attack, scene: str, folder: Path, part: slice) -> tuple[int, list[str]]:
