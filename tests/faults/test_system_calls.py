@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -145,3 +145,26 @@ def test_a_few_faults_at_system_calls_lose_nothing(attack: Attack, tmp_path: Pat
     count, wrong = apart(strike, attack, next(iter(SCENES)), tmp_path, slice(3, None, 20))
     figure("faults at system calls, in passing", count)
     assert wrong == []
+
+
+def calls_of_a_save(folder: Path) -> list[str]:
+    """Return the calls that change something, in their order, of a command that saves once."""
+    stage = Stage(SCENES["the save of a stop by signal"], folder)
+    changing = [call for call in stage.calls if call.name in NEEDED | {"unlink"}]
+    first = next(i for i, call in enumerate(changing) if "step-00000005" in call.file)
+    return [f"{call.name} {call.file}" for call in changing[first:] if call.file != "metrics.jsonl"]
+
+
+def test_a_checkpoint_is_durable_before_it_is_acknowledged_and_older_ones_go_after_that(tmp_path: Path) -> None:
+    temporary, name = "checkpoints/.step-00000005.h5.tmp-PID", "checkpoints/step-00000005.h5"
+    assert [call for call, _ in groupby(apart(calls_of_a_save, tmp_path))] == [
+        f"write {temporary}",
+        f"fsync {temporary}",
+        f"rename {temporary} -> {name}",
+        "fsync checkpoints",
+        "write ledger.jsonl",
+        "fsync ledger.jsonl",
+        "unlink checkpoints/step-00000003.h5",
+        "write ledger.jsonl",
+        "fsync ledger.jsonl",
+    ]
