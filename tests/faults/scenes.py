@@ -55,7 +55,7 @@ class Stage:
         folder = in_memory(folder)
         self.scene, self.run, self.said = scene, folder / "attacked" / "run", ""
         self.unbroken = Unbroken(folder, LAST, every=2, keep_last=2)
-        self._start = folder / "start" / "run"
+        self._start, self._damaged = folder / "start" / "run", b""
         if scene.trained is not None:
             self._prepare(scene.trained)
         there = checkpoints(self._start)
@@ -82,6 +82,7 @@ class Stage:
             data = bytearray(path.read_bytes())
             data[-1] ^= 1
             path.write_bytes(data)
+            self._damaged = data
 
     def words(self, run: Path) -> list[Any]:
         return [{"RUN": run, "CONFIG": self.unbroken.config}.get(word, word) for word in self.scene.words]
@@ -109,13 +110,15 @@ class Stage:
     def faults(self) -> list[str]:
         """Return what is wrong with the run as it stands."""
         seen = {int(step) for step in re.findall(r"^saved step-([0-9]{8})\.h5$", self.said, re.MULTILINE)}
-        return self.unbroken.faults(self.run, seen, self.excused)
+        files = [path.read_bytes() for path in (self.run / "checkpoints").glob("*")]
+        gone = ["the damaged file is gone"] if self._damaged and self._damaged not in files else []
+        return gone + self.unbroken.faults(self.run, seen, self.excused)
 
     def faults_of_going_on(self) -> list[str]:
         """Run the command again, undisturbed; return what is wrong with the end that the run comes to."""
         if code := self.go():
             return [f"cannot go on: exit code {code}, {self.said}"]
-        return self.unbroken.end_faults(self.run)
+        return self.faults() + self.unbroken.end_faults(self.run)
 
     def faults_of_an_error(self, code: int, *, must_fail: bool) -> list[str]:
         """Return what is wrong with how the command took an error: it ends with 1 and says why, or all is as ever."""

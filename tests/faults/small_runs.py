@@ -82,6 +82,8 @@ class Unbroken:
             wrong.append("the last checkpoint is not that of the unbroken run")
         if rows(run) != self.rows:
             wrong.append(f"rows {rows(run)} instead of {self.rows}")
+        texts = [line for name in ("ledger", "metrics") for line in (run / f"{name}.jsonl").read_bytes().splitlines()]
+        wrong += [f"a torn line: {line!r}" for line in texts if _parsed(line) is None]
         return wrong + [f"left behind: {name}" for name in temporaries(run)]
 
 
