@@ -7,16 +7,21 @@ A command forked off a process that has run one before starts in no time, and is
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-import processes  # noqa: F401  (what the server has imported before it forks)
 import pytest
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["h5py", "threadpoolctl", "stepctl.run", "stepctl.cli.main", "stepctl.cli.display"])
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Refused(Exception):
@@ -25,9 +30,8 @@ class Refused(Exception):
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return function(*arguments), called in a process of its own; skip the test if that raises Refused."""
-    context = multiprocessing.get_context("forkserver")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, arguments))
+    receiver, sender = _server.Pipe(duplex=False)
+    process = _server.Process(target=_answer, args=(sender, function, arguments))
     process.start()
     sender.close()
     try:
@@ -79,6 +83,20 @@ def command(
     code = follow(pid)
     with open(hearing) as file:
         return code, file.read()
+
+
+def warm_up(words: Sequence[object]) -> None:
+    """Run `stepctl *words` in this process, so that those forked off it later find all that it loads."""
+    from stepctl.cli.main import cli
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
+    code = cli.main([str(word) for word in words], prog_name="stepctl", standalone_mode=False)
+    assert code == 0, f"exit code {code}"
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    gc.freeze()  # the forks share what is here
 
 
 def _become(words: Sequence[object], saying: int, before: Callable[[], None]) -> NoReturn:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from apart import command
+from apart import warm_up
 
 CONFIG = """\
 seed: 3
@@ -22,7 +22,7 @@ optimizer: {name: adam, learning_rate: 0.01}
 stop: {last_step: LAST}
 log: {every: 1}
 evaluate: {every: 3}
-checkpoint: {every: EVERY, keep_last: KEEP}
+checkpoint: {every: EVERY, keep_last: KEEP, on_error: ERROR}
 numerics: {threads: 1}
 """
 _HEAD = re.compile(rb"stepctl-checkpoint 1\nsha256: ([0-9a-f]{64})\nlength: ([0-9]+)\n\0*")
@@ -32,17 +32,17 @@ _NAME = re.compile(r"step-([0-9]{8,})\.h5")
 class Unbroken:
     """The run that nothing happened to: what each step's checkpoint and row must be."""
 
-    def __init__(self, folder: Path, last: int, *, every: int = 1, keep_last: int = 3) -> None:
+    def __init__(self, folder: Path, last: int, *, every: int = 1, keep_last: int = 3, on_error: str = "stop") -> None:
         rng = np.random.default_rng(0)
         np.savez(folder / "data.npz", x=rng.normal(size=(64, 4)).astype("f4"), y=rng.integers(0, 3, 64))
-        values = {"data.npz": folder / "data.npz", "LAST": last, "EVERY": every, "KEEP": keep_last}
+        values = {"data.npz": folder / "data.npz", "LAST": last, "EVERY": every, "KEEP": keep_last, "ERROR": on_error}
         text = CONFIG
         for word, value in values.items():
             text = text.replace(word, str(value))
         self.config, self.last, self.keep_last = folder / "small.yaml", last, keep_last
         self.config.write_text(text)
         self.path = folder / "unbroken" / "run"  # a checkpoint holds the run's name
-        assert command(["train", "--config", self.config, "--run-dir", self.path, "-q"]) == (0, "")
+        warm_up(["train", "--config", self.config, "--run-dir", self.path, "-q"])
         self.digests = {step: {digest} for step, digest in acknowledged(self.path).items()}
         self.rows = rows(self.path)
         assert {0, every, last} <= set(self.digests)
