@@ -21,7 +21,7 @@ _DEEPEST = 16
 _SLICE = 1 << 18  # elements looked at together
 _UINT = {4: np.uint32, 8: np.uint64}
 _MARK = {4: 0x7FC5CA1E, 8: 0x7FF85CA1E5CA1E00}
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # between the slashes of an array's name
 
 
 def aligned_empty(shape: Shape, dtype: npt.DTypeLike) -> Array:
@@ -169,7 +169,7 @@ def all_finite(array: Array) -> bool:
 def check_names(names: Collection[str]) -> None:
     """Raise ValueError at a name that a file could not hold: odd letters, too deep, or a folder of another."""
     for name in names:
-        if not _NAME.fullmatch(name) or name.count("/") > _DEEPEST:
+        if not all(map(NAME_PART.fullmatch, name.split("/"))) or name.count("/") > _DEEPEST:
             raise ValueError(
                 f"array name {name!r}: use letters, digits, '_', '-', '.', and '/' between at most {_DEEPEST} folders"
             )

@@ -21,6 +21,7 @@ _EVENTS: dict[str, dict[str, type]] = {
     "start": {"segment": int, "step": int, "target": int, "data": str},
     "checkpoint": {"step": int, "sha256": str},
     "end": {"segment": int, "step": int, "reason": str},
+    "prune": {"steps": list},
 }
 _TEMPORARY = ".tmp-"  # ends in the writer's pid
 _HELD: set[int] = set()  # descriptors of this process's locks; a forked child that kept one would hold the run
@@ -166,18 +167,20 @@ class RunDirectory:
         """Return the rows of metrics.jsonl; a line that a kill cut short is passed over."""
         return [row for row in _rows(self.metrics) if isinstance(row.get("step"), int)]
 
+    def acknowledged(self) -> dict[str, int]:
+        """Return sha256 -> step of every checkpoint that the ledger acknowledges."""
+        return {row["sha256"]: row["step"] for row in self.read_ledger() if row["event"] == "checkpoint"}
+
     def mend_ledger(self) -> None:
         """Cut a line that a kill left unfinished, so that the next one begins a line of its own."""
-        text = self.ledger.read_bytes() if self.ledger.exists() else b""
+        text = _content(self.ledger)
         if text and not text.endswith(b"\n"):
             lines = text.splitlines()
             publish(self.ledger, [line + b"\n" for line in lines if _parsed(line) is not None])
 
     def cut_metrics(self, step: int) -> None:
         """Drop rows past `step`, rows marked extra and torn lines, atomically."""
-        if not self.metrics.exists():
-            return
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        lines = _content(self.metrics).splitlines(keepends=True)
         kept = [line for line in lines if _stands(line, step)]
         if kept != lines:
             publish(self.metrics, kept)
@@ -270,11 +273,19 @@ def write_all(descriptor: int, chunk: bytes | memoryview) -> None:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            row = _parsed(line)
-            if row is not None:
-                yield row
+    for line in _content(path).splitlines():
+        row = _parsed(line)
+        if row is not None:
+            yield row
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        raise StepctlError(f"{path}: cannot be read: {error.strerror}; mend the disk, then resume") from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -505,8 +505,8 @@ HOSTILE: dict[str, tuple[str, Callable[[h5py.File], Any]]] = {
     "counter as a list": ("dtype", counted("model", np.array([STEP]))),
     "counter in a folder": ("dtype", lambda file: file.create_dataset("counters/a/b", data=1)),
     "NULL dataspace": ("shape", array(data=h5py.Empty("<f4"))),
-    "a petabyte without storage": ("storage", array(shape=(1 << 47,), dtype="<f8")),
-    "more elements than int64 counts": ("storage", array(shape=(1 << 31, 1 << 31, 1 << 31), dtype="<f8")),
+    "a petabyte without storage": ("shape", array(shape=(1 << 47,), dtype="<f8")),
+    "more elements than int64 counts": ("shape", array(shape=(1 << 31, 1 << 31, 1 << 31), dtype="<f8")),
     "one array without storage": ("storage", array(shape=(2,), dtype="<f4")),
 }
 HOSTILE["doubled group"] = (

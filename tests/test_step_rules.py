@@ -245,7 +245,7 @@ def test_a_finished_run_stays_finished_and_says_so(
     for _ in range(2):
         with run.resume(RunDirectory(path), run.ResumeOptions(stop=stop), silent) as segment:
             with pytest.raises(click.exceptions.Exit) as end:
-                train_segment(segment, quiet=True, verbose=False)
+                train_segment(segment, began=0, max_time=None, quiet=True, verbose=False)
             assert end.value.exit_code == 0
         assert "at global step 12" in capsys.readouterr().err
         assert snapshot(path) == before

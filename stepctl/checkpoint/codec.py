@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any
@@ -22,7 +24,7 @@ import numpy as np
 
 from stepctl import __version__, yamlio
 from stepctl.arena import Array, check_names
-from stepctl.checkpoint import userblock
+from stepctl.checkpoint import names, userblock
 from stepctl.checkpoint.metadata import Metadata
 from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_string
 from stepctl.errors import CheckpointError, ConfigError
@@ -30,15 +32,13 @@ from stepctl.state import GLOBAL_STEP, Counters, TrainState
 
 FORMAT = "stepctl-checkpoint"
 FORMAT_VERSION = 1
-FILE_NAME = re.compile(r"step-([0-9]{8,19})\.h5")
 _SLICE = 1 << 22  # bytes written together
-_SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03"  # signature and version
+_PART = 1 << 20  # elements read together
+# Signature, version 3, offsets and lengths of 8 bytes, no flags; then base address, extension (none), end of file.
+_SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03\x08\x08\x00"
+_MAX_ATTRIBUTE = 4096  # bytes
+_UNDEFINED = 2**64 - 1
 _ROOT_ATTRIBUTES = {"format", "format_version", "global_step", "created_by", "run"}
-
-
-def file_name(step: int) -> str:
-    """Return the file name of the checkpoint of a global step."""
-    return f"step-{step:08d}.h5"
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,15 @@ def _text(text: str) -> Array:
 class Reader:
     """One verified checkpoint, open: its header, and its arrays by path. Use as a context manager.
 
-    Opening it checks the digest first, and then walks the file once, admitting only what the format lists;
-    CheckpointError names the first object that it does not.
+    Opening it checks the digest first, which `vet` may refuse, and then walks the file once, admitting only what
+    the format lists; CheckpointError names the first object that it does not.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], vet: Callable[[str], None] = lambda digest: None) -> None:
         self.name = os.path.basename(path)
         self._raw, digest = userblock.open_verified(path)
         try:
+            vet(digest)
             self._file = _open_hdf5(self._raw, self.name)
             self.datasets: dict[str, h5py.Dataset] = Walk(self.name).group(self._file)
             self.header = self._read_header(digest)
@@ -217,6 +218,18 @@ class Reader:
         if out.size:
             self.datasets[path].id.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
 
+    def parts(self, path: str) -> Iterator[Array]:
+        """Yield the elements of one array in C order, a 1-D part at a time."""
+        dataset = self.datasets[path]
+        size, dtype = math.prod(dataset.shape), dataset.dtype
+        position = dataset.id.get_offset()
+        for start in range(0, size, _PART):
+            part = np.empty(min(_PART, size - start), dtype)
+            self._raw.seek(position + start * dtype.itemsize)
+            if self._raw.readinto(part.view(np.uint8).data) != part.nbytes:
+                raise CheckpointError("read", f"{self.name}: /{path}: cut short while it was read")
+            yield part
+
     def _read_header(self, digest: str) -> Header:
         attributes = self._attributes()
         counters = {
@@ -253,17 +266,19 @@ class Reader:
         for name in sorted(found):
             space, kind = self._file.attrs.get_id(name).get_space(), self._file.attrs.get_id(name).get_type()
             whole = name in ("format_version", "global_step")
-            if space.get_simple_extent_type() != h5py.h5s.SCALAR or not (
-                kind.equal(NUMBERS["<i8"]) if whole else is_fixed_string(kind)
+            large = kind.get_size() > _MAX_ATTRIBUTE
+            if (
+                large
+                or space.get_simple_extent_type() != h5py.h5s.SCALAR
+                or not (kind.equal(NUMBERS["<i8"]) if whole else is_fixed_string(kind))
             ):
-                raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} has the wrong type")
+                raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} is of a wrong type")
             value = self._file.attrs[name]
             values[name] = int(value) if whole else self._string(value, name)
         return values
 
     def _check_steps(self, attribute: int, counters: dict[str, int]) -> None:
-        match = FILE_NAME.fullmatch(self.name)
-        in_name = int(match[1]) if match else None
+        in_name = names.step_of(self.name)
         if counters.get(GLOBAL_STEP) != attribute or (in_name is not None and in_name != attribute):
             raise CheckpointError(
                 "step",
@@ -282,10 +297,17 @@ class Reader:
             raise CheckpointError("text", f"{self.name}: /{where} is not UTF-8 text") from error
 
 
+def check(path: str) -> dict[str, Any]:
+    """Open a checkpoint, and return its step and digest; CheckpointError if it is refused."""
+    with Reader(path) as reader:
+        return {"step": reader.header.global_step, "sha256": reader.header.sha256}
+
+
 def _open_hdf5(raw: BufferedReader, name: str) -> h5py.File:
+    size = os.fstat(raw.fileno()).st_size
     raw.seek(userblock.SIZE)
-    if raw.read(len(_SUPERBLOCK)) != _SUPERBLOCK:
-        raise CheckpointError("hdf5", f"{name}: no HDF5 superblock of version 3 at byte {userblock.SIZE}")
+    if raw.read(len(_SUPERBLOCK) + 24) != _SUPERBLOCK + struct.pack("<QQQ", userblock.SIZE, _UNDEFINED, size):
+        raise CheckpointError("hdf5", f"{name}: no superblock at byte {userblock.SIZE} such as the format has")
     raw.seek(0)
     return h5py.File(raw, "r")
 

@@ -9,9 +9,13 @@ import click
 
 from stepctl import __version__
 from stepctl.cli.config import config
+from stepctl.cli.diff import diff
 from stepctl.cli.inspect import inspect
+from stepctl.cli.options import WHOLE_PROCESS
+from stepctl.cli.prune import prune
 from stepctl.cli.resume import resume
 from stepctl.cli.train import train
+from stepctl.cli.verify import verify
 from stepctl.errors import Exit, StepctlError
 
 
@@ -54,16 +58,22 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, resume, inspect, config):
+for command in (train, resume, inspect, verify, diff, prune, config):
     cli.add_command(command)
 
 
 def main() -> None:
     """Run the command line."""
     try:
-        cli.main(prog_name="stepctl")
+        code = cli.main(prog_name="stepctl", obj=WHOLE_PROCESS, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        code = Exit.INTERRUPTED
     finally:
         _let_go_of_stderr()
+    sys.exit(code)
 
 
 def _let_go_of_stderr() -> None:

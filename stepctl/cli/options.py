@@ -15,6 +15,7 @@ from stepctl.errors import ConfigError, Exit
 if TYPE_CHECKING:
     from stepctl.segment import Segment
 
+WHOLE_PROCESS = object()  # the context's obj where the command is all that its process does
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -71,7 +72,9 @@ def stop_section(num_steps: int | None, last_step: int | None) -> dict[str, int]
 def hold_signals() -> None:
     """Keep the signals that stop or save pending until training can answer them; Ctrl-C still ends the build-up."""
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
-    click.get_current_context().call_on_close(lambda: signal.pthread_sigmask(signal.SIG_SETMASK, old))
+    context = click.get_current_context()
+    if context.find_root().obj is not WHOLE_PROCESS:  # which has nothing left to do but to end
+        context.call_on_close(lambda: signal.pthread_sigmask(signal.SIG_SETMASK, old))
 
 
 def say(message: str) -> None:
