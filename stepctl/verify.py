@@ -68,8 +68,8 @@ def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
         for step in [*_whole(row.get("pruned")), *(_whole(row.get("steps")) if row["event"] == "prune" else [])]:
             acknowledged.pop(step, None)
         for name in row.get("set_aside") or []:
-            step = names.step_of(str(name).partition(".aside-")[0])
-            acknowledged.pop(-1 if step is None else step, None)
+            aside = names.step_of(str(name).partition(".aside-")[0])
+            acknowledged.pop(-1 if aside is None else aside, None)
     present = set(_steps(directory))
     for step, digest in sorted(acknowledged.items()):
         file = names.file_name(step)
@@ -84,7 +84,7 @@ def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
 
 
 def check_metrics(directory: RunDirectory) -> Iterator[Problem]:
-    """Compare metrics.jsonl with the ledger: no row twice, none missing up to the newest checkpoint, none past the end."""
+    """Compare metrics.jsonl with the ledger: no row twice, none missing up to the newest checkpoint, none late."""
     rows = directory.read_metrics()
     file = directory.metrics.name
     seen: set[tuple[int, str]] = set()
