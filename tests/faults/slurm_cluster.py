@@ -134,7 +134,7 @@ class Cluster:
         """Kill all that runs on the node at once, as a power cut would, and boot it again."""
         while pids := self.processes():
             _kill(pids)
-            self.daemons["slurmd"].poll()
+            self.daemons["slurmd"].wait()
         self.start_node("-b")
 
     def stop(self) -> None:

@@ -3,17 +3,17 @@ as the unbroken run does."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import h5py
 import pytest
 import slurm_cluster
+from run_files import arrays, events, metrics, saved
 from slurm_cluster import Cluster, until
+
+import stepctl
 
 pytestmark = [
     pytest.mark.faults,
@@ -56,12 +56,11 @@ def mlp_with_a_hold(*, input_shape, n_outputs):
     layers = mlp(hidden=[64], dropout=0.1, input_shape=input_shape, n_outputs=n_outputs).layers
     return Sequential([Hold(), *layers])
 """
-# What a user of any cluster writes. 143: the SIGTERM came before Python had loaded.
+# What a user of any cluster writes, as the README has it. 143: the SIGTERM came before Python had loaded.
 SCRIPT = """\
 #!/bin/bash
-#SBATCH --requeue --open-mode=append --output=job.out
-#SBATCH --time=04:00:00 --signal=TERM@120
-srun stepctl train --config long.yaml --or-resume
+#SBATCH --requeue --open-mode=append --time=04:00:00 --signal=TERM@120
+srun stepctl train --config configs/digits.yaml --or-resume
 code=$?
 case $code in 75 | 143) scontrol requeue "$SLURM_JOB_ID" ;; esac
 exit $code
@@ -70,9 +69,15 @@ exit $code
 SHORT_SCRIPT = SCRIPT[: SCRIPT.index("code=")]
 
 
+def write_config(folder: Path, text: str) -> None:
+    (folder / "configs").mkdir(exist_ok=True)
+    (folder / "configs" / "digits.yaml").write_text(text)
+    (folder / "held.py").write_text(MODEL)
+
+
 def submit(cluster: Cluster, script: str, *options: str) -> str:
     (cluster.folder / "job.sh").write_text(script)
-    return cluster.submit(*options, "job.sh")
+    return cluster.submit("--output=job.out", *options, "job.sh")
 
 
 def preempt(cluster: Cluster) -> None:
@@ -85,62 +90,28 @@ def said(cluster: Cluster) -> str:
     return output.read_text() if output.exists() else ""
 
 
-def rows(run: Path, name: str) -> list[dict[str, Any]]:
-    """Return the rows of a run's file; the line that is being written does not count."""
-    path = run / name
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def events(run: Path, event: str) -> list[dict[str, Any]]:
-    return [row for row in rows(run, "ledger.jsonl") if row["event"] == event]
-
-
-def saved(run: Path) -> int:
-    return max((row["step"] for row in events(run, "checkpoint")), default=0)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [{key: row[key] for key in row if key != "samples_per_second"} for row in rows(run, "metrics.jsonl")]
-
-
-def arrays(path: Path) -> dict[str, tuple[Any, ...]]:
-    """Return the type, shape and bytes of all that a checkpoint holds."""
-    found = {}
-
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            found[name] = (item.dtype.str, item.shape, item[()].tobytes())
-
-    with h5py.File(path) as file:
-        file.visititems(visit)
-    return found
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as it is when nothing happens."""
     folder = tmp_path_factory.mktemp("unbroken")
-    (folder / "long.yaml").write_text(CONFIG)
-    (folder / "held.py").write_text(MODEL)
-    command = [sys.executable, "-m", "stepctl", "train", "--config", "long.yaml", "--quiet"]
+    write_config(folder, CONFIG)
+    command = [sys.executable, "-m", "stepctl", "train", "--config", "configs/digits.yaml", "--quiet"]
     subprocess.run(command, cwd=folder, check=True, timeout=slurm_cluster.DEADLINE)
-    return folder / "runs" / "long"
+    return folder / "runs" / "digits"
 
 
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster of its own for each test: no job of another waits in its queue."""
     folder = tmp_path_factory.mktemp("slurm")  # a short path: a socket's may have 107 bytes
-    (folder / "long.yaml").write_text(CONFIG)
-    (folder / "held.py").write_text(MODEL)
+    write_config(folder, CONFIG)
     with slurm_cluster.cluster(folder, getattr(request, "param", "")) as one:
         yield one
 
 
 def stop_twice(cluster: Cluster, stop: Callable[[], object], signalled: bool = True) -> Path:
     """Stop the job in its first and in its second segment, each time after it saved something new; return the run."""
-    run, hold = cluster.folder / "runs" / "long", cluster.folder / "hold"
+    run, hold = cluster.folder / "runs" / "digits", cluster.folder / "hold"
     for segment in (1, 2):
         until(lambda n=segment: len(events(run, "start")) == n, f"segment {segment}")
         start = events(run, "start")[-1]["step"]
@@ -165,6 +136,10 @@ def ends_as_the_unbroken(cluster: Cluster, job: str, run: Path, unbroken: Path, 
     assert metrics(run) == metrics(unbroken)
     for row in events(run, "checkpoint"):
         assert (run / "checkpoints" / row["file"]).exists(), f"{row['file']} was acknowledged"
+
+
+def test_the_script_is_the_one_in_the_readme() -> None:
+    assert SCRIPT in (Path(stepctl.__file__).parents[1] / "README.md").read_text()
 
 
 def test_a_job_that_is_requeued_twice(cluster: Cluster, unbroken: Path, figure: Callable[[str, int], None]) -> None:
@@ -224,11 +199,11 @@ def test_a_stop_before_python_has_loaded_is_requeued_too(cluster: Cluster) -> No
     preempt(cluster)
     until(lambda: cluster.job(job)["JobState"] == "COMPLETED", "the end of the job")
     assert cluster.job(job)["Restarts"] == "1"
-    assert saved(cluster.folder / "runs" / "long") == LAST
+    assert saved(cluster.folder / "runs" / "digits") == LAST
 
 
 def test_a_job_that_can_never_work_is_not_requeued(cluster: Cluster) -> None:
-    (cluster.folder / "long.yaml").write_text(CONFIG.replace("seed: 7", "seed: x"))
+    write_config(cluster.folder, CONFIG.replace("seed: 7", "seed: x"))
     job = submit(cluster, SCRIPT)
     until(lambda: cluster.job(job)["JobState"] == "FAILED", "the end of the job")
     assert cluster.job(job)["ExitCode"] == "2:0"
