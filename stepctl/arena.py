@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +18,32 @@ Shape = tuple[int, ...]
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 _DEEPEST = 16
+_SLICE = 1 << 18  # elements looked at together
 _UINT = {4: np.uint32, 8: np.uint64}
 _MARK = {4: 0x7FC5CA1E, 8: 0x7FF85CA1E5CA1E00}
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # between the slashes of an array's name
 
 
 def aligned_empty(shape: Shape, dtype: npt.DTypeLike) -> Array:
     """Return an uninitialised C-ordered array whose first element is 64-byte aligned."""
-    dtype = np.dtype(dtype)
-    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    return _aligned(np.empty, shape, np.dtype(dtype))
+
+
+def aligned_zeros(shape: Shape, dtype: npt.DTypeLike) -> Array:
+    """Return a C-ordered array of zeros whose first element is 64-byte aligned; it is fetched when it is touched."""
+    return _aligned(np.zeros, shape, np.dtype(dtype))
+
+
+def _aligned(make: Callable[..., Array], shape: Shape, dtype: np.dtype[Any]) -> Array:
+    n_bytes = math.prod(shape) * dtype.itemsize
+    raw = make(n_bytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+class _Memory(NamedTuple):
+    flat: Array
+    views: dict[str, Array]
 
 
 class Arena(Mapping[str, Array]):
@@ -36,41 +51,79 @@ class Arena(Mapping[str, Array]):
 
     `flat` is the whole buffer, with zeros in the gaps that alignment leaves; `arena["dense0/weight"]` is a
     view into it. Names are paths; no name may be a folder of another.
+
+    An update writes the new values, all of them, into `target` and then calls `turn`. The target is `flat`
+    itself, unless `hand_over` gave this memory away: then it is a second buffer, and the two change places.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], dtype: npt.DTypeLike) -> None:
         check_names(shapes)
         self.shapes: dict[str, Shape] = {name: tuple(shape) for name, shape in shapes.items()}
         self.dtype = np.dtype(dtype)
+        self._memory = self._new_memory()
+        self._spare: _Memory | None = None
+        self._handed_over = False
+
+    def _new_memory(self) -> _Memory:
         step = ALIGNMENT // self.dtype.itemsize
         starts, end = {}, 0
         for name, shape in self.shapes.items():
             starts[name] = end
-            size = int(np.prod(shape, dtype=np.int64))
-            end += -(-size // step) * step
-        self.flat = aligned_empty((end,), self.dtype)
-        self.flat.fill(0)
-        self._views = {
-            name: self.flat[starts[name] : starts[name] + int(np.prod(shape, dtype=np.int64))].reshape(shape)
+            end += -(-math.prod(shape) // step) * step
+        flat = aligned_zeros((end,), self.dtype)
+        views = {
+            name: flat[starts[name] : starts[name] + math.prod(shape)].reshape(shape)
             for name, shape in self.shapes.items()
         }
+        return _Memory(flat, views)
+
+    @property
+    def flat(self) -> Array:
+        """The whole buffer."""
+        return self._memory.flat
+
+    @property
+    def target(self) -> Array:
+        """The buffer that the next update writes: `flat`, or the spare one after `hand_over`."""
+        if not self._handed_over:
+            return self._memory.flat
+        self._spare = self._spare or self._new_memory()
+        return self._spare.flat
+
+    def turn(self) -> None:
+        """Make what an update wrote into `target` the values of this arena."""
+        if self._handed_over and self._spare is not None:
+            self._memory, self._spare = self._spare, self._memory
+            self._handed_over = False
+
+    def hand_over(self) -> Arena:
+        """Return an arena of the present values, in the memory where they are; the next update goes elsewhere.
+
+        Nothing is copied. There are two buffers, so an arena that was handed over before must be done with by
+        the update after this call.
+        """
+        handed = object.__new__(Arena)
+        handed.shapes, handed.dtype, handed._memory = self.shapes, self.dtype, self._memory
+        handed._spare, handed._handed_over = None, False
+        self._handed_over = True
+        return handed
 
     def __getitem__(self, name: str) -> Array:
-        return self._views[name]
+        return self._memory.views[name]
 
     def __setitem__(self, name: str, value: npt.ArrayLike) -> None:
-        self._views[name][...] = value
+        self._memory.views[name][...] = value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._views)
+        return iter(self._memory.views)
 
     def __len__(self) -> int:
-        return len(self._views)
+        return len(self._memory.views)
 
     @property
     def n_elements(self) -> int:
         """Elements in the named arrays, gaps not counted."""
-        return sum(view.size for view in self._views.values())
+        return sum(view.size for view in self._memory.views.values())
 
     @property
     def n_bytes(self) -> int:
@@ -89,7 +142,7 @@ class Arena(Mapping[str, Array]):
 
     def mark(self) -> None:
         """Fill every named array with a NaN of a bit pattern that no computation makes."""
-        for view in self._views.values():
+        for view in self._memory.views.values():
             view.view(_UINT[self.dtype.itemsize]).fill(_MARK[self.dtype.itemsize])
 
     def marked(self) -> list[str]:
@@ -107,10 +160,16 @@ def same_bits(a: Array, b: Array) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
+def all_finite(array: Array) -> bool:
+    """Tell whether no element is NaN or infinite."""
+    flat = array.reshape(-1)
+    return all(bool(np.isfinite(flat[start : start + _SLICE]).all()) for start in range(0, flat.size, _SLICE))
+
+
 def check_names(names: Collection[str]) -> None:
     """Raise ValueError at a name that a file could not hold: odd letters, too deep, or a folder of another."""
     for name in names:
-        if not _NAME.fullmatch(name) or name.count("/") > _DEEPEST:
+        if not all(map(NAME_PART.fullmatch, name.split("/"))) or name.count("/") > _DEEPEST:
             raise ValueError(
                 f"array name {name!r}: use letters, digits, '_', '-', '.', and '/' between at most {_DEEPEST} folders"
             )

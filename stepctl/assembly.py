@@ -65,6 +65,7 @@ def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
     if task_class.targets == "classes" and config.data.n_classes is None:
         config = config.with_values({"data.n_classes": count_classes(sources)})
     training_part, validation_part = _parts(config, train, validation)
+    _check_keep_best(config, task_class)
     batch_size = config.data.batch_size
     n_outputs = task_class.n_outputs(config.data.n_classes, train.target_shape)
     model = _build("model", config.model.spec(), input_shape=train.sample_shape, n_outputs=n_outputs)
@@ -140,6 +141,17 @@ def _parts(config: Config, train: Source, validation: Source | None) -> tuple[Pa
             f"but {train.origin} has {train.sample_shape} and {train.target_shape}; they must be equal"
         )
     return Part(train, train.n), Part(validation, validation.n)
+
+
+def _check_keep_best(config: Config, task: type[Task]) -> None:
+    best = config.checkpoint.keep_best
+    if best is None:
+        return
+    if best.metric not in task.metrics:
+        known = ", ".join(task.metrics)
+        raise ConfigError(f"checkpoint.keep_best.metric: no evaluation gives {best.metric!r}; allowed: {known}")
+    if config.evaluate.every is None:
+        raise ConfigError("checkpoint.keep_best: nothing is evaluated; set evaluate.every")
 
 
 def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:

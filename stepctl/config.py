@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from stepctl import registry
 from stepctl.errors import ConfigError
 from stepctl.problems import Problem, did_you_mean, problems_of, unknown_key
-from stepctl.registry import NonNegativeInt, PositiveInt
+from stepctl.registry import NonNegativeInt, Positive, PositiveInt
 from stepctl.yamlio import Document
 
 # Each section that is a component, and its family.
@@ -97,15 +97,31 @@ class Evaluate(Cadence):
     every: PositiveInt | None = None
 
 
-class Checkpoint(Section):
-    """When to save, beside the start, the end and a signal, and how many of the newest to keep (null: all)."""
+class KeepBest(Section):
+    """Keep the checkpoints of the `n` best evaluations too."""
 
-    every: PositiveInt = 100
+    metric: str
+    mode: Literal["min", "max"]
+    n: PositiveInt = 1
+
+
+class Checkpoint(Section):
+    """When to save, beside the start, the end and a signal, and what to keep.
+
+    Saved is on steps that `every` divides, and when `every_seconds` have passed. Kept are the `keep_last` newest
+    (null: all), the steps that `keep_every` divides, and the best. After a save that failed, `on_error` says.
+    """
+
+    every: PositiveInt | None = 100
+    every_seconds: Positive | None = None
     keep_last: PositiveInt | None = 3
+    keep_every: PositiveInt | None = None
+    keep_best: KeepBest | None = None
+    on_error: Literal["stop", "continue"] = "stop"
 
     def fires(self, step: int) -> bool:
         """Tell whether this step is on the grid."""
-        return step % self.every == 0
+        return self.every is not None and step % self.every == 0
 
 
 class Numerics(Section):
@@ -129,6 +145,9 @@ class Config(Section):
     log: Log = Field(default_factory=Log, json_schema_extra=LIVE)
     evaluate: Evaluate = Field(default_factory=Evaluate, json_schema_extra=LIVE)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, json_schema_extra=LIVE)
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="what to do with a batch whose loss or gradient is not finite", json_schema_extra=LIVE
+    )
     numerics: Numerics = Field(default_factory=Numerics, json_schema_extra=LOCKED)
 
     def plain(self) -> dict[str, Any]:
@@ -188,7 +207,8 @@ def _named(problem: Problem, unknown: set[tuple[str | int, ...]]) -> Problem:
         return problem
     model: Any = Config
     for part in problem.path[:-1]:
-        model = model.model_fields[part].annotation
+        kind = model.model_fields[part].annotation
+        model = next((option for option in get_args(kind) if option is not type(None)), kind)
     return Problem(problem.path, unknown_key(str(problem.path[-1]), list(model.model_fields)))
 
 

@@ -1,6 +1,8 @@
 """Every error that stepctl raises on purpose, and the exit code each one ends the command with.
 
 StepctlError                1  an operation failed; nothing was lost
+|- TornUpdate               1  an update failed half way: the state is that of no step
+|- NonFiniteError           1  a loss, gradient or state that is no number; what was finite is saved
 |- ConfigError              2  the command line, the config or a component's argument is wrong
 |- DataError                2  a data file is missing, or holds what it should not
 |- CheckpointError          3  no usable checkpoint, or a refused one
@@ -30,6 +32,14 @@ class StepctlError(Exception):
     """Base of all: an operation failed; nothing was lost."""
 
     exit_code = Exit.NEGATIVE
+
+
+class TornUpdate(StepctlError):
+    """An update failed half way: the arrays are those of no step, and must not be saved."""
+
+
+class NonFiniteError(StepctlError):
+    """A loss, a gradient or a state holds NaN or infinity."""
 
 
 class ConfigError(StepctlError):

@@ -14,7 +14,7 @@ import numpy as np
 from stepctl import yamlio
 from stepctl.arena import Array
 from stepctl.assembly import Assembly
-from stepctl.checkpoint import codec
+from stepctl.checkpoint import codec, userblock
 from stepctl.checkpoint.store import Store
 from stepctl.errors import CheckpointError
 from stepctl.rundir import RunDirectory
@@ -98,7 +98,7 @@ def plan(assembly: Assembly, directory: RunDirectory) -> dict[str, Any]:
     """Return what a fresh run would do, without doing it: shapes, sizes in bytes, and the steps of each event."""
     config, state = assembly.config, assembly.state
     first, last = config.initial_step, config.target(config.initial_step)
-    parts = codec.encode(
+    image = codec.encode(
         state, run=directory.name, config=yamlio.dumps(config.plain()), numerics=json.dumps(assembly.numerics)
     )
     n_sums = config.data.shards.bit_length()
@@ -115,7 +115,7 @@ def plan(assembly: Assembly, directory: RunDirectory) -> dict[str, Any]:
         "bytes": {
             "state": state.n_bytes,
             "gradients": state.params.n_bytes * n_sums,
-            "checkpoint": sum(len(part) for part in parts),
+            "checkpoint": userblock.SIZE + image.n_bytes,
         },
         "steps": [first, last],
         "log": [step for step in steps if step in (first + 1, last) or config.log.fires(step)],

@@ -4,153 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepctl import __version__, numerics, rundir, yamlio
 from stepctl import config as configs
+from stepctl import numerics, rundir, yamlio
 from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config, Stop
-from stepctl.errors import CheckpointError, ConfigError, NumericsError, StepctlError, StoppedAtOnce
-from stepctl.hooks.base import Hook, StopReason
-from stepctl.hooks.evaluate import Evaluate
-from stepctl.hooks.log import Log
-from stepctl.hooks.save import Save
-from stepctl.hooks.signals import Signals
-from stepctl.hooks.stop import StopAtStep
+from stepctl.errors import CheckpointError, ConfigError, NumericsError
+from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
-from stepctl.state import TrainState
-from stepctl.trainer import Trainer
-from stepctl.writers.base import Writer
-from stepctl.writers.jsonl import JSONLines
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a segment ended."""
-
-    reason: StopReason
-    start: int
-    step: int
-
-
-class Segment:
-    """One invocation of train or resume: an assembly, its run directory (locked), and its target."""
-
-    def __init__(self, directory: RunDirectory, assembly: Assembly, *, target: int, restored: str | None) -> None:
-        self.directory, self.assembly, self.target = directory, assembly, target
-        self.config, self.state = assembly.config, assembly.state
-        self.start = assembly.state.counters.global_step
-        self.store = Store(directory.checkpoints)
-        self.restored = restored
-        self.facts: dict[str, Any] = {}  # for the ledger
-        self.report: Say = lambda message: None  # told of each checkpoint
-
-    def train(self, writers: Sequence[Writer] = (), hooks: Sequence[Hook] = ()) -> Outcome:
-        """Run to the target; every row, checkpoint and end is on disk when this returns.
-
-        `writers` get the rows beside metrics.jsonl; `hooks` run after the segment's own.
-        """
-        self.directory.mend_ledger()
-        self.directory.cut_metrics(self.start)
-        number = 1 + sum(row["event"] == "start" for row in self.directory.read_ledger())
-        self._record_start(number)
-        writers = [JSONLines(self.directory.metrics), *writers]
-        with Signals() as signals:
-            trainer = Trainer(
-                self.assembly.task,
-                self.assembly.training,
-                self.state,
-                stop=[StopAtStep(self.target), signals],
-                hooks=[*self._hooks(writers, signals), *hooks],
-            )
-            try:
-                reason = trainer.run()
-            except KeyboardInterrupt as error:
-                self._record_end(number, "a second SIGINT")
-                path = self.directory.path
-                remedy = f"go on from the newest checkpoint with: stepctl resume {path}"
-                raise StoppedAtOnce(f"{path}: stopped at once; {remedy}") from error
-            except BaseException as error:
-                with contextlib.suppress(StepctlError):  # the disk may be what failed
-                    self._record_end(number, f"{type(error).__name__}: {error}")
-                raise
-            finally:
-                for writer in writers:
-                    writer.close()
-        self._record_end(number, reason.text)
-        return Outcome(reason, self.start, self.state.counters.global_step)
-
-    def _hooks(self, writers: Sequence[Writer], signals: Signals) -> list[Hook]:
-        config, assembly = self.config, self.assembly
-
-        def publish(state: TrainState) -> None:
-            # rows up to this step must survive whatever the checkpoint survives
-            for writer in writers:
-                writer.sync()
-            self._publish(state)
-
-        n_samples = assembly.training.part.n
-        hooks: list[Hook] = [Log(config.log, writers, first_step=config.initial_step + 1, n_samples=n_samples)]
-        if assembly.validation is not None:
-            hooks.append(Evaluate(config.evaluate, assembly.task, assembly.validation, writers))
-        saved_step = self.start if self.restored else None
-        hooks += assembly.hooks
-        hooks.append(Save(config.checkpoint, publish, signals.save_requested, saved_step, self.target))
-        return hooks
-
-    def _publish(self, state: TrainState) -> None:
-        step = state.counters.global_step
-        parts = codec.encode(
-            state,
-            run=self.directory.name,
-            config=yamlio.dumps(self.config.plain()),
-            numerics=json.dumps(self.assembly.numerics),
-        )
-        digest = self.store.publish(step, parts)
-        self.directory.append_ledger("checkpoint", step=step, file=codec.file_name(step), sha256=digest)
-        self.report(f"saved {codec.file_name(step)}")
-        self.store.prune(step, self.config.checkpoint.keep_last)
-
-    def _record_start(self, number: int) -> None:
-        holder = {"host": os.uname().nodename, "pid": os.getpid(), "argv": sys.argv, "version": __version__}
-        self.directory.append_ledger(
-            "start",
-            segment=number,
-            step=self.start,
-            target=self.target,
-            restored=self.restored,
-            **holder,
-            numerics=self.assembly.numerics,
-            data=self.assembly.data_fingerprint(),
-            **self.facts,
-        )
-
-    def _record_end(self, number: int, reason: str) -> None:
-        step = self.state.counters.global_step
-        self.directory.append_ledger("end", segment=number, step=step, local_step=step - self.start, reason=reason)
+from stepctl.segment import Say, Segment, silent
 
 
 @contextlib.contextmanager
-def create(config: Config, directory: RunDirectory, hooks: Sequence[Hook] = ()) -> Iterator[Segment]:
+def create(config: Config, directory: RunDirectory, say: Say = silent, hooks: Sequence[Hook] = ()) -> Iterator[Segment]:
     """Make a fresh run, and hold it. ConfigError if one is there already; nothing is left behind on an error."""
     directory.refuse_run()
     assembly = prepare(config, hooks)
     config = assembly.config
     directory.make()
-    with directory.lock():
+    with directory.lock(say):
         directory.refuse_run()
         directory.clear_temporaries()
         directory.clear_stillborn()
         directory.freeze_config(config.plain())
-        yield Segment(directory, assembly, target=config.target(config.initial_step), restored=None)
+        yield Segment(directory, assembly, say, target=config.target(config.initial_step), restored=None)
 
 
 @dataclass(frozen=True)
@@ -166,9 +48,11 @@ class ResumeOptions:
 
 
 @contextlib.contextmanager
-def resume(directory: RunDirectory, options: ResumeOptions, say: Say, hooks: Sequence[Hook] = ()) -> Iterator[Segment]:
+def resume(
+    directory: RunDirectory, options: ResumeOptions, say: Say = silent, hooks: Sequence[Hook] = ()
+) -> Iterator[Segment]:
     """Restore the newest good checkpoint (or `from_step`) into a fresh assembly, and hold the run."""
-    with directory.lock():
+    with directory.lock(say):
         directory.clear_temporaries()
         base = configs.parse(directory.newest_config())
         config = _changed_config(base, options, directory)
@@ -194,9 +78,8 @@ def resume(directory: RunDirectory, options: ResumeOptions, say: Say, hooks: Seq
         assembly.trial()
         step = header.global_step
         stop_changed = any(change["key"].startswith("stop.") for change in changed)
-        segment = Segment(
-            directory, assembly, target=_target(config, options, ledger, step, stop_changed), restored=name
-        )
+        target = _target(config, options, ledger, step, stop_changed)
+        segment = Segment(directory, assembly, say, target=target, restored=name)
         _say_horizon(config, segment.target, say)
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:

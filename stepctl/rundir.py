@@ -8,7 +8,8 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ _EVENTS: dict[str, dict[str, type]] = {
     "end": {"segment": int, "step": int, "reason": str},
 }
 _TEMPORARY = ".tmp-"  # ends in the writer's pid
+_HELD: set[int] = set()  # descriptors of this process's locks; a forked child that kept one would hold the run
+_TRIES = 100  # at a lock whose holder has not written its name
 
 
 class RunDirectory:
@@ -89,25 +92,46 @@ class RunDirectory:
             raise ConfigError(f"{self.path}: cannot be made a run directory: {error.strerror}; {remedy}") from error
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run; RunInUseError if another process does. The lock ends with its holder, however it ends."""
+    def lock(self, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
+        """Hold the run; RunInUseError if another process does. The lock ends with its holder, however it ends.
+
+        What a holder that was killed left in the file is told to `say`.
+        """
         with writing(self.path / "lock"):
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _HELD.add(descriptor)
         try:
+            self._take(descriptor)
+            if holder := _parsed(os.pread(descriptor, 4096, 0)):
+                say(f"{self.path}: {_described(holder)} ended without letting go; taking over")
+            mine = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": os.getpid()}
+            try:
+                with writing(self.path / "lock"):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(mine).encode() + b"\n", 0)
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+        finally:
+            _HELD.discard(descriptor)
+            os.close(descriptor)
+
+    def _take(self, descriptor: int) -> None:
+        for _ in range(_TRIES):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except BlockingIOError as error:
-                holder = _parsed(os.pread(descriptor, 4096, 0)) or {}
-                raise RunInUseError(
-                    f"{self.path}: in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
-                    "wait for it, or stop it"
-                ) from error
-            holder = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": os.getpid()}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
-            yield
-        finally:
-            os.close(descriptor)
+                if holder := _parsed(os.pread(descriptor, 4096, 0)):
+                    raise RunInUseError(
+                        f"{self.path}: in use by {_described(holder)}; wait for it, or stop it"
+                    ) from error
+                time.sleep(0.01)  # it has just begun, or is just letting go
+            except OSError as error:
+                remedy = "keep runs on a file system that has flock"
+                raise StepctlError(f"{self.path}: cannot be locked: {error.strerror}; {remedy}") from error
+        raise RunInUseError(f"{self.path}: in use by a process that did not say which; wait for it, or stop it")
 
     def freeze_config(self, plain: Mapping[str, Any]) -> None:
         """Write the resolved config, once, at the start of the run."""
@@ -138,21 +162,36 @@ class RunDirectory:
         """Return the ledger's lines; one that a kill cut short, or that no segment wrote, is passed over."""
         return [row for row in _rows(self.ledger) if _is_event(row)]
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl; a line that a kill cut short is passed over."""
+        return [row for row in _rows(self.metrics) if isinstance(row.get("step"), int)]
+
     def mend_ledger(self) -> None:
         """Cut a line that a kill left unfinished, so that the next one begins a line of its own."""
-        text = self.ledger.read_bytes() if self.ledger.exists() else b""
+        text = _content(self.ledger)
         if text and not text.endswith(b"\n"):
             lines = text.splitlines()
             publish(self.ledger, [line + b"\n" for line in lines if _parsed(line) is not None])
 
     def cut_metrics(self, step: int) -> None:
         """Drop rows past `step`, rows marked extra and torn lines, atomically."""
-        if not self.metrics.exists():
-            return
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        lines = _content(self.metrics).splitlines(keepends=True)
         kept = [line for line in lines if _stands(line, step)]
         if kept != lines:
             publish(self.metrics, kept)
+
+
+def _described(holder: Mapping[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+
+
+def _let_go() -> None:
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _is_event(row: dict[str, Any]) -> bool:
@@ -171,8 +210,9 @@ def newest_target(ledger: list[dict[str, Any]]) -> int | None:
     return targets[-1] if targets else None
 
 
-def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file so that it is there whole, durably, or not at all.
+@contextlib.contextmanager
+def publishing(path: Path) -> Iterator[int]:
+    """Yield a descriptor to write a file through that is then there whole, durably, or not at all.
 
     Temporary file in the same directory (O_EXCL), write, fsync, rename, fsync of the directory. On any error
     the temporary file is removed and the descriptor given up: a failed fsync is never tried again on it.
@@ -182,8 +222,7 @@ def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
-                for chunk in chunks:
-                    write_all(descriptor, chunk)
+                yield descriptor
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -193,6 +232,13 @@ def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+
+
+def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file of these chunks so that it is there whole, durably, or not at all."""
+    with publishing(path) as descriptor:
+        for chunk in chunks:
+            write_all(descriptor, chunk)
 
 
 @contextlib.contextmanager
@@ -222,11 +268,19 @@ def write_all(descriptor: int, chunk: bytes | memoryview) -> None:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            row = _parsed(line)
-            if row is not None:
-                yield row
+    for line in _content(path).splitlines():
+        row = _parsed(line)
+        if row is not None:
+            yield row
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        raise StepctlError(f"{path}: cannot be read: {error.strerror}; mend the disk, then resume") from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

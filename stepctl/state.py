@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stepctl.arena import Arena, Array, same_bits
+from stepctl.arena import Arena, Array, all_finite, same_bits
 
 GLOBAL_STEP = "global_step"
 SAMPLES_SEEN = "samples_seen"
@@ -84,6 +84,28 @@ class TrainState:
         for name, values in self.hooks.items():
             found |= {f"hooks/{name}/{key}": array for key, array in values.items()}
         return found
+
+    def hand_over(self) -> TrainState:
+        """Return the state as it is now, which no update changes any more; only what is small is copied."""
+        buffers = self.buffers.like()
+        buffers.copy_from(self.buffers)
+        return TrainState(
+            counters=Counters(dict(self.counters)),
+            params=self.params.hand_over(),
+            optimizers={
+                name: {slot: arena.hand_over() for slot, arena in slots.items()}
+                for name, slots in self.optimizers.items()
+            },
+            buffers=buffers,
+            hooks={name: {key: array.copy() for key, array in values.items()} for name, values in self.hooks.items()},
+        )
+
+    def first_non_finite(self) -> str | None:
+        """Return the path of the first array that an update made NaN or infinite in part; hooks may hold such."""
+        for path, array in self.arrays().items():
+            if not path.startswith("hooks/") and not all_finite(array):
+                return path
+        return None
 
     def same_bits(self, other: TrainState) -> bool:
         """Tell whether both states are the same to the bit."""

@@ -22,9 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--faults"):
-        attacks = [item for item in items if "faults" in item.keywords]
+        attacks = [item for item in items if item.get_closest_marker("faults")]
         config.hook.pytest_deselected(items=attacks)
-        items[:] = [item for item in items if "faults" not in item.keywords]
+        items[:] = [item for item in items if item not in attacks]
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from stepctl import config as configs
 from stepctl import run, yamlio
+from stepctl.checkpoint import codec, userblock
 from stepctl.config import Config, Stop
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
@@ -38,7 +40,7 @@ def silent(message: str) -> None:
 
 def train(config: Config, path: Path, hooks: tuple[Hook, ...] = ()) -> TrainState:
     """Train a fresh run to its target; return the state that it ended with."""
-    with run.create(config, RunDirectory(path), hooks) as segment:
+    with run.create(config, RunDirectory(path), hooks=hooks) as segment:
         segment.train()
         return segment.state
 
@@ -52,6 +54,12 @@ def resume(
         if segment.start < segment.target:
             segment.train()
         return segment.state
+
+
+def file_bytes(image: codec.Image) -> bytes:
+    """Return a whole checkpoint file, user block first."""
+    body = b"".join(image)
+    return userblock.make(hashlib.sha256(body).hexdigest(), len(body)) + body
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

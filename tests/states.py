@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import file_bytes
 from stepctl.arena import Arena, Array
 from stepctl.checkpoint import codec
 from stepctl.errors import CheckpointError
@@ -50,7 +51,7 @@ def full_state(dtype: str = "float32", seed: int = 0) -> TrainState:
 
 
 def encoded(state: TrainState) -> bytes:
-    return b"".join(codec.encode(state, run="moon", config="seed: 0  # é\n", numerics='{"threads": 1}'))
+    return file_bytes(codec.encode(state, run="moon", config="seed: 0  # é\n", numerics='{"threads": 1}'))
 
 
 def written(folder: Path, state: TrainState, name: str = NAME) -> Path:

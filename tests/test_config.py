@@ -33,11 +33,12 @@ optimizer: {name: adam, learning_rate: {name: cosine, peak: -1, warmup: 3}, beta
 stop: {}
 log: {every: 5, offset: 7}
 evaluate: {every: 0}
-checkpoint: {keep_last: -1, every: null}
+checkpoint: {keep_last: -1, every: null, keep_best: {metric: loss, mode: up, k: 1}}
 numerics: {threads: some}
 sed: 1
 """
-SECTIONS = "seed, dtype, initial_step, data, model, task, optimizer, stop, log, evaluate, checkpoint, numerics"
+SECTIONS = "seed, dtype, initial_step, data, model, task, optimizer, stop, log, evaluate, checkpoint, "
+SECTIONS += "on_nonfinite, numerics"
 SHARED = "batch_size, n_classes, shards, validation_fraction"
 COSINE = "warmup_steps, peak, end, decay_steps"
 SCHEDULES = "constant, exponential, inverse_time, polynomial, piecewise_constant, cosine"
@@ -58,7 +59,8 @@ ALL_WRONG_LINES = [
     "8:6: log: offset 7 never comes with every 5; it must be below it",
     "9:19: evaluate.every: 0 is wrong; should be greater than or equal to 1",
     "10:25: checkpoint.keep_last: -1 is wrong; should be greater than or equal to 1",
-    "10:36: checkpoint.every: null is wrong; a whole number is needed",
+    "10:74: checkpoint.keep_best.mode: \"up\" is wrong; should be 'min' or 'max'",
+    "10:78: checkpoint.keep_best.k: unknown key; allowed: metric, mode, n",
     "11:21: numerics.threads: \"some\" is wrong; a whole number is needed, or should be 'auto'",
     f"12:1: sed: unknown key; did you mean 'seed'?; allowed: {SECTIONS}",
 ]
@@ -169,7 +171,12 @@ POLICIES = {
     "evaluate.every": "live",
     "evaluate.offset": "live",
     "checkpoint.every": "live",
+    "checkpoint.every_seconds": "live",
     "checkpoint.keep_last": "live",
+    "checkpoint.keep_every": "live",
+    "checkpoint.keep_best": "live",
+    "checkpoint.on_error": "live",
+    "on_nonfinite": "live",
     "numerics.threads": "locked",
     "numerics.blas_kernel": "locked",
 }
@@ -248,7 +255,15 @@ def test_defaults_are_written_out() -> None:
         "stop": {"last_step": 100, "num_steps": None},
         "log": {"every": 10, "offset": 0},
         "evaluate": {"every": None, "offset": 0},
-        "checkpoint": {"every": 100, "keep_last": 3},
+        "checkpoint": {
+            "every": 100,
+            "every_seconds": None,
+            "keep_last": 3,
+            "keep_every": None,
+            "keep_best": None,
+            "on_error": "stop",
+        },
+        "on_nonfinite": "stop",
         "numerics": {"threads": "auto", "blas_kernel": "auto"},
     }
 

@@ -21,7 +21,7 @@ LEVELS = [
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "run", "report"},
+    {"assembly", "segment", "run", "report"},
     {"cli"},
 ]
 # Within a level, and between families, only this.
@@ -38,6 +38,8 @@ ALLOWED = {
     ("hooks", "tasks"),
     ("report", "assembly"),
     ("run", "assembly"),
+    ("run", "segment"),
+    ("segment", "assembly"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -10,11 +10,12 @@ import click
 import numpy as np
 import pytest
 
-from helpers import make_config, resume, rows, silent, train
+from helpers import file_bytes, make_config, resume, rows, silent, train
 from stepctl import config as configs
 from stepctl import run
 from stepctl.assembly import assemble
 from stepctl.checkpoint import codec
+from stepctl.checkpoint.background import Background
 from stepctl.cli.options import train_segment
 from stepctl.config import Cadence, Checkpoint, Config, Stop
 from stepctl.errors import CheckpointError, ConfigError
@@ -214,8 +215,8 @@ def test_counters_that_disagree_are_refused(small: Any, tmp_path: Path) -> None:
         codec.restore(reader, state)
         state.counters = Counters(dict(state.counters) | {"model": 2})
         header = reader.header
-    parts = codec.encode(state, run=header.run, config=header.config, numerics=header.numerics)
-    (path / "checkpoints" / "step-00000003.h5").write_bytes(b"".join(parts))
+    image = codec.encode(state, run=header.run, config=header.config, numerics=header.numerics)
+    (path / "checkpoints" / "step-00000003.h5").write_bytes(file_bytes(image))
     with pytest.raises(CheckpointError, match="2 updates of the model, but global step 3") as caught:
         resume(path, last_step=5, from_step=3)
     assert caught.value.code == "counter"
@@ -244,7 +245,7 @@ def test_a_finished_run_stays_finished_and_says_so(
     for _ in range(2):
         with run.resume(RunDirectory(path), run.ResumeOptions(stop=stop), silent) as segment:
             with pytest.raises(click.exceptions.Exit) as end:
-                train_segment(segment, quiet=True, verbose=False)
+                train_segment(segment, began=0, max_time=None, quiet=True, verbose=False)
             assert end.value.exit_code == 0
         assert "at global step 12" in capsys.readouterr().err
         assert snapshot(path) == before
@@ -400,6 +401,9 @@ def test_a_save_asked_for_is_made_once_also_on_the_grid(small: Any) -> None:
         Checkpoint(every=5),
         publish=lambda state: published.append(state.counters.global_step),
         requested=lambda: state.counters.global_step in requests and not requests.remove(state.counters.global_step),
+        background=Background(),
+        say=pytest.fail,
+        note=silent,
         saved_step=0,
         target=100,
     )

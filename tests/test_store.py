@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers import file_bytes
 from stepctl.arena import Arena
 from stepctl.checkpoint import codec, retention
 from stepctl.checkpoint.store import Store
+from stepctl.config import Checkpoint
 from stepctl.errors import CheckpointError, Exit, StepctlError
 from stepctl.state import Counters, TrainState
 
 
-def parts(step: int) -> list[bytes | memoryview]:
+def parts(step: int) -> codec.Image:
     params = Arena({"weight": (2,)}, "float32")
     params["weight"][:] = step
     counters = Counters({"global_step": step, "samples_seen": 8 * step})
@@ -45,7 +47,7 @@ def names(store: Store) -> list[str]:
 
 def damage(store: Store, step: int) -> None:
     path = store.file(step)
-    data = bytearray(path.read_bytes()) if path.exists() else bytearray(b"".join(parts(step)))
+    data = bytearray(path.read_bytes()) if path.exists() else bytearray(file_bytes(parts(step)))
     data[-1] ^= 1
     path.write_bytes(data)
 
@@ -111,7 +113,7 @@ class Calls:
 
 def test_publish_is_durable_before_it_is_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(tmp_path)
-    data = b"".join(parts(5))
+    data = file_bytes(parts(5))
     calls = Calls(monkeypatch, store.path)
     digest = store.publish(5, parts(5))
     calls.log.append(("acknowledged", ""))
@@ -138,7 +140,7 @@ def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     store, real = make_store(tmp_path), os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:1000]))
     store.publish(5, parts(5))
-    assert store.file(5).read_bytes() == b"".join(parts(5))
+    assert store.file(5).read_bytes() == file_bytes(parts(5))
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT], ids=errno.errorcode.get)
@@ -161,7 +163,7 @@ def test_no_failure_harms_an_older_checkpoint(error: int, tmp_path: Path, monkey
         left = contents(store)
         renamed = left.pop("step-00000005.h5", None)  # when only the directory's fsync failed
         assert left == before, f"after a failed {name}"
-        assert renamed is None or renamed == b"".join(parts(5))
+        assert renamed is None or renamed == file_bytes(parts(5))
         assert newest_step(store) == (4 if renamed is None else 5)
         store.file(5).unlink(missing_ok=True)
     calls.failing = None
@@ -178,7 +180,7 @@ def test_the_next_publish_of_a_step_succeeds_whatever_failed(tmp_path: Path, mon
         with pytest.raises(StepctlError):
             store.publish(5, parts(5))
         calls.failing = None
-        assert store.publish(5, parts(5)) == hashlib.sha256(b"".join(parts(5))[512:]).hexdigest()
+        assert store.publish(5, parts(5)) == hashlib.sha256(file_bytes(parts(5))[512:]).hexdigest()
         assert newest_step(store) == 5
         store.file(5).unlink()
 
@@ -190,7 +192,7 @@ def test_what_reads_back_damaged_is_not_acknowledged(tmp_path: Path, monkeypatch
         return real(descriptor, data if len(data) <= 512 else bytes(data[:-1]) + b"?")
 
     monkeypatch.setattr(os, "write", forgetful)
-    with pytest.raises(CheckpointError, match=r"^step-00000005.h5: damaged \(sha256 differs\)"):
+    with pytest.raises(StepctlError, match=r"does not read back: step-00000005.h5: damaged \(sha256 differs\)"):
         store.publish(5, parts(5))
     assert newest_step(store, lambda message: None) == 4
 
@@ -216,14 +218,14 @@ def test_the_newest_is_the_highest_step_whatever_the_order_of_names_and_times(tm
 def bad_files(store: Store) -> dict[int, str]:
     """Put a bad file of every kind at steps above 10; return step -> what is said of it."""
     damage(store, 11)
-    store.file(12).write_bytes(b"".join(parts(12))[:-100])
+    store.file(12).write_bytes(file_bytes(parts(12))[:-100])
     store.file(13).write_bytes(b"")
-    store.file(14).write_bytes(b"".join(parts(14)).replace(b"checkpoint 1", b"checkpoint 2", 1))
+    store.file(14).write_bytes(file_bytes(parts(14)).replace(b"checkpoint 1", b"checkpoint 2", 1))
     store.file(15).symlink_to(store.file(10))
     store.file(16).mkdir()
     os.mkfifo(store.file(17))
-    store.file(18).write_bytes(b"".join(parts(10)))
-    size = len(b"".join(parts(12)))
+    store.file(18).write_bytes(file_bytes(parts(10)))
+    size = len(file_bytes(parts(12)))
     return {
         11: "damaged (sha256 differs)",
         12: f"damaged ({size - 100} bytes instead of {size})",
@@ -303,7 +305,7 @@ def test_whatever_is_in_the_way_is_set_aside(step: int, tmp_path: Path) -> None:
     assert store.file(step).is_file()
     assert not store.file(step).is_symlink()
     assert os.path.lexists(store.path / f"{store.file(step).name}.aside-1")
-    assert store.file(10).read_bytes() == b"".join(parts(10))
+    assert store.file(10).read_bytes() == file_bytes(parts(10))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3], ids=["rename", "open", "fsync"])
@@ -341,8 +343,9 @@ KEPT: list[tuple[list[int], int | None, list[int]]] = [
 
 @pytest.mark.parametrize(("steps", "keep_last", "pruned"), KEPT)
 def test_retention(steps: list[int], keep_last: int | None, pruned: list[int]) -> None:
-    assert retention.to_prune(steps, keep_last) == pruned
-    assert retention.to_prune(iter(steps), keep_last) == pruned
+    keep = Checkpoint(keep_last=keep_last)
+    assert retention.to_prune(steps, keep, {}) == pruned
+    assert retention.to_prune(iter(steps), keep, {}) == pruned
     assert not steps or max(steps) not in pruned
 
 
@@ -350,7 +353,7 @@ def test_retention(steps: list[int], keep_last: int | None, pruned: list[int]) -
 def test_prune_removes_the_oldest_and_nothing_else(keep_last: int, tmp_path: Path) -> None:
     store = make_store(tmp_path, 0, 10, 20, 30)
     (store.path / "step-00000005.h5.aside-1").write_bytes(b"kept")
-    store.prune(30, keep_last)
+    store.remove(store.to_prune(30, Checkpoint(keep_last=keep_last), {}))
     assert store.steps() == [0, 10, 20, 30][-keep_last:]
     assert (store.path / "step-00000005.h5.aside-1").read_bytes() == b"kept"
     assert newest_step(store, pytest.fail) == 30
@@ -361,6 +364,6 @@ def test_a_bad_newer_file_never_costs_a_good_one(keep_last: int, tmp_path: Path)
     store = make_store(tmp_path, 8, 9)
     bad = bad_files(store)
     store.publish(10, parts(10))
-    store.prune(10, keep_last)
+    store.remove(store.to_prune(10, Checkpoint(keep_last=keep_last), {}))
     assert store.steps() == [8, 9, 10][-keep_last:] + list(bad)
     assert newest_step(store, lambda message: None) == 10

@@ -132,7 +132,7 @@ def test_only_the_trainer_advances_counters() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "advance"
     ]
-    assert users == ["trainer.py"]
+    assert set(users) == {"trainer.py"}
 
 
 def test_counters_have_no_setter() -> None:
@@ -209,7 +209,8 @@ def test_an_optimizer_counts_its_own_updates_on_through_a_resume(
     update = Optimizer.update
 
     def spy(self: Optimizer, params: Any, slots: Any, grads: Any, tick: Tick, **options: Any) -> None:
-        numbers.append(tick.number)
+        if "dense0/weight" in params:
+            numbers.append(tick.number)
         update(self, params, slots, grads, tick, **options)
 
     monkeypatch.setattr(Optimizer, "update", spy)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -23,6 +24,7 @@ import numpy as np
 from stepctl import __version__, yamlio
 from stepctl.arena import Array, check_names
 from stepctl.checkpoint import userblock
+from stepctl.checkpoint.metadata import Metadata
 from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_string
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.state import GLOBAL_STEP, Counters, TrainState
@@ -30,7 +32,11 @@ from stepctl.state import GLOBAL_STEP, Counters, TrainState
 FORMAT = "stepctl-checkpoint"
 FORMAT_VERSION = 1
 FILE_NAME = re.compile(r"step-([0-9]{8,19})\.h5")
-_SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03"  # signature and version
+_SLICE = 1 << 22  # bytes written together
+# Signature, version 3, offsets and lengths of 8 bytes, no flags; then base address, extension (none), end of file.
+_SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03\x08\x08\x00"
+_MAX_ATTRIBUTE = 4096  # bytes
+_UNDEFINED = 2**64 - 1
 _ROOT_ATTRIBUTES = {"format", "format_version", "global_step", "created_by", "run"}
 
 
@@ -52,9 +58,37 @@ class Header:
     sha256: str
 
 
-def encode(state: TrainState, *, run: str, config: str, numerics: str) -> list[bytes | memoryview]:
-    """Return the bytes of a checkpoint, user block first, in parts."""
-    with _create() as file:
+@dataclass(frozen=True)
+class Image:
+    """The bytes of a checkpoint from 512 on, in order, as often as they are asked for; the arrays are not copied."""
+
+    metadata: Metadata
+    arrays: dict[int, Array]  # by offset in the file
+
+    @property
+    def n_bytes(self) -> int:
+        return self.metadata.size - userblock.SIZE
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        position, small = userblock.SIZE, bytearray()
+        for offset, array in [*sorted(self.arrays.items()), (self.metadata.size, np.empty(0, np.uint8))]:
+            small += self.metadata.between(position, offset)
+            view = array.reshape(-1).view(np.uint8).data
+            position = offset + len(view)
+            if len(view) < _SLICE:
+                small += view
+            if len(small) >= _SLICE or len(view) >= _SLICE:
+                yield bytes(small)
+                small.clear()
+            if len(view) >= _SLICE:
+                yield from (view[start : start + _SLICE] for start in range(0, len(view), _SLICE))
+        yield bytes(small)
+
+
+def encode(state: TrainState, *, run: str, config: str, numerics: str) -> Image:
+    """Return the image of a checkpoint: HDF5 lays the arrays out, and never touches them."""
+    image = Image(Metadata(), {})
+    with _create(image.metadata) as file:
         root = file.attrs
         root.create("format", _text(FORMAT))
         root.create("format_version", np.int64(FORMAT_VERSION))
@@ -64,15 +98,14 @@ def encode(state: TrainState, *, run: str, config: str, numerics: str) -> list[b
         groups = {"": file.id}
         for group in ("counters", "params", "optimizers", "buffers", "hooks"):
             _group(groups, group)
-        for name, value in state.counters.items():
-            _write(groups, f"counters/{name}", np.array(value, "<i8"))
-        for path, array in state.arrays().items():
-            _write(groups, path, array)
-        _write(groups, "config", _text(config))
-        _write(groups, "numerics", _text(numerics))
-        file.flush()
-        body = memoryview(file.id.get_file_image())  # from the superblock on, without the user block
-    return [userblock.make(body), body]
+        arrays = {f"counters/{name}": np.array(value, "<i8") for name, value in state.counters.items()}
+        arrays |= state.arrays() | {"config": _text(config), "numerics": _text(numerics)}
+        for path, array in arrays.items():
+            little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).reshape(array.shape)
+            offset = _lay_out(groups, path, little)
+            if little.size:
+                image.arrays[offset] = little
+    return image
 
 
 def check_storable(state: TrainState) -> None:
@@ -98,10 +131,10 @@ def _ends(path: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _create() -> Iterator[h5py.File]:
-    # in memory, with no times in any header, so that the same state makes the same bytes
+def _create(metadata: Metadata) -> Iterator[h5py.File]:
+    # with no times in any header, so that the same state makes the same bytes
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_fapl_core(1 << 20, False)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, metadata)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_userblock(userblock.SIZE)
@@ -121,17 +154,18 @@ def _group(groups: dict[str, Any], path: str) -> Any:
     return groups[path]
 
 
-def _write(groups: dict[str, Any], path: str, array: Array) -> None:
+def _lay_out(groups: dict[str, Any], path: str, array: Array) -> int:
+    """Make a dataset, with room for the array, and return where in the file that room is."""
     parent, _, name = path.rpartition("/")
     space = h5py.h5s.create_simple(array.shape) if array.shape else h5py.h5s.create(h5py.h5s.SCALAR)
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    kind = h5py.h5t.py_create(little.dtype, logical=True)
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_obj_track_times(False)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    kind = h5py.h5t.py_create(array.dtype, logical=True)
     dataset = h5py.h5d.create(_group(groups, parent), name.encode(), kind, space, dcpl=creation)
-    dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(little), mtype=kind)
+    return dataset.get_offset() or 0
 
 
 def _text(text: str) -> Array:
@@ -223,10 +257,13 @@ class Reader:
         for name in sorted(found):
             space, kind = self._file.attrs.get_id(name).get_space(), self._file.attrs.get_id(name).get_type()
             whole = name in ("format_version", "global_step")
-            if space.get_simple_extent_type() != h5py.h5s.SCALAR or not (
-                kind.equal(NUMBERS["<i8"]) if whole else is_fixed_string(kind)
+            large = kind.get_size() > _MAX_ATTRIBUTE
+            if (
+                large
+                or space.get_simple_extent_type() != h5py.h5s.SCALAR
+                or not (kind.equal(NUMBERS["<i8"]) if whole else is_fixed_string(kind))
             ):
-                raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} has the wrong type")
+                raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} is of a wrong type")
             value = self._file.attrs[name]
             values[name] = int(value) if whole else self._string(value, name)
         return values
@@ -253,9 +290,10 @@ class Reader:
 
 
 def _open_hdf5(raw: BufferedReader, name: str) -> h5py.File:
+    size = os.fstat(raw.fileno()).st_size
     raw.seek(userblock.SIZE)
-    if raw.read(len(_SUPERBLOCK)) != _SUPERBLOCK:
-        raise CheckpointError("hdf5", f"{name}: no HDF5 superblock of version 3 at byte {userblock.SIZE}")
+    if raw.read(len(_SUPERBLOCK) + 24) != _SUPERBLOCK + struct.pack("<QQQ", userblock.SIZE, _UNDEFINED, size):
+        raise CheckpointError("hdf5", f"{name}: no superblock at byte {userblock.SIZE} such as the format has")
     raw.seek(0)
     return h5py.File(raw, "r")
 

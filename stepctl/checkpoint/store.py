@@ -6,16 +6,24 @@ The directory is the truth: no pointer file, nothing edited, nothing replaced.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from stepctl import rundir
 from stepctl.checkpoint import codec, retention, userblock
-from stepctl.errors import CheckpointError
+from stepctl.config import Checkpoint
+from stepctl.errors import CheckpointError, StepctlError
 
 Accept = Callable[[codec.Reader], None]  # raises CheckpointError at a checkpoint that it cannot use
+Body = Iterable[bytes | memoryview]  # all that follows the user block
 _UNFIT = {"mismatch", "config"}  # codes of whole checkpoints that belong to another config
+
+
+class Abandoned(Exception):
+    """The checkpoint that was being written is wanted no more."""
 
 
 class Store:
@@ -37,7 +45,7 @@ class Store:
         found = {int(match[1]): name for name in names if (match := codec.FILE_NAME.fullmatch(name))}
         return sorted(step for step, name in found.items() if name == codec.file_name(step))
 
-    def publish(self, step: int, parts: list[bytes | memoryview]) -> str:
+    def publish(self, step: int, image: Body, abandoned: Callable[[], bool] = lambda: False) -> str:
         """Make a checkpoint durable, read it back, and only then acknowledge it: return its sha256.
 
         A file that stands under the name already (one that was damaged, and so skipped) is set aside first.
@@ -45,8 +53,21 @@ class Store:
         path = self.file(step)
         if os.path.lexists(path):
             self.set_aside(step)
-        rundir.publish(path, parts)
-        file, digest = userblock.open_verified(path)
+        sha256, length = hashlib.sha256(), 0
+        with rundir.publishing(path) as descriptor:
+            os.lseek(descriptor, userblock.SIZE, os.SEEK_SET)
+            for chunk in image:
+                if abandoned():
+                    raise Abandoned
+                sha256.update(chunk)
+                rundir.write_all(descriptor, chunk)
+                length += len(chunk)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            rundir.write_all(descriptor, userblock.make(sha256.hexdigest(), length))
+        try:
+            file, digest = userblock.open_verified(path)
+        except CheckpointError as error:
+            raise StepctlError(f"{path}: written, but it does not read back: {error}; mend the disk") from error
         file.close()
         return digest
 
@@ -95,11 +116,15 @@ class Store:
             rundir.sync_directory(self.path)
         return aside
 
-    def prune(self, published: int, keep_last: int | None) -> None:
-        """Remove what retention does not keep of the steps up to the one just published, which is kept.
+    def to_prune(self, published: int, keep: Checkpoint, metrics: Mapping[int, Mapping[str, Any]]) -> list[int]:
+        """Return the steps, up to the one just published, that retention does not keep.
 
         A file of a later step was passed over by the resume that led here: it is damaged, and counts for nothing.
         """
-        for step in retention.to_prune((step for step in self.steps() if step <= published), keep_last):
+        return retention.to_prune((step for step in self.steps() if step <= published), keep, metrics)
+
+    def remove(self, steps: Iterable[int]) -> None:
+        """Remove checkpoints that retention does not keep."""
+        for step in steps:
             with contextlib.suppress(OSError):  # what cannot be removed is no reason to stop training
                 self.file(step).unlink()

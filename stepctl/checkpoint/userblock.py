@@ -23,10 +23,9 @@ MAX_BYTES = 1 << 40  # a file above this is not read at all
 _TEXT = re.compile(rb"stepctl-checkpoint ([0-9]{1,9})\nsha256: ([0-9a-f]{64})\nlength: ([0-9]{1,15})\n\0*")
 
 
-def make(body: memoryview) -> bytes:
-    """Return the user block of a file whose bytes from 512 on are `body`."""
-    digest = hashlib.sha256(body).hexdigest()
-    text = f"stepctl-checkpoint {VERSION}\nsha256: {digest}\nlength: {len(body)}\n"
+def make(digest: str, length: int) -> bytes:
+    """Return the user block of a file that has this sha256 and length from byte 512 on."""
+    text = f"stepctl-checkpoint {VERSION}\nsha256: {digest}\nlength: {length}\n"
     return text.encode().ljust(SIZE, b"\0")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import h5py
-import numpy as np
 
+from stepctl import yamlio
+from stepctl.arena import NAME_PART
+from stepctl.checkpoint import userblock
 from stepctl.errors import CheckpointError
 
 NUMBERS: dict[str, Any] = {
@@ -15,7 +18,10 @@ NUMBERS: dict[str, Any] = {
     "<i8": h5py.h5t.STD_I64LE,
     "|u1": h5py.h5t.STD_U8LE,
 }
-MAX_OBJECTS = 100_000
+MAX_OBJECTS = 20_000
+MAX_TEXT = yamlio.MAX_BYTES
+_HEADER_VERSION = 2
+_SHOWN = 200  # letters of a path in a message
 _MAX_DEPTH = 32
 _GROUPS = {"counters", "params", "optimizers", "buffers", "ema", "hooks"}
 TEXTS = {"config", "numerics"}
@@ -32,10 +38,12 @@ class Walk:
     def group(self, group: h5py.Group, prefix: str = "") -> dict[str, h5py.Dataset]:
         if prefix.count("/") > _MAX_DEPTH:
             self._refuse("depth", prefix, f"nested deeper than {_MAX_DEPTH} groups")
+        if len(self.seen) + group.id.get_num_objs() > MAX_OBJECTS:
+            self._refuse("objects", prefix, f"more than {MAX_OBJECTS} objects")
         for raw_name in list(group.id):
-            path = prefix + raw_name.decode("utf-8", "backslashreplace")
-            if not raw_name.isascii():
-                self._refuse("name", path, "a name that is not ASCII")
+            path = prefix + raw_name.decode("ascii", "backslashreplace")
+            if not NAME_PART.fullmatch(path.removeprefix(prefix)):
+                self._refuse("name", path, "not a name that the format has")
             if group.id.links.get_info(raw_name).type != h5py.h5l.TYPE_HARD:
                 self._refuse("link", path, "not a hard link")
             if not prefix and path not in _GROUPS | TEXTS:
@@ -47,12 +55,12 @@ class Walk:
         return self.datasets
 
     def _object(self, found: Any, path: str) -> None:
-        address = h5py.h5o.get_info(found).addr
-        if address in self.seen:
+        info = h5py.h5o.get_info(found)
+        if info.addr in self.seen:
             self._refuse("doubled", path, "the same object under a second name")
-        self.seen.add(address)
-        if len(self.seen) > MAX_OBJECTS:
-            self._refuse("objects", path, f"more than {MAX_OBJECTS} objects")
+        self.seen.add(info.addr)
+        if info.hdr.version != _HEADER_VERSION:  # older ones have no checksum
+            self._refuse("kind", path, "an object of an older HDF5 format")
         if h5py.h5a.get_num_attrs(found):
             self._refuse("attribute", path, "attributes are allowed at the root only")
         if isinstance(found, h5py.h5g.GroupID) and path not in TEXTS:
@@ -74,12 +82,18 @@ class Walk:
             self._refuse("shape", path, "an empty dataspace")
         if not self._admitted(path, kind, found.shape):
             self._refuse("dtype", path, "a type or shape that the format does not have there")
-        n_bytes = int(np.prod(found.shape, dtype=object)) * kind.get_size()
+        if math.prod(max(extent, 1) for extent in found.shape) * kind.get_size() > userblock.MAX_BYTES:
+            self._refuse("shape", path, "larger than any file")
+        if path in TEXTS and kind.get_size() > MAX_TEXT:
+            self._refuse("text", path, f"longer than {MAX_TEXT} bytes")
+        n_bytes = math.prod(found.shape) * kind.get_size()
         if n_bytes and found.get_storage_size() != n_bytes:
             self._refuse("storage", path, "its data are not stored in the file")
         self.datasets[path] = h5py.Dataset(found)
 
     def _admitted(self, path: str, kind: Any, shape: tuple[int, ...]) -> bool:
+        if kind.committed():  # its definition would lie in an object of its own
+            return False
         if path in TEXTS:
             return shape == () and is_fixed_string(kind)
         if path.startswith("counters/"):
@@ -87,7 +101,8 @@ class Walk:
         return any(kind.equal(admitted) for admitted in NUMBERS.values())
 
     def _refuse(self, code: str, path: str, message: str) -> NoReturn:
-        raise CheckpointError(code, f"{self.name}: /{path}: {message}")
+        shown = path.encode("unicode_escape").decode()
+        raise CheckpointError(code, f"{self.name}: /{shown[:_SHOWN]}: {message}")
 
 
 def is_fixed_string(kind: Any) -> bool:

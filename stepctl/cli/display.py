@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from stepctl.cli.options import say
 from stepctl.hooks.base import Hook
-from stepctl.run import Segment
+from stepctl.segment import Segment
 from stepctl.writers.base import Writer
 from stepctl.writers.console import Console
 

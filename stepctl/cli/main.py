@@ -10,6 +10,7 @@ import click
 from stepctl import __version__
 from stepctl.cli.config import config
 from stepctl.cli.inspect import inspect
+from stepctl.cli.options import WHOLE_PROCESS
 from stepctl.cli.resume import resume
 from stepctl.cli.train import train
 from stepctl.errors import Exit, StepctlError
@@ -61,9 +62,15 @@ for command in (train, resume, inspect, config):
 def main() -> None:
     """Run the command line."""
     try:
-        cli.main(prog_name="stepctl")
+        code = cli.main(prog_name="stepctl", obj=WHOLE_PROCESS, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        code = Exit.INTERRUPTED
     finally:
         _let_go_of_stderr()
+    sys.exit(code)
 
 
 def _let_go_of_stderr() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -12,8 +13,9 @@ import click
 from stepctl.errors import ConfigError, Exit
 
 if TYPE_CHECKING:
-    from stepctl.run import Segment
+    from stepctl.segment import Segment
 
+WHOLE_PROCESS = object()  # the context's obj where the command is all that its process does
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -29,6 +31,27 @@ def target_options(function: F) -> F:
     steps = click.IntRange(min=0, max=(1 << 62) - 1)
     function = click.option("--last-step", type=steps, metavar="N", help="Stop at this global step.")(function)
     return click.option("--num-steps", type=steps, metavar="N", help="Stop after this many steps from here.")(function)
+
+
+class Duration(click.ParamType[float]):
+    """A time such as 90s, 55m, 1h30m or 2d; a bare number is seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", str(value), re.ASCII)
+        parts = [int(part or 0) for part in match.groups()] if match else []
+        seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
+        if not 0 < seconds <= 10**9:
+            self.fail(f"{value!r} is no time; give one such as 90s, 55m or 1h30m", param, ctx)
+        return float(seconds)
+
+
+def max_time_option(function: F) -> F:
+    """Add --max-time."""
+    return click.option(
+        "--max-time", type=Duration(), metavar="TIME", help="Stop after this time, such as 55m, with exit code 75."
+    )(function)
 
 
 def talk_options(function: F) -> F:
@@ -49,7 +72,9 @@ def stop_section(num_steps: int | None, last_step: int | None) -> dict[str, int]
 def hold_signals() -> None:
     """Keep the signals that stop or save pending until training can answer them; Ctrl-C still ends the build-up."""
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
-    click.get_current_context().call_on_close(lambda: signal.pthread_sigmask(signal.SIG_SETMASK, old))
+    context = click.get_current_context()
+    if context.find_root().obj is not WHOLE_PROCESS:  # which has nothing left to do but to end
+        context.call_on_close(lambda: signal.pthread_sigmask(signal.SIG_SETMASK, old))
 
 
 def say(message: str) -> None:
@@ -58,9 +83,10 @@ def say(message: str) -> None:
         click.echo(message, err=True)
 
 
-def train_segment(segment: Segment, *, quiet: bool, verbose: bool) -> NoReturn:
-    """Train to the segment's target, show the progress, and exit with 0 or 75."""
+def train_segment(segment: Segment, *, began: float, max_time: float | None, quiet: bool, verbose: bool) -> NoReturn:
+    """Train to the segment's target, show the progress, and exit with 0 or 75; `max_time` counts from `began`."""
     from stepctl.cli.display import shown
+    from stepctl.hooks.stop import TimeLimit
 
     run = segment.directory.path
     if segment.restored and segment.start >= segment.target:
@@ -68,10 +94,14 @@ def train_segment(segment: Segment, *, quiet: bool, verbose: bool) -> NoReturn:
         raise click.exceptions.Exit(Exit.DONE)
     if not quiet:
         say(f"{run}: global step {segment.start} to {segment.target}, from {segment.restored or 'a fresh start'}")
+        segment.note = say
     if verbose:
         segment.report = say
     with shown(segment, quiet=quiet, verbose=verbose) as (writers, hooks):
-        outcome = segment.train(writers, hooks)
+        outcome = segment.train(writers, hooks, [TimeLimit(max_time, began)] if max_time else [])
+    if outcome.waits and not quiet:
+        seconds, saves = outcome.wait_seconds, outcome.saves
+        say(f"{run}: training waited {seconds:.1f} s in all, at {outcome.waits} of {saves} saves, for the save before")
     if outcome.reason.done:
         if not quiet:
             say(f"{run}: done at global step {outcome.step} (local {outcome.step - outcome.start})")

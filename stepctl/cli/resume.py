@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 
-from stepctl.cli.options import hold_signals, say, set_option, stop_section, talk_options, target_options, train_segment
+from stepctl.cli.options import (
+    hold_signals,
+    max_time_option,
+    say,
+    set_option,
+    stop_section,
+    talk_options,
+    target_options,
+    train_segment,
+)
 
 
 @click.command()
 @click.argument("run_dir", metavar="RUN")
 @target_options
+@max_time_option
 @click.option("--from-step", type=click.IntRange(min=0), metavar="N", help="Go back to this step's checkpoint.")
 @set_option
 @click.option("--allow-change", multiple=True, metavar="KEY", help="Let --set change a locked key.")
@@ -19,6 +31,7 @@ def resume(
     run_dir: str,
     num_steps: int | None,
     last_step: int | None,
+    max_time: float | None,
     from_step: int | None,
     assignments: tuple[str, ...],
     allow_change: tuple[str, ...],
@@ -27,6 +40,7 @@ def resume(
     verbose: bool,
 ) -> None:
     """Go on with RUN from its newest good checkpoint, to its newest target or to the one given here."""
+    began = time.monotonic()
     from stepctl import numerics
     from stepctl.rundir import RunDirectory
 
@@ -49,4 +63,4 @@ def resume(
         strict_numerics=strict_numerics,
     )
     with run.resume(directory, options, say) as segment:
-        train_segment(segment, quiet=quiet, verbose=verbose)
+        train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)

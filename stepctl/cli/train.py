@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from stepctl.cli.options import hold_signals, say, set_option, stop_section, talk_options, target_options, train_segment
+from stepctl.cli.options import (
+    hold_signals,
+    max_time_option,
+    say,
+    set_option,
+    stop_section,
+    talk_options,
+    target_options,
+    train_segment,
+)
 
 
 @click.command()
@@ -16,6 +26,7 @@ from stepctl.cli.options import hold_signals, say, set_option, stop_section, tal
 @click.option("--run-dir", metavar="DIR", help="Where the run is kept; runs/<config name> if not given.")
 @set_option
 @target_options
+@max_time_option
 @click.option("--or-resume", is_flag=True, help="Go on with the run if there is one: one line for a scheduler.")
 @click.option("--dry-run", is_flag=True, help="Build everything, train nothing, and print the plan.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan of --dry-run as JSON.")
@@ -26,6 +37,7 @@ def train(
     assignments: tuple[str, ...],
     num_steps: int | None,
     last_step: int | None,
+    max_time: float | None,
     or_resume: bool,
     dry_run: bool,
     as_json: bool,
@@ -33,6 +45,7 @@ def train(
     verbose: bool,
 ) -> None:
     """Start a run from a config, and train it to its target."""
+    began = time.monotonic()
     from stepctl import numerics, yamlio
     from stepctl.rundir import RunDirectory
 
@@ -54,14 +67,14 @@ def train(
 
     if resuming:
         with run.resume(directory, run.ResumeOptions(document=document), say) as segment:
-            train_segment(segment, quiet=quiet, verbose=verbose)
+            train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
     config = configs.parse(document)
     if dry_run:
         directory.refuse_strangers()
         print_plan(report.plan(prepare(config), directory), as_json)
         return
-    with run.create(config, directory) as segment:
-        train_segment(segment, quiet=quiet, verbose=verbose)
+    with run.create(config, directory, say) as segment:
+        train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
 
 
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -1,17 +1,25 @@
-"""Checkpoints on the grid."""
+"""Checkpoints: on the grid, after so many seconds, when asked to, and at the end."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
+from stepctl.checkpoint.background import Background
 from stepctl.config import Checkpoint as CheckpointConfig
+from stepctl.errors import NonFiniteError, StepctlError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics
 
 
 class Save(Hook):
-    """Publishes at a fresh start, on the grid, when asked to, and at the end; never twice on one step."""
+    """Publishes in the background while training goes on; at the start and the end it waits. Never twice on one step.
+
+    `publish` writes a state that nothing changes any more. What it raised is raised at the next step, or with
+    `on_error: continue` said, and made good at the next save. `waits` and `wait_seconds` are what training
+    waited for a checkpoint that was still being written when the next was due.
+    """
 
     name = "save"
 
@@ -19,27 +27,69 @@ class Save(Hook):
         self,
         config: CheckpointConfig,
         publish: Callable[[TrainState], None],
+        *,
+        background: Background,
         requested: Callable[[], bool],
+        say: Callable[[str], None],
+        note: Callable[[str], None],
         saved_step: int | None,
         target: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._publish, self._requested = config, publish, requested
+        self._config, self._publish, self._background = config, publish, background
+        self._requested, self._say, self._note, self._clock = requested, say, note, clock
         self._saved_step, self._target = saved_step, target
+        self._saved_at = clock()
+        self.saves, self.waits, self.wait_seconds = 0, 0, 0.0
 
     def start(self, state: TrainState) -> None:
-        self._save(state)
+        self.now(state)
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
+        self._settle(self._background.check)
         requested = self._requested()  # asked at every step, so that no request outlives its step
         step = state.counters.global_step
         # the target's own comes at the end, after the last rows: whoever finds it finds them
-        if step != self._target and (requested or self._config.fires(step)):
-            self._save(state)
+        if step != self._target and (requested or self._due(step)) and step != self._saved_step:
+            self._wait(step)
+            self._begin(state.hand_over())
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
-        self._save(state)
+        self._settle(self._background.finish)
+        self.now(state)
 
-    def _save(self, state: TrainState) -> None:
-        if self._saved_step != state.counters.global_step:
-            self._publish(state)
-            self._saved_step = state.counters.global_step
+    def now(self, state: TrainState) -> None:
+        """Publish this state, if that was not done, and wait until it is there."""
+        self._background.finish()
+        if state.counters.global_step != self._saved_step:
+            self._begin(state)
+            self._background.finish()
+
+    def _due(self, step: int) -> bool:
+        seconds = self._config.every_seconds
+        return self._config.fires(step) or (seconds is not None and self._clock() - self._saved_at >= seconds)
+
+    def _begin(self, state: TrainState) -> None:
+        self._saved_step, self._saved_at = state.counters.global_step, self._clock()
+        self.saves += 1
+        self._background.start(lambda: self._publish(state))
+
+    def _wait(self, step: int) -> None:
+        if self._background.busy:
+            began = self._clock()
+            self._settle(self._background.finish)
+            self.waits += 1
+            self.wait_seconds += self._clock() - began
+            if self.waits == 1:
+                self._note(
+                    f"note: at step {step} training waits for the checkpoint before it to be written (said once)"
+                )
+
+    def _settle(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except StepctlError as error:
+            if self._config.on_error == "stop" or isinstance(error, NonFiniteError):
+                raise
+            self._saved_step = None
+            self._say(f"warning: {error}; the next save tries again")

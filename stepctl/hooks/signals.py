@@ -10,40 +10,47 @@ from typing import Any
 from stepctl.hooks.base import StopReason
 from stepctl.state import Counters
 
-_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_AT_ONCE = 2  # times Ctrl-C
 
 
 class Signals:
     """SIGTERM, SIGINT, SIGUSR1: stop after this step. SIGUSR2: save and go on. A second SIGINT: stop at once.
 
-    A context manager: it installs the handlers, and puts the old ones back. Outside the main thread, where
-    Python installs none, it does nothing.
+    A context manager: it installs the handlers, and puts the old ones back. Where signals were held before it (a
+    command that answers them in training only), all are held after it: one that comes then comes too late.
+    Outside the main thread, where Python installs none, it does nothing.
     """
 
     def __init__(self) -> None:
         self._stop: signal.Signals | None = None
-        self._save = self._interrupted = False
+        self._save = False
+        self._interrupts = 0
         self._old: dict[signal.Signals, Any] = {}
+        self._held: set[signal.Signals] = set()
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (*_STOP, signal.SIGUSR2):
+            for number in _ALL:
                 self._old[number] = signal.signal(number, self._handle)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._old)  # one held since the start is seen now
+            held = signal.pthread_sigmask(signal.SIG_UNBLOCK, _ALL)  # one held since the start is seen now
+            self._held = {number for number in _ALL if number in held}
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._held:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR2:
             self._save = True
-        elif number == signal.SIGINT and self._interrupted:
+            return
+        self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and self._interrupts == _AT_ONCE:
             raise KeyboardInterrupt
-        else:
-            self._interrupted = self._interrupted or number == signal.SIGINT
-            self._stop = signal.Signals(number)
+        self._stop = signal.Signals(number)
 
     def reason(self, counters: Counters) -> StopReason | None:
         """Return why to stop now, or None."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from stepctl.arena import Arena, Array, aligned_empty
+from stepctl.errors import ConfigError, TornUpdate
 from stepctl.registry import NonNegative, Positive
 from stepctl.schedules import LearningRate
 
@@ -73,45 +76,62 @@ class Optimizer(ABC):
         """Return the slots before the first update, each of the parameters' layout."""
         return {slot: params.like() for slot in self.slots}
 
-    def update(
-        self,
-        params: Arena,
-        slots: dict[str, Arena],
-        grads: Arena,
-        tick: Tick,
-        *,
-        out: tuple[Arena, dict[str, Arena]] | None = None,
-        threads: int = 1,
-    ) -> None:
-        """Apply one update, in place or into `out` (parameters and slots of the same layout).
+    def update(self, params: Arena, slots: dict[str, Arena], grads: Arena, tick: Tick, *, threads: int = 1) -> None:
+        """Apply one update to arenas of one layout: in place, or out of place where they were handed over.
 
-        The gradient is used up. The number of threads does not change the result.
+        The gradient is used up. The number of threads does not change the result. TornUpdate if it fails when
+        some of the values have changed already.
         """
-        new_params, new_slots = out if out is not None else (params, slots)
-        old = tuple(slots[name].flat for name in self.slots)
-        new = tuple(new_slots[name].flat for name in self.slots)
-        scale = self._clip_scale(grads)
-        walk = partial(self._walk, params.flat, old, grads.flat, new_params.flat, new, tick, scale)
+        arenas = (params, *(slots[name] for name in self.slots))
+        old, new = [arena.flat for arena in arenas], [arena.target for arena in arenas]
+        walk = partial(self._walk, old, grads.flat, new, tick, self._clip_scale(grads))
         size = len(params.flat)
-        if threads == 1 or size < THREADED:
-            walk(0, size)
-            return
-        part = -(-size // (threads * BLOCK)) * BLOCK
-        starts = range(0, size, part)
-        list(_pool(threads).map(walk, starts, [min(start + part, size) for start in starts]))
+        try:
+            if threads == 1 or size < THREADED:
+                walk(0, size)
+            else:
+                part = -(-size // (threads * BLOCK)) * BLOCK
+                starts = range(0, size, part)
+                list(_pool(threads).map(walk, starts, [min(start + part, size) for start in starts]))
+        except Exception as error:
+            if all(before is not after for before, after in zip(old, new, strict=True)):
+                raise  # what was handed over is as it was
+            raise TornUpdate(f"optimizer: failed in the middle of an update ({error})") from error
+        for arena in arenas:
+            arena.turn()
+
+    def trial(self, dtype: npt.DTypeLike) -> None:
+        """Raise ConfigError if an update out of place is not the same as in place."""
+        if self._two_updates(dtype, out_of_place=False) != self._two_updates(dtype, out_of_place=True):
+            raise ConfigError(
+                "optimizer: an update out of place gives other bits than one in place; update_block must write all of "
+                "new_params and new_slots, and must not change the old ones"
+            )
+
+    def _two_updates(self, dtype: npt.DTypeLike, *, out_of_place: bool) -> list[bytes]:
+        params, grads = Arena({"x": (5,)}, dtype), Arena({"x": (5,)}, dtype)
+        arenas = (params, *(slots := self.initial_slots(params)).values())
+        params["x"] = np.linspace(-1, 1, 5)
+        values = []
+        for number in (1, 2):
+            values += [arena.flat.tobytes() for arena in arenas]
+            handed = [arena.hand_over() if out_of_place else arena for arena in arenas]
+            grads["x"] = np.linspace(0.1 * number, -0.2, 5)
+            self.update(params, slots, grads, Tick(0.1, number))
+            values += [arena.flat.tobytes() for arena in handed] if out_of_place else values[-len(arenas) :]
+        return values + [arena.flat.tobytes() for arena in arenas]
 
     def _walk(
         self,
-        params: Array,
-        slots: tuple[Array, ...],
+        old: Sequence[Array],
         grads: Array,
-        new_params: Array,
-        new_slots: tuple[Array, ...],
+        new: Sequence[Array],
         tick: Tick,
         scale: float | None,
         start: int,
         end: int,
     ) -> None:
+        (params, *slots), (new_params, *new_slots) = old, new
         coefficients = [np.array(value, params.dtype) for value in self.coefficients(tick)]
         scratch = _scratch(threading.get_ident(), params.dtype)
         for first in range(start, end, BLOCK):
@@ -160,7 +180,8 @@ def _norm(flat: Array, scale: float) -> float:
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="optimizer")
+    # an overflow is the guard's business, and NumPy warns in every thread anew
+    return ThreadPoolExecutor(threads, "optimizer", initializer=lambda: np.seterr(all="ignore"))
 
 
 @lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from stepctl.models.base import Backward, Model
 from stepctl.optimizers.base import Optimizer, Tick
 from stepctl.rng import rng
 from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, Counters, TrainState
-from stepctl.tasks.base import Metrics, Task
+from stepctl.tasks.base import Metrics, Task, refuse_non_finite
 
 _MODEL = "model"  # the name of the one optimizer and its counter
 
@@ -67,10 +67,12 @@ class Supervised(Task):
 
     def trial(self, state: TrainState, batch: Batch) -> None:
         self._gradient(state, batch, checked=True)
+        self.optimizer.trial(self._dtype)
         self.optimizer.learning_rate(state.counters.global_step)
 
     def step(self, state: TrainState, batch: Batch) -> Metrics:
         gradient, metrics = self._gradient(state, batch)
+        refuse_non_finite(state.counters.global_step + 1, metrics["loss"], gradient)
         tick = Tick(self.optimizer.learning_rate(state.counters.global_step), state.counters[_MODEL] + 1)
         slots = state.optimizers[_MODEL]
         self.optimizer.update(state.params, slots, gradient, tick, threads=self._threads)
@@ -130,6 +132,7 @@ class Classification(Supervised):
     """Labels 0..n_classes-1 under softmax cross-entropy; one output a class."""
 
     targets: Targets = "classes"
+    metrics = ("loss", "accuracy")
 
     @staticmethod
     def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
@@ -148,6 +151,7 @@ class BinaryClassification(Supervised):
     """Labels 0 and 1 under binary cross-entropy; one output, whose sign is the answer."""
 
     targets: Targets = "classes"
+    metrics = ("loss", "accuracy")
 
     @staticmethod
     def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
@@ -168,6 +172,7 @@ class Regression(Supervised):
     """Numbers under mean squared error; one output a column of the targets."""
 
     targets: Targets = "values"
+    metrics = ("loss",)
 
     @staticmethod
     def n_outputs(n_classes: int | None, target_shape: Shape) -> int:

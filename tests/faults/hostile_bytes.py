@@ -24,7 +24,7 @@ from hostile_parts import (
     stored,
     tampered,
 )  # fmt: skip
-from metadata_bytes import LAYOUT_MESSAGE, LINK_MESSAGE, changed, messages, patched
+from metadata_bytes import LAYOUT_MESSAGE, LINK_MESSAGE, messages, patched
 
 from states import NAME, encoded, small_state, written
 
@@ -34,7 +34,14 @@ from states import NAME, encoded, small_state, written
 def renamed(new: bytes) -> Build:
     """A link whose name the HDF5 library would not write."""
     old = b"Q" * len(new)
-    return lambda folder: sealed(folder / NAME, changed(changed_body(folder, stored(old)), old, new))
+
+    def build(folder: Path) -> Path:
+        body = changed_body(folder, stored(old))
+        names = [end - 8 - len(new) for _, end in messages(body, LINK_MESSAGE)]  # an address follows
+        at = next(at for at in names if body.startswith(old, at))
+        return sealed(folder / NAME, patched(body, at, new))
+
+    return build
 
 
 def link_patched(offset: int, new: bytes, to: object = None) -> Build:
@@ -104,7 +111,7 @@ BYTES: dict[str, tuple[str, str, Build]] = {
     "a link named as a path from the root": ("name", "/params", renamed(b"/params/weight")),
     "a link named by dot and path": ("name", "/params", renamed(b"./weight")),
     "two links of one name": ("doubled", "/params/weight", renamed(b"weight")),
-    "a link without a name": ("hdf5", "", renamed(b"\0ab")),
+    "a link without a name": ("name", "/params", renamed(b"\0ab")),
     "a link of an unknown kind": ("link", "/params/marked", link_patched(2, b"\xbb", h5py.ExternalLink(OTHER, "/x"))),
     "a link beyond the end": ("hdf5", "", link_patched(-8, number(1 << 40))),
     "a link into the user block": ("hdf5", "", link_patched(-8, number(2**64 - 512))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ def good_body() -> bytes:
 
 def sealed(path: Path, body: bytes) -> Path:
     """Write a file whose user block has the right digest of any body."""
-    path.write_bytes(userblock.make(memoryview(body)) + body)
+    path.write_bytes(userblock.make(hashlib.sha256(body).hexdigest(), len(body)) + body)
     return path
 
 

@@ -11,13 +11,6 @@ _WORD = 0xFFFFFFFF
 _HEADER = re.compile(rb"OHDR\x02")
 
 
-def changed(body: bytes, old: bytes, new: bytes) -> bytes:
-    """Put `new` where `old` stands, once, in some metadata of `body` (the bytes from the superblock on)."""
-    assert body.count(old) == 1
-    assert len(old) == len(new)
-    return patched(body, body.index(old), new)
-
-
 def patched(body: bytes, position: int, new: bytes) -> bytes:
     """Put `new` at `position`, and mend the checksum of the metadata around it."""
     data = body[:position] + new + body[position + len(new) :]

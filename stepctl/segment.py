@@ -1,0 +1,198 @@
+"""One invocation of train or resume, from its first line in the ledger to its last."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepctl import __version__, yamlio
+from stepctl.assembly import Assembly
+from stepctl.checkpoint import codec
+from stepctl.checkpoint.background import Background
+from stepctl.checkpoint.store import Store
+from stepctl.errors import NonFiniteError, StepctlError, StoppedAtOnce
+from stepctl.hooks.base import Hook, StopReason
+from stepctl.hooks.evaluate import Evaluate
+from stepctl.hooks.log import Log
+from stepctl.hooks.save import Save
+from stepctl.hooks.signals import Signals
+from stepctl.hooks.stop import StopAtStep
+from stepctl.rundir import RunDirectory
+from stepctl.state import TrainState
+from stepctl.trainer import StopRule, Trainer
+from stepctl.writers.base import Writer
+from stepctl.writers.evaluations import Evaluations
+from stepctl.writers.jsonl import JSONLines
+
+Say = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a segment ended; `saves`, and the `waits` of training for a save before."""
+
+    reason: StopReason
+    start: int
+    step: int
+    saves: int
+    waits: int
+    wait_seconds: float
+
+
+class Segment:
+    """An assembly, its run directory (locked), and its target."""
+
+    def __init__(
+        self, directory: RunDirectory, assembly: Assembly, say: Say, *, target: int, restored: str | None
+    ) -> None:
+        self.directory, self.assembly, self.say, self.target = directory, assembly, say, target
+        self.config, self.state = assembly.config, assembly.state
+        self.start = assembly.state.counters.global_step
+        self.store = Store(directory.checkpoints)
+        self.restored = restored
+        self.facts: dict[str, Any] = {}  # for the ledger
+        self.note: Say = silent  # told what is good to know
+        self.report: Say = silent  # told of each checkpoint
+        self._background, self._saved = Background(), deque[str]()
+        self._texts = {
+            "run": directory.name,
+            "config": yamlio.dumps(self.config.plain()),
+            "numerics": json.dumps(assembly.numerics),
+        }
+
+    def train(
+        self, writers: Sequence[Writer] = (), hooks: Sequence[Hook] = (), stop: Sequence[StopRule] = ()
+    ) -> Outcome:
+        """Run to the target; every row, checkpoint and end is on disk when this returns.
+
+        `writers` get the rows beside metrics.jsonl; `hooks` run after the segment's own; `stop` are further
+        reasons to stop before the target.
+        """
+        self.directory.mend_ledger()
+        self.directory.cut_metrics(self.start)
+        number = 1 + sum(row["event"] == "start" for row in self.directory.read_ledger())
+        self._record_start(number)
+        evaluations = Evaluations(self.directory.read_metrics())
+        writers = [JSONLines(self.directory.metrics), evaluations, *writers]
+        with Signals() as signals:
+            save = self._save_hook(writers, evaluations, signals)
+            trainer = Trainer(
+                self.assembly.task,
+                self.assembly.training,
+                self.state,
+                stop=[StopAtStep(self.target), signals, *stop],
+                hooks=[*self._hooks(writers), save, *hooks],
+                skip=self._skip if self.config.on_nonfinite == "skip" else None,
+            )
+            try:
+                reason = trainer.run()
+            except KeyboardInterrupt as error:
+                self._background.abandon()
+                self._record_end(number, "a second SIGINT")
+                path = self.directory.path
+                remedy = f"go on from the newest checkpoint with: stepctl resume {path}"
+                raise StoppedAtOnce(f"{path}: stopped at once; {remedy}") from error
+            except BaseException as error:
+                self._save_what_stands(trainer, save)
+                with contextlib.suppress(StepctlError):  # the disk may be what failed
+                    self._record_end(number, f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                self._report_saved()
+                for writer in writers:
+                    writer.close()
+        waits = {"waits": save.waits, "wait_seconds": round(save.wait_seconds, 3)} if save.waits else {}
+        skipped = {"skipped_batches": trainer.skipped} if trainer.skipped else {}
+        self._record_end(number, reason.text, **waits, **skipped)
+        step = self.state.counters.global_step
+        return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
+
+    def _hooks(self, writers: Sequence[Writer]) -> list[Hook]:
+        config, assembly = self.config, self.assembly
+        n_samples = assembly.training.part.n
+        hooks: list[Hook] = [Log(config.log, writers, first_step=config.initial_step + 1, n_samples=n_samples)]
+        if assembly.validation is not None:
+            hooks.append(Evaluate(config.evaluate, assembly.task, assembly.validation, writers))
+        return hooks + assembly.hooks
+
+    def _save_hook(self, writers: Sequence[Writer], evaluations: Evaluations, signals: Signals) -> Save:
+        def publish(state: TrainState) -> None:
+            # rows up to this step must survive whatever the checkpoint survives
+            for writer in writers:
+                writer.sync()
+            self._publish(state, evaluations)
+
+        def requested() -> bool:
+            self._report_saved()
+            return signals.save_requested()
+
+        return Save(
+            self.config.checkpoint,
+            publish,
+            background=self._background,
+            requested=requested,
+            say=self.say,
+            note=self.note,
+            saved_step=self.start if self.restored else None,
+            target=self.target,
+        )
+
+    def _report_saved(self) -> None:
+        while self._saved:
+            self.report(f"saved {self._saved.popleft()}")
+
+    def _publish(self, state: TrainState, evaluations: Evaluations) -> None:
+        # on the background's thread
+        step = state.counters.global_step
+        if (bad := state.first_non_finite()) is not None:
+            raise NonFiniteError(f"step {step}: /{bad} holds NaN or infinity; not saved: lower the learning rate")
+        digest = self.store.publish(step, codec.encode(state, **self._texts), self._background.abandoned)
+        pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows)
+        name = codec.file_name(step)
+        self.directory.append_ledger("checkpoint", step=step, file=name, sha256=digest, pruned=pruned)
+        self._saved.append(name)
+        self.store.remove(pruned)
+
+    def _save_what_stands(self, trainer: Trainer, save: Save) -> None:
+        with contextlib.suppress(StepctlError):  # of a save in flight; the first error is the one to tell
+            self._background.finish()
+        if not trainer.complete:
+            return
+        step = self.state.counters.global_step
+        try:
+            save.now(self.state)
+            self.say(f"{self.directory.path}: the state of global step {step} is saved")
+        except StepctlError as error:
+            self.say(f"{self.directory.path}: the state of global step {step} could not be saved: {error}")
+
+    def _skip(self, why: str) -> None:
+        self.say(f"{why}; this batch is skipped")
+
+    def _record_start(self, number: int) -> None:
+        holder = {"host": os.uname().nodename, "pid": os.getpid(), "argv": sys.argv, "version": __version__}
+        self.directory.append_ledger(
+            "start",
+            segment=number,
+            step=self.start,
+            target=self.target,
+            restored=self.restored,
+            **holder,
+            numerics=self.assembly.numerics,
+            data=self.assembly.data_fingerprint(),
+            **self.facts,
+        )
+
+    def _record_end(self, number: int, reason: str, **facts: Any) -> None:
+        step = self.state.counters.global_step
+        local = step - self.start
+        self.directory.append_ledger("end", segment=number, step=step, local_step=local, reason=reason, **facts)

@@ -1,0 +1,26 @@
+"""Evaluation rows, kept in memory."""
+
+from collections.abc import Iterable
+from typing import final
+
+from stepctl.writers.base import Row, Writer
+
+
+@final
+class Evaluations(Writer):
+    """Keeps the evaluation row of each step that has one on the grid; `rows` is step -> row."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows: dict[int, Row] = {}
+        for row in rows:
+            self.write(row)
+
+    def write(self, row: Row) -> None:
+        if row.get("kind") == "eval" and not row.get("extra"):
+            self.rows[row["step"]] = row
+
+    def sync(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
