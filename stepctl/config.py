@@ -11,7 +11,7 @@ from stepctl import registry
 from stepctl.errors import ConfigError
 from stepctl.problems import Problem, did_you_mean, problems_of, unknown_key
 from stepctl.registry import NonNegativeInt, Positive, PositiveInt
-from stepctl.yamlio import Document
+from stepctl.yamlio import Document, flatten
 
 # Each section that is a component, and its family.
 FAMILIES = {"data": "data", "model": "models", "task": "tasks", "optimizer": "optimizers"}
@@ -221,14 +221,6 @@ def _line(document: Document, problem: Problem) -> str:
 def _order(document: Document) -> Any:
     known = list(document.places)
     return lambda problem: known.index(problem.path) if problem.path in known else -1
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> leaf value."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
-    return flat
 
 
 def changes(old: Config, new: Config) -> list[dict[str, Any]]:

@@ -60,12 +60,12 @@ def resume(
         configs.refuse_unknown(options.allow_change, base, config)
         configs.refuse_locked(changed, options.allow_change)
         assembly = assemble(config, hooks)
-        store, ledger = Store(directory.checkpoints), directory.read_ledger()
+        store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
         excused = {change["key"] for row in ledger for change in row.get("changes", ())}
         excused |= {change["key"] for change in changed} | set(options.allow_change)
 
         def accept(reader: codec.Reader) -> None:
-            words = _check_same_run(reader, base, excused)
+            words = check_same_run(reader, base, excused)
             codec.restore(reader, assembly.state)
             assembly.task.check_counters(assembly.state.counters, config.initial_step)
             for line in words:
@@ -98,22 +98,22 @@ def _changed_config(base: Config, options: ResumeOptions, directory: RunDirector
         document.set(assignment)
     config = configs.parse(document)
     # what was left open when the run started was decided then
-    open_keys = [key for key, value in configs.flatten(config.numerics.model_dump()).items() if value == "auto"]
+    open_keys = [key for key, value in yamlio.flatten(config.numerics.model_dump()).items() if value == "auto"]
     decided = [f"numerics.{key}" for key in open_keys] + config.horizon_keys()
     decided += ["data.n_classes"] if config.data.n_classes is None else []
-    before = configs.flatten(base.plain())
+    before = yamlio.flatten(base.plain())
     for key in config.horizon_keys():
         if before.get(key) is None:
             raise ConfigError(f"{key}: is missing; a schedule that comes with a resume needs its own horizon")
     return config.with_values({key: before.get(key) for key in decided})
 
 
-def _check_same_run(reader: codec.Reader, base: Config, excused: set[str]) -> list[str]:
+def check_same_run(reader: codec.Reader, base: Config, excused: set[str]) -> list[str]:
     """Return in words what is excused; CheckpointError if a locked key differs that is not."""
     # as plain values: what a checkpoint names is never imported
-    made_with = configs.flatten(yamlio.loads(reader.header.config, f"{reader.name}:/config").value)
+    made_with = yamlio.flatten(yamlio.loads(reader.header.config, f"{reader.name}:/config").value)
     words = []
-    for key, value in configs.flatten(base.plain()).items():
+    for key, value in yamlio.flatten(base.plain()).items():
         if configs.policy(key) == "live" or made_with.get(key, value) == value:
             continue
         if not any(f"{key}.".startswith(f"{name}.") for name in excused):

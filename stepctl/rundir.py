@@ -21,6 +21,7 @@ _EVENTS: dict[str, dict[str, type]] = {
     "start": {"segment": int, "step": int, "target": int, "data": str},
     "checkpoint": {"step": int, "sha256": str},
     "end": {"segment": int, "step": int, "reason": str},
+    "prune": {"steps": list},
 }
 _TEMPORARY = ".tmp-"  # ends in the writer's pid
 _HELD: set[int] = set()  # descriptors of this process's locks; a forked child that kept one would hold the run
@@ -165,6 +166,10 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; a line that a kill cut short is passed over."""
         return [row for row in _rows(self.metrics) if isinstance(row.get("step"), int)]
+
+    def acknowledged(self) -> dict[str, int]:
+        """Return sha256 -> step of every checkpoint that the ledger acknowledges."""
+        return {row["sha256"]: row["step"] for row in self.read_ledger() if row["event"] == "checkpoint"}
 
     def mend_ledger(self) -> None:
         """Cut a line that a kill left unfinished, so that the next one begins a line of its own."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from stepctl import __version__, yamlio
 from stepctl.assembly import Assembly
-from stepctl.checkpoint import codec
+from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
 from stepctl.checkpoint.store import Store
 from stepctl.errors import NonFiniteError, StepctlError, StoppedAtOnce
@@ -158,7 +158,7 @@ class Segment:
             raise NonFiniteError(f"step {step}: /{bad} holds NaN or infinity; not saved: lower the learning rate")
         digest = self.store.publish(step, codec.encode(state, **self._texts), self._background.abandoned)
         pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows)
-        name = codec.file_name(step)
+        name = names.file_name(step)
         self.directory.append_ledger("checkpoint", step=step, file=name, sha256=digest, pruned=pruned)
         self._saved.append(name)
         self.store.remove(pruned)

@@ -23,7 +23,7 @@ import stepctl
 from helpers import file_bytes, make_config, rows, train
 from stepctl import numerics, yamlio
 from stepctl.arena import Arena
-from stepctl.checkpoint import codec
+from stepctl.checkpoint import codec, names
 from stepctl.cli.main import cli
 from stepctl.config import Config
 from stepctl.rundir import RunDirectory
@@ -123,7 +123,7 @@ def write(config: Config, name: str = "small.yaml") -> str:
 
 def bits(run: str, step: int) -> dict[str, bytes]:
     """Return every array and counter of a checkpoint by its path."""
-    with codec.Reader(Path(run) / "checkpoints" / codec.file_name(step)) as reader:
+    with codec.Reader(Path(run) / "checkpoints" / names.file_name(step)) as reader:
         texts = ("config", "numerics")
         return {path: dataset[()].tobytes() for path, dataset in reader.datasets.items() if path not in texts}
 
@@ -295,7 +295,7 @@ def test_a_signal_stops_with_a_durable_checkpoint_and_the_run_goes_on_exactly(nu
     assert match, rest
     step = int(match[1])
     assert match[2] == f"signal {number.name}"
-    assert saved("run")[-1] == codec.file_name(step)
+    assert saved("run")[-1] == names.file_name(step)
     assert ledger("run", "end")[-1]["reason"] == f"signal {number.name}"
     call("resume", "run", "--last-step", step + 25, "--quiet")
     assert bits("run", step + 25) == unbroken_bits(config, step + 25)
@@ -341,7 +341,7 @@ def test_nobody_need_read_the_messages() -> None:
         assert child.process.wait() == 75
     (end,) = ledger("run", "end")
     assert end["reason"] == "signal SIGINT"
-    assert saved("run") == ["step-00000000.h5", codec.file_name(end["step"])]
+    assert saved("run") == ["step-00000000.h5", names.file_name(end["step"])]
 
 
 def test_there_need_not_be_a_stderr() -> None:

@@ -295,7 +295,7 @@ def test_a_config_cannot_be_changed() -> None:
 
 
 def test_every_key_has_its_policy() -> None:
-    assert {key: configs.policy(key) for key in configs.flatten(parse(SMALL).plain())} == POLICIES
+    assert {key: configs.policy(key) for key in yamlio.flatten(parse(SMALL).plain())} == POLICIES
 
 
 def test_changes_name_every_key_that_differs() -> None:

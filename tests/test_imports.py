@@ -15,17 +15,18 @@ import stepctl
 
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
-    {"errors", "arena"},
+    {"errors", "arena", "sandbox"},
     {"state", "rng", "problems", "registry", "schedules", "losses", "optimizers"}
     | {"yamlio", "config", "numerics", "rundir"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "report"},
+    {"assembly", "segment", "run", "replay", "plan", "report", "compare", "verify", "prune"},
     {"cli"},
 ]
 # Within a level, and between families, only this.
 ALLOWED = {
+    ("sandbox", "errors"),
     ("schedules", "registry"),
     ("optimizers", "registry"),
     ("optimizers", "schedules"),
@@ -36,7 +37,11 @@ ALLOWED = {
     ("rundir", "yamlio"),
     ("models", "layers"),
     ("hooks", "tasks"),
-    ("report", "assembly"),
+    ("plan", "assembly"),
+    ("replay", "assembly"),
+    ("compare", "report"),
+    ("replay", "compare"),
+    ("replay", "run"),
     ("run", "assembly"),
     ("run", "segment"),
     ("segment", "assembly"),

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 
 from stepctl import __version__, yamlio
 from stepctl.arena import Array, check_names
-from stepctl.checkpoint import userblock
+from stepctl.checkpoint import names, userblock
 from stepctl.checkpoint.metadata import Metadata
 from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_string
 from stepctl.errors import CheckpointError, ConfigError
@@ -31,18 +32,13 @@ from stepctl.state import GLOBAL_STEP, Counters, TrainState
 
 FORMAT = "stepctl-checkpoint"
 FORMAT_VERSION = 1
-FILE_NAME = re.compile(r"step-([0-9]{8,19})\.h5")
 _SLICE = 1 << 22  # bytes written together
+_PART = 1 << 20  # elements read together
 # Signature, version 3, offsets and lengths of 8 bytes, no flags; then base address, extension (none), end of file.
 _SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03\x08\x08\x00"
 _MAX_ATTRIBUTE = 4096  # bytes
 _UNDEFINED = 2**64 - 1
 _ROOT_ATTRIBUTES = {"format", "format_version", "global_step", "created_by", "run"}
-
-
-def file_name(step: int) -> str:
-    """Return the file name of the checkpoint of a global step."""
-    return f"step-{step:08d}.h5"
 
 
 @dataclass(frozen=True)
@@ -176,14 +172,15 @@ def _text(text: str) -> Array:
 class Reader:
     """One verified checkpoint, open: its header, and its arrays by path. Use as a context manager.
 
-    Opening it checks the digest first, and then walks the file once, admitting only what the format lists;
-    CheckpointError names the first object that it does not.
+    Opening it checks the digest first, which `vet` may refuse, and then walks the file once, admitting only what
+    the format lists; CheckpointError names the first object that it does not.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], vet: Callable[[str], None] = lambda digest: None) -> None:
         self.name = os.path.basename(path)
         self._raw, digest = userblock.open_verified(path)
         try:
+            vet(digest)
             self._file = _open_hdf5(self._raw, self.name)
             self.datasets: dict[str, h5py.Dataset] = Walk(self.name).group(self._file)
             self.header = self._read_header(digest)
@@ -220,6 +217,18 @@ class Reader:
         """Read one array into memory of its shape and dtype."""
         if out.size:
             self.datasets[path].id.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
+
+    def parts(self, path: str) -> Iterator[Array]:
+        """Yield the elements of one array in C order, a 1-D part at a time."""
+        dataset = self.datasets[path]
+        size, dtype = math.prod(dataset.shape), dataset.dtype
+        position = dataset.id.get_offset()
+        for start in range(0, size, _PART):
+            part = np.empty(min(_PART, size - start), dtype)
+            self._raw.seek(position + start * dtype.itemsize)
+            if self._raw.readinto(part.view(np.uint8).data) != part.nbytes:
+                raise CheckpointError("read", f"{self.name}: /{path}: cut short while it was read")
+            yield part
 
     def _read_header(self, digest: str) -> Header:
         attributes = self._attributes()
@@ -269,8 +278,7 @@ class Reader:
         return values
 
     def _check_steps(self, attribute: int, counters: dict[str, int]) -> None:
-        match = FILE_NAME.fullmatch(self.name)
-        in_name = int(match[1]) if match else None
+        in_name = names.step_of(self.name)
         if counters.get(GLOBAL_STEP) != attribute or (in_name is not None and in_name != attribute):
             raise CheckpointError(
                 "step",
@@ -287,6 +295,12 @@ class Reader:
             return bytes(value).decode()
         except UnicodeDecodeError as error:
             raise CheckpointError("text", f"{self.name}: /{where} is not UTF-8 text") from error
+
+
+def check(path: str) -> dict[str, Any]:
+    """Open a checkpoint, and return its step and digest; CheckpointError if it is refused."""
+    with Reader(path) as reader:
+        return {"step": reader.header.global_step, "sha256": reader.header.sha256}
 
 
 def _open_hdf5(raw: BufferedReader, name: str) -> h5py.File:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stepctl.config import Checkpoint
+if TYPE_CHECKING:
+    from stepctl.config import Checkpoint
 
 
 def to_prune(steps: Iterable[int], keep: Checkpoint, metrics: Mapping[int, Mapping[str, Any]]) -> list[int]:

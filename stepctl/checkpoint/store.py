@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepctl import rundir
-from stepctl.checkpoint import codec, retention, userblock
-from stepctl.config import Checkpoint
+from stepctl.checkpoint import codec, names, retention, userblock
 from stepctl.errors import CheckpointError, StepctlError
+from stepctl.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from stepctl.config import Checkpoint
 
 Accept = Callable[[codec.Reader], None]  # raises CheckpointError at a checkpoint that it cannot use
 Body = Iterable[bytes | memoryview]  # all that follows the user block
@@ -29,21 +32,21 @@ class Abandoned(Exception):
 class Store:
     """A directory of `step-%08d.h5` files."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, acknowledged: Collection[str] | None = None) -> None:
+        """Files whose sha256 is not among the `acknowledged` ones are first opened in a sandbox (None: not so)."""
         self.path = path
+        self._acknowledged = acknowledged
 
     def file(self, step: int) -> Path:
         """Return the path of a step's checkpoint."""
-        return self.path / codec.file_name(step)
+        return self.path / names.file_name(step)
 
     def steps(self) -> list[int]:
         """Return the steps that have a file, rising; whether they are good is not known yet."""
         try:
-            names = os.listdir(self.path)
+            return names.steps(os.listdir(self.path))
         except OSError:
             return []
-        found = {int(match[1]): name for name in names if (match := codec.FILE_NAME.fullmatch(name))}
-        return sorted(step for step, name in found.items() if name == codec.file_name(step))
 
     def publish(self, step: int, image: Body, abandoned: Callable[[], bool] = lambda: False) -> str:
         """Make a checkpoint durable, read it back, and only then acknowledge it: return its sha256.
@@ -97,13 +100,18 @@ class Store:
         if step not in self.steps():
             have = ", ".join(str(known) for known in self.steps()) or "none"
             raise CheckpointError("none", f"{self.path}: no checkpoint of step {step}; there are: {have}")
-        reader = codec.Reader(self.file(step))
+        reader = codec.Reader(self.file(step), lambda digest: self._vet(step, digest))
         try:
             accept(reader)
         except BaseException:
             reader.close()
             raise
         return reader
+
+    def _vet(self, step: int, digest: str) -> None:
+        if self._acknowledged is not None and digest not in self._acknowledged:
+            with Sandbox() as sandbox:
+                sandbox.call("stepctl.checkpoint.codec:check", str(self.file(step)))
 
     def set_aside(self, step: int) -> Path:
         """Rename a step's file, so that it is kept but never loaded; return its new path."""

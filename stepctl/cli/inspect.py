@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
 from stepctl.cli.options import say
+
+_NONE = "-"  # a pattern that no path matches
 
 
 @click.command()
@@ -18,13 +19,16 @@ from stepctl.cli.options import say
 @click.option("--step", "step_only", is_flag=True, help="Print the global step alone.")
 def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
     """Show what a checkpoint holds; of a run, its newest good one."""
-    from stepctl import report
+    from stepctl.sandbox import Sandbox
 
-    with report.open_path(Path(path), say) as reader:
-        if step_only:
-            click.echo(reader.header.global_step)
-            return
-        facts = report.inspect(reader, pattern)
+    with Sandbox() as sandbox:
+        answer = sandbox.call("stepctl.report:inspect_path", path, _NONE if step_only else pattern)
+    facts = answer["facts"]
+    for line in answer["said"]:
+        say(line)
+    if step_only:
+        click.echo(facts["global_step"])
+        return
     if not facts["arrays"]:
         say(f"no array's path matches {pattern!r}; a pattern is such as 'params/*'")
     if as_json:
@@ -37,10 +41,11 @@ def print_facts(facts: dict[str, Any]) -> None:
     """Print the facts about a checkpoint for people."""
     from stepctl import yamlio
 
-    click.echo(f"{facts['file']}  global step {facts['global_step']}  run {facts['run']}  by {facts['created_by']}")
+    run, maker = printable(facts["run"]), printable(facts["created_by"])
+    click.echo(f"{facts['file']}  global step {facts['global_step']}  run {run}  by {maker}")
     click.echo(f"sha256      {facts['sha256']}")
     click.echo(f"counters    {'  '.join(f'{name} {value}' for name, value in facts['counters'].items())}")
-    click.echo(f"numerics    {'  '.join(f'{name} {value}' for name, value in facts['numerics'].items())}")
+    click.echo(f"numerics    {printable('  '.join(f'{name} {value}' for name, value in facts['numerics'].items()))}")
     click.echo(f"parameters  {facts['parameters']:,}\n")
     heads = ("path", "shape", "dtype", "count", "min", "max", "mean", "std", "non_finite")
     rows = [heads, *([_cell(array[head]) for head in heads] for array in facts["arrays"])]
@@ -49,7 +54,12 @@ def print_facts(facts: dict[str, Any]) -> None:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         click.echo("  ".join(cells))
     click.echo("\nconfig")
-    click.echo("".join(f"  {line}\n" for line in yamlio.dumps(facts["config"]).splitlines()), nl=False)
+    click.echo("".join(f"  {printable(line)}\n" for line in yamlio.dumps(facts["config"]).splitlines()), nl=False)
+
+
+def printable(text: str) -> str:
+    """Return a text out of a file with all escaped that a terminal might obey."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _cell(value: object) -> str:

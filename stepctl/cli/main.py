@@ -9,10 +9,13 @@ import click
 
 from stepctl import __version__
 from stepctl.cli.config import config
+from stepctl.cli.diff import diff
 from stepctl.cli.inspect import inspect
 from stepctl.cli.options import WHOLE_PROCESS
+from stepctl.cli.prune import prune
 from stepctl.cli.resume import resume
 from stepctl.cli.train import train
+from stepctl.cli.verify import verify
 from stepctl.errors import Exit, StepctlError
 
 
@@ -55,7 +58,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, resume, inspect, config):
+for command in (train, resume, inspect, verify, diff, prune, config):
     cli.add_command(command)
 
 

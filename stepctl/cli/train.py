@@ -62,8 +62,9 @@ def train(
     numerics.pin(*numerics.asked_for(directory.newest_config().value if resuming else document.value))
 
     from stepctl import config as configs
-    from stepctl import report, run
+    from stepctl import run
     from stepctl.assembly import prepare
+    from stepctl.plan import plan
 
     if resuming:
         with run.resume(directory, run.ResumeOptions(document=document), say) as segment:
@@ -71,7 +72,7 @@ def train(
     config = configs.parse(document)
     if dry_run:
         directory.refuse_strangers()
-        print_plan(report.plan(prepare(config), directory), as_json)
+        print_plan(plan(prepare(config), directory), as_json)
         return
     with run.create(config, directory, say) as segment:
         train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
@@ -82,7 +83,7 @@ def print_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(plan, indent=2))
         return
-    from stepctl.report import abbreviate
+    from stepctl.plan import abbreviate
 
     samples, sizes = plan["samples"], plan["bytes"]
     click.echo(f"run directory  {plan['run_dir']}")

@@ -1,0 +1,51 @@
+"""`stepctl prune`: remove checkpoints that need not be kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import click
+
+from stepctl.cli.options import say
+from stepctl.errors import ConfigError
+
+
+@click.command()
+@click.argument("run_dir", metavar="RUN")
+@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest.")
+@click.option("--keep-every", type=click.IntRange(min=1), metavar="N", help="Keep the steps that N divides.")
+@click.option("--keep-best", metavar="METRIC:MODE:N", help="Keep the N best evaluations, such as accuracy:max:2.")
+@click.option("--dry-run", is_flag=True, help="Remove nothing, and print what would be.")
+@click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
+def prune(
+    run_dir: str, keep_last: int | None, keep_every: int | None, keep_best: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Remove checkpoints of RUN that neither its config nor the options keep; the newest good one always stays."""
+    from stepctl import config as configs
+    from stepctl.checkpoint import names
+    from stepctl.prune import prune as prune_run
+    from stepctl.rundir import RunDirectory
+
+    directory = RunDirectory(run_dir)
+    keep = configs.parse(directory.newest_config()).checkpoint
+    asked: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": _best(keep_best)}
+    keep = configs.Checkpoint(**keep.model_dump() | {key: value for key, value in asked.items() if value is not None})
+    pruned = prune_run(directory, keep, say, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps({"pruned": pruned, "dry_run": dry_run}, indent=2))
+        return
+    for step in pruned:
+        click.echo(f"{'would remove' if dry_run else 'removed'} {names.file_name(step)}")
+    if not pruned:
+        click.echo(f"{run_dir}: nothing to remove")
+
+
+def _best(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([^:]+):(min|max)(?::([1-9][0-9]{0,8}))?", text)
+    if match is None:
+        raise ConfigError(f"--keep-best {text}: give a metric, min or max, and a number, such as accuracy:max:2")
+    return {"metric": match[1], "mode": match[2], "n": int(match[3] or 1)}

@@ -1,0 +1,44 @@
+"""Removing checkpoints of a run that nobody trains."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from stepctl.checkpoint import retention, userblock
+from stepctl.checkpoint.store import Store
+from stepctl.config import Checkpoint
+from stepctl.errors import CheckpointError, ConfigError
+from stepctl.rundir import RunDirectory
+from stepctl.writers.evaluations import Evaluations
+
+
+def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None], *, dry_run: bool) -> list[int]:
+    """Remove the good checkpoints that `keep` does not keep; return their steps.
+
+    The newest good one stays. Damaged files are reported, left in place, and count for nothing. CheckpointError
+    if none is good, RunInUseError if a process trains the run.
+    """
+    store = Store(directory.checkpoints, directory.acknowledged())
+    evaluations = Evaluations(directory.read_metrics())
+    if (best := keep.keep_best) and not any(best.metric in row for row in evaluations.rows.values()):
+        raise ConfigError(f"keep_best: {directory.metrics} has no evaluation with {best.metric!r}")
+    with contextlib.nullcontext() if dry_run else directory.lock(say):
+        newest = store.newest(say)
+        newest.close()
+        good = [step for step in store.steps() if step <= newest.header.global_step and _is_whole(store, step, say)]
+        pruned = retention.to_prune(good, keep, evaluations.rows)
+        if pruned and not dry_run:
+            directory.append_ledger("prune", steps=pruned)
+            store.remove(pruned)
+    return pruned
+
+
+def _is_whole(store: Store, step: int, say: Callable[[str], None]) -> bool:
+    try:
+        file, _ = userblock.open_verified(store.file(step))
+    except CheckpointError as error:
+        say(f"{error}; left in place")
+        return False
+    file.close()
+    return True

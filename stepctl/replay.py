@@ -1,0 +1,48 @@
+"""Training again, in memory, from one checkpoint of a run to a later one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from stepctl import compare, numerics
+from stepctl import config as configs
+from stepctl.assembly import assemble
+from stepctl.checkpoint import codec
+from stepctl.checkpoint.store import Store
+from stepctl.errors import ConfigError
+from stepctl.hooks.stop import StopAtStep
+from stepctl.run import check_same_run
+from stepctl.rundir import RunDirectory
+from stepctl.trainer import Trainer
+
+
+def replay(
+    directory: RunDirectory, first: int, last: int, say: Callable[[str], None]
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield each stored step after `first` up to `last`, and what differs there from the stored checkpoint.
+
+    CheckpointError if a checkpoint is refused, or was made with another config; nothing is written.
+    """
+    if first >= last:
+        raise ConfigError(f"--replay {first}:{last}: goes from a step to a later one")
+    base = configs.parse(directory.newest_config())
+    assembly = assemble(base)
+    state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged())
+
+    def restore(reader: codec.Reader) -> None:
+        check_same_run(reader, base, set())
+        codec.restore(reader, state)
+
+    with store.open(first, restore) as reader:
+        for words in numerics.differences(json.loads(reader.header.numerics), assembly.numerics):
+            say(f"warning: this machine may compute other last bits: {words}")
+    store.open(last, lambda reader: None).close()
+    skip = (lambda why: say(f"{why}; this batch is skipped")) if base.on_nonfinite == "skip" else None
+    for step in [step for step in store.steps() if first < step <= last]:
+        stop = [StopAtStep(step)]
+        Trainer(assembly.task, assembly.training, state, stop=stop, hooks=assembly.hooks, skip=skip).run()
+        with store.open(step) as reader:
+            check_same_run(reader, base, set())
+            yield step, compare.state(reader, state)

@@ -1,0 +1,138 @@
+"""Whether a checkpoint, or a whole run, is what it should be; every problem is found, and nothing is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from stepctl import yamlio
+from stepctl.checkpoint import names
+from stepctl.errors import CheckpointError
+from stepctl.rundir import RunDirectory
+from stepctl.sandbox import Sandbox
+
+
+class Problem(NamedTuple):
+    """What is wrong: a short code, the file, and a sentence."""
+
+    code: str
+    file: str
+    message: str
+
+
+class Found(NamedTuple):
+    """A checkpoint that is good."""
+
+    step: int
+    sha256: str
+    file: str
+
+
+def verify(path: str) -> tuple[list[Found], list[Problem]]:
+    """Check a checkpoint (digest, structure, the three step numbers), or a run: each of its files, and its records."""
+    if not os.path.isdir(path):
+        return verify_files([path])
+    directory = RunDirectory(path)
+    if not directory.checkpoints.is_dir():
+        raise CheckpointError("none", f"{path}: neither a checkpoint nor a run (no checkpoints/ in it)")
+    found, problems = verify_files([str(directory.checkpoints / names.file_name(step)) for step in _steps(directory)])
+    problems += check_ledger(directory, found)
+    problems += check_metrics(directory)
+    return found, problems
+
+
+def verify_files(paths: list[str]) -> tuple[list[Found], list[Problem]]:
+    """Check checkpoint files, in a sandbox."""
+    found, problems = [], []
+    with Sandbox() as sandbox:
+        for path in paths:
+            try:
+                answer = sandbox.call("stepctl.checkpoint.codec:check", path)
+                found.append(Found(answer["step"], answer["sha256"], os.path.basename(path)))
+            except CheckpointError as error:
+                problems.append(Problem(error.code, os.path.basename(path), str(error)))
+    return found, problems
+
+
+def _steps(directory: RunDirectory) -> list[int]:
+    return names.steps(os.listdir(directory.checkpoints))
+
+
+def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Problem]:
+    """Compare the ledger with the good files: what it acknowledges is there, and what is there it acknowledges."""
+    acknowledged: dict[int, str] = {}
+    for row in directory.read_ledger():
+        if row["event"] == "checkpoint":
+            acknowledged[row["step"]] = row["sha256"]
+        for step in [*_whole(row.get("pruned")), *(_whole(row.get("steps")) if row["event"] == "prune" else [])]:
+            acknowledged.pop(step, None)
+        for name in row.get("set_aside") or []:
+            aside = names.step_of(str(name).partition(".aside-")[0])
+            acknowledged.pop(-1 if aside is None else aside, None)
+    present = set(_steps(directory))
+    for step, digest in sorted(acknowledged.items()):
+        file = names.file_name(step)
+        if step not in present:
+            yield Problem("lost", file, f"{file}: acknowledged in ledger.jsonl, but it is not there")
+        for good in found:
+            if good.step == step and good.sha256 != digest:
+                yield Problem("other", file, f"{file}: whole, but not the file that ledger.jsonl acknowledges")
+    for good in found:
+        if good.sha256 not in directory.acknowledged():
+            yield Problem("unknown", good.file, f"{good.file}: whole, but ledger.jsonl does not know it")
+
+
+def check_metrics(directory: RunDirectory) -> Iterator[Problem]:
+    """Compare metrics.jsonl with the ledger: no row twice, none missing up to the newest checkpoint, none late."""
+    rows = directory.read_metrics()
+    file = directory.metrics.name
+    seen: set[tuple[int, str]] = set()
+    for row in rows:
+        key = (row["step"], str(row.get("kind")))
+        if key in seen:
+            yield Problem("twice", file, f"{file}: two {key[1]} rows of step {key[0]}")
+        seen.add(key)
+    wanted, last = _wanted(directory)
+    for step, kind in sorted(wanted - seen):
+        yield Problem("row", file, f"{file}: the {kind} row of step {step} is missing")
+    if last is not None and (late := max((step for step, _ in seen), default=0)) > last:
+        yield Problem("row", file, f"{file}: has a row of step {late}, but the run ended at step {last}")
+
+
+def _wanted(directory: RunDirectory) -> tuple[set[tuple[int, str]], int | None]:
+    """Return the rows on the grid that must be there, and the last step if the newest segment ended in order."""
+    spans: list[tuple[int, int, dict[str, Any]]] = []  # (from, to, config) of each segment
+    config, end = _first_config(directory), None
+    for row in directory.read_ledger():
+        if row["event"] == "start":
+            config = row.get("config") or config
+            # what an earlier segment did past this start was cut, and is done again
+            spans = [(first, min(to, row["step"]), with_) for first, to, with_ in spans]
+            spans.append((row["step"], row["step"], config))
+            end = None
+        elif row["event"] == "checkpoint" and spans:
+            first, to, with_ = spans[-1]
+            spans[-1] = (first, max(to, row["step"]), with_)
+        elif row["event"] == "end":
+            end = row["step"]
+    wanted = set()
+    for first, to, with_ in spans:
+        for kind, section in (("train", "log"), ("eval", "evaluate")):
+            wanted |= {(step, kind) for step in _grid(with_.get(section) or {}, first + 1, to)}
+    return wanted, end
+
+
+def _first_config(directory: RunDirectory) -> dict[str, Any]:
+    return yamlio.load(str(directory.config)).value if directory.config.is_file() else {}
+
+
+def _grid(cadence: dict[str, Any], first: int, last: int) -> range:
+    every, offset = cadence.get("every"), cadence.get("offset") or 0
+    if not isinstance(every, int) or not isinstance(offset, int) or every < 1:
+        return range(0)
+    return range(first + (offset - first) % every, last + 1, every)
+
+
+def _whole(steps: Any) -> list[int]:
+    return [step for step in steps or [] if isinstance(step, int)]
