@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hostile_parts import (
     stored,
     tampered,
 )  # fmt: skip
-from metadata_bytes import LAYOUT_MESSAGE, LINK_MESSAGE, messages, patched
+from metadata_bytes import FILTER_MESSAGE, LAYOUT_MESSAGE, LINK_MESSAGE, NIL_MESSAGE, messages, patched
 
 from states import NAME, encoded, small_state, written
 
@@ -67,6 +68,15 @@ def layout_patched(offset: int, new: bytes) -> Build:
         return sealed(folder / NAME, patched(body, start + offset, new))
 
     return build
+
+
+def filtered_contiguous(folder: Path) -> Path:
+    """A contiguous array whose header lists a filter: an unused message is made one."""
+    body = changed_body(folder, array("params/marked", data=np.ones(2, "<f4")))
+    start, _ = max(messages(body, NIL_MESSAGE))
+    pipeline = bytes([2, 1]) + struct.pack("<HHHI", 1, 0, 1, 6)  # version 2; one filter: gzip, mandatory, level 6
+    body = patched(body, start, pipeline)
+    return sealed(folder / NAME, patched(body, start - 4, bytes([FILTER_MESSAGE])))
 
 
 def superblock(position: int, new: bytes) -> Build:
@@ -120,6 +130,7 @@ BYTES: dict[str, tuple[str, str, Build]] = {
     "data beyond the end": ("hdf5", "", layout_patched(2, number(1 << 40))),
     "data at no address": ("storage", "/params/marked", layout_patched(2, b"\xff" * 8)),
     "data of another size": ("storage", "/params/marked", layout_patched(10, number(4))),
+    "a filter without chunks": ("filter", "/params/marked", filtered_contiguous),
     "open for writing": ("hdf5", "", superblock(11, b"\1")),
     "open for writing and reading": ("hdf5", "", superblock(11, b"\5")),
     "offsets of four bytes": ("hdf5", "", superblock(9, b"\4")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-LINK_MESSAGE, CONTINUATION_MESSAGE, LAYOUT_MESSAGE = 0x06, 0x10, 0x08
+NIL_MESSAGE, LINK_MESSAGE, LAYOUT_MESSAGE, FILTER_MESSAGE, CONTINUATION_MESSAGE = 0x00, 0x06, 0x08, 0x0B, 0x10
 SUPERBLOCK_BYTES = 48
 _WORD = 0xFFFFFFFF
 _HEADER = re.compile(rb"OHDR\x02")

@@ -20,6 +20,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from attempts import ACCEPTED, MANNERS, attempt, large
 from hostile import GOOD, HOSTILE, UNFIT
 from hostile_parts import OTHER, good_body, sealed, tampered
 from metadata_bytes import patched, sealed_spans
@@ -28,7 +29,6 @@ from helpers import make_config, resume, rows, train
 from states import NAME, small_state, written
 from stepctl.checkpoint import codec, walk
 from stepctl.checkpoint.store import Store
-from stepctl.errors import CheckpointError
 from stepctl.state import Counters
 
 Figure = Callable[[str, int], None]
@@ -43,16 +43,6 @@ def nothing_hangs() -> Iterator[None]:
     faulthandler.dump_traceback_later(60, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
-
-
-def attempt(path: Path) -> tuple[str, str]:
-    """Load a checkpoint as a resume does; return the code and the message of its refusal."""
-    try:
-        with codec.Reader(path) as reader:
-            codec.restore(reader, small_state())
-    except CheckpointError as error:
-        return error.code, str(error)
-    return "accepted", ""
 
 
 class Opens:
@@ -135,6 +125,14 @@ def test_a_checkpoint_of_another_state_is_refused(case: str, tmp_path: Path, fig
     assert code == "mismatch"
     assert about in message
     figure("hostile files refused", 1)
+
+
+@pytest.mark.parametrize("manner", [manner for manner in MANNERS if "then" in manner])
+def test_harm_that_is_done_between_the_check_and_the_reading_is_noticed(manner: str, tmp_path: Path) -> None:
+    code, message = attempt(large(tmp_path), manner)
+    assert (code, message) != ACCEPTED
+    assert code == "read"
+    assert message.startswith(f"{NAME}: ")
 
 
 @pytest.mark.parametrize("case", GOOD)
@@ -259,7 +257,7 @@ def test_a_broken_inside_behind_a_right_digest_is_refused_by_code_or_harmless(tm
     for position in range(0, len(body), 41):
         broken = bytearray(body)
         broken[position] ^= 0xFF
-        n_refused += attempt(sealed(tmp_path / NAME, bytes(broken)))[0] != "accepted"
+        n_refused += attempt(sealed(tmp_path / NAME, bytes(broken))) != ACCEPTED
     assert n_refused > 50
 
 
@@ -273,7 +271,7 @@ def test_metadata_changed_behind_right_checksums_is_refused_by_code_or_harmless(
     for _ in range(n_trials):
         at, size = generator.choice(positions), generator.choice((1, 1, 1, 2, 8))
         new = bytes(generator.choice((0, 1, 0x80, 0xFF, generator.randrange(256))) for _ in range(size))
-        refused += attempt(sealed(tmp_path / NAME, patched(body, at, new)))[0] != "accepted"
+        refused += attempt(sealed(tmp_path / NAME, patched(body, at, new))) != ACCEPTED
     assert refused > n_trials / 10
     figure("changes of metadata that no load came to harm by", n_trials)
 
