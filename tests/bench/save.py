@@ -1,0 +1,288 @@
+"""What a save costs training: how long it holds the training thread, and what share of the wall time it takes.
+
+    PYTHONPATH=.:tests python tests/bench/save.py stall            # every step of an MLP of 21 million parameters
+    PYTHONPATH=.:tests python tests/bench/save.py share            # every 100 steps of configs/fashion-mnist.yaml
+    PYTHONPATH=.:tests python tests/bench/save.py memory           # beyond the state, while a save is in flight
+
+stall: each tool in a process of its own saves 252 MB of state (parameters and Adam's two moments, float32) again and
+again, and pauses in between until the disk has it, as a long step would; timed is the call that saves, in
+milliseconds: median (least..most). stepctl trains for real (batch 2048): timed is its hook, and the step after a
+save is compared with steps without one. Tools that cannot be imported are left out.
+
+share: pairs of stretches of steps, one with saves every 100 and one without, in turns on one state; the ratio of
+their times, pair by pair: median (quartiles). Needs Debian's package dataset-fashion-mnist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
+SHAPES = [(1024, 4096), (4096,), (4096, 4096), (4096,), (4096, 10), (10,)]
+COPIES = ("params", "first_moment", "second_moment")
+ROOT = Path(__file__).parents[2]
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+
+
+# --- how long a save holds the training thread
+
+
+def stepctl_saves(folder: Path, n: int) -> None:
+    import numpy as np
+
+    from helpers import make_config
+    from stepctl import run
+    from stepctl.hooks.base import Hook
+    from stepctl.hooks.save import Save
+    from stepctl.rundir import RunDirectory
+
+    generator = np.random.default_rng(0)
+    np.savez(folder / "x.npz", x=generator.normal(size=(4096, 1024)).astype("f4"), y=generator.integers(0, 10, 4096))
+    calls: list[float] = []
+    real = Save.after_step
+
+    def timed(self: Save, *arguments: Any) -> None:
+        began = time.perf_counter()
+        real(self, *arguments)
+        calls.append((time.perf_counter() - began) * 1e3)
+
+    Save.after_step = timed  # type: ignore[method-assign]
+
+    class Steps(Hook):
+        name = "steps"
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.last = 0.0
+
+        def after_step(self, *_: object) -> None:
+            now = time.perf_counter()
+            self.seconds.append(now - self.last)
+            self.last = now
+
+    times: dict[str, list[float]] = {}
+    for name, every in (("without", None), ("with", 1)):
+        config = make_config(
+            data={"name": "arrays", "path": str(folder / "x.npz"), "batch_size": 2048, "n_classes": 10},
+            model={"name": "mlp", "hidden": [4096, 4096]},
+            evaluate={"every": None},
+            log={"every": 1000},
+            checkpoint={"every": every, "keep_last": 1},
+            stop={"last_step": n},
+            numerics={"threads": "auto"},
+        )
+        steps = Steps()
+        calls.clear()
+        with run.create(config, RunDirectory(folder / name)) as segment:
+            outcome = segment.train(hooks=[steps])
+        times[name] = steps.seconds[2:]
+    # the first hand-over maps the second set of arrays
+    slower = statistics.median(times["with"]) / statistics.median(times["without"])
+    print(f"stepctl: {spread(calls[1:-1])} ms; the first save {calls[0]:.3f}; waits {outcome.waits} of {n}; a step "
+          f"beside a save takes {slower:.2f} of one without ({statistics.median(times['without']):.2f} s)")  # fmt: skip
+
+
+def repeat(name: str, n: int, save: Callable[[int], Any], settle: Callable[[Any], None]) -> None:
+    calls = []
+    for i in range(n + 1):
+        began = time.perf_counter()
+        handle = save(i)
+        calls.append((time.perf_counter() - began) * 1e3)
+        settle(handle)
+        time.sleep(0.2)
+    print(f"{name}: {spread(calls[1:])} ms; the first save {calls[0]:.1f}")
+
+
+def torch_state() -> dict[str, Any]:
+    import torch
+
+    return {f"{copy}/{i}": torch.randn(shape) for copy in COPIES for i, shape in enumerate(SHAPES)}
+
+
+def torch_saves(folder: Path, n: int) -> None:
+    import torch
+
+    state = torch_state()
+    repeat(f"torch.save {torch.__version__}", n, lambda i: torch.save(state, folder / "a.pt"), lambda _: None)
+
+
+def torch_async_saves(folder: Path, n: int) -> None:
+    import torch
+    import torch.distributed as distributed
+    import torch.distributed.checkpoint as checkpoint
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    state = torch_state()
+    repeat(
+        f"torch async_save {torch.__version__}",
+        n,
+        lambda i: checkpoint.async_save(state, checkpoint_id=str(folder / str(i))),
+        lambda handle: handle.result(),
+    )
+    distributed.destroy_process_group()
+
+
+def orbax_saves(folder: Path, n: int) -> None:
+    import jax
+    import orbax.checkpoint as orbax
+
+    keys = jax.random.split(jax.random.key(0), 18)
+    state = {f"{copy}-{i}": jax.random.normal(keys[i], shape) for copy in COPIES for i, shape in enumerate(SHAPES)}
+    jax.block_until_ready(state)
+    checkpointer = orbax.AsyncCheckpointer(orbax.StandardCheckpointHandler())
+    repeat(
+        f"Orbax async {orbax.__version__}",
+        n,
+        lambda i: checkpointer.save(folder / str(i), args=orbax.args.StandardSave(state)),
+        lambda _: checkpointer.wait_until_finished(),
+    )
+
+
+TOOLS: dict[str, tuple[str, Callable[[Path, int], None]]] = {
+    "stepctl": ("stepctl", stepctl_saves),
+    "orbax": ("orbax.checkpoint", orbax_saves),
+    "torch-async": ("torch", torch_async_saves),
+    "torch": ("torch", torch_saves),
+}
+
+
+# --- what share of the wall time saves take
+
+
+def share(pairs: int, stretch: int) -> None:
+    from stepctl import config as configs
+    from stepctl import yamlio
+    from stepctl.hooks.base import Hook
+    from stepctl.run import create
+    from stepctl.rundir import RunDirectory
+
+    document = yamlio.load(str(ROOT / "configs" / "fashion-mnist.yaml"))
+    if not Path(document.value["data"]["images"]).exists():
+        sys.exit("share: Debian's package dataset-fashion-mnist is not installed")
+    document.value |= {"evaluate": {"every": None}, "stop": {"last_step": (2 * pairs + 1) * stretch}}
+    document.value["checkpoint"] = {"every": 100}
+    config = configs.parse(document)
+    ends: list[float] = []
+
+    class Stretches(Hook):
+        name = "stretches"
+
+        def after_step(self, state: Any, metrics: Any) -> None:
+            if state.counters.global_step % stretch == 0:
+                ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder, create(config, RunDirectory(Path(folder) / "run")) as segment:
+        # every other stretch saves
+        def fires(self: configs.Checkpoint, step: int) -> bool:
+            return step % 100 == 0 and step // stretch % 2 == 1
+
+        configs.Checkpoint.fires = fires  # type: ignore[method-assign]
+        outcome = segment.train(hooks=[Stretches()])
+    seconds = [b - a for a, b in itertools.pairwise(ends)]
+    ratios = sorted(a / b for a, b in zip(seconds[0::2], seconds[1::2], strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(f"saving every 100 steps: {(middle - 1) * 100:+.2f} % of wall time (quartiles {(low - 1) * 100:+.2f}.."
+          f"{(high - 1) * 100:+.2f}; {pairs} pairs of {stretch} steps of {seconds[1] / stretch * 1e3:.2f} ms); "
+          f"{outcome.saves} saves, {outcome.waits} waits")  # fmt: skip
+
+
+# --- what memory a save takes
+
+
+def peak(folder: Path, every: int | None) -> tuple[int, int]:
+    """Return the bytes of the state, and the most that were resident while it trained six steps."""
+    import numpy as np
+
+    from helpers import make_config
+    from stepctl import run
+    from stepctl.rundir import RunDirectory
+
+    np.savez(folder / "x.npz", x=np.ones((64, 1024), "f4"), y=np.arange(64) % 10)
+    config = make_config(
+        data={"name": "arrays", "path": str(folder / "x.npz"), "batch_size": 64, "n_classes": 10},
+        model={"name": "mlp", "hidden": [4096, 4096]},
+        evaluate={"every": None},
+        checkpoint={"every": every, "keep_last": 1},
+        stop={"last_step": 6},
+    )
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.001):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            most = max(most, pages * os.sysconf("SC_PAGE_SIZE"))
+
+    with run.create(config, RunDirectory(folder / "run")) as segment:
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        segment.train()
+        done.set()
+        watcher.join()
+        return segment.state.n_bytes, most
+
+
+def memory() -> None:
+    found = []
+    for every in (None, 1):
+        with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(peak, (Path(folder), every)))
+    (size, without), (_, with_saves) = found
+    print(f"memory beyond the state of {size / 1e6:.0f} MB while saving: {(with_saves - without) / size:.2f} times it")
+
+
+def in_children(names: list[str], rounds: int, n: int) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in UNSET}
+    for _ in range(rounds):
+        for name in names:
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-W", "ignore", __file__, "one", "--tool", name, "--saves", str(n)]
+                subprocess.run([*command, "--folder", folder], env=environment, check=True, stderr=subprocess.DEVNULL)
+
+
+def available() -> Iterator[str]:
+    for name, (module, _) in TOOLS.items():
+        if importlib.util.find_spec(module.partition(".")[0]):
+            yield name
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["stall", "share", "memory", "one"])
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(available()))
+    parser.add_argument("--tool", choices=TOOLS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--saves", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--stretch", type=int, default=400, help="steps; a multiple of 100")
+    options = parser.parse_args()
+    if options.what == "stall":
+        in_children(options.tools, options.rounds, options.saves)
+    elif options.what == "one":
+        TOOLS[options.tool][1](options.folder, options.saves)
+    elif options.what == "share":
+        share(options.pairs, options.stretch)
+    else:
+        memory()
+
+
+if __name__ == "__main__":
+    main()
