@@ -1,0 +1,289 @@
+"""Hostile structure behind a right digest: refused by name and at once, with no other file opened."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import random
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from attempts import ACCEPTED, MANNERS, attempt, large
+from hostile import GOOD, HOSTILE, UNFIT
+from hostile_parts import OTHER, good_body, sealed, tampered
+from metadata_bytes import patched, sealed_spans
+
+from helpers import make_config, resume, rows, train
+from states import NAME, small_state, written
+from stepctl.checkpoint import codec, walk
+from stepctl.checkpoint.store import Store
+from stepctl.state import Counters
+
+Figure = Callable[[str, int], None]
+
+OLDER = "step-00000005.h5"
+SECONDS = 1.0
+MEMORY = 200_000_000
+DEADLINE = 100.0  # a command that waits for something
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs() -> Iterator[None]:
+    faulthandler.dump_traceback_later(600, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+class Opens:
+    """Tells which files of a folder anybody opened since this was made (Linux inotify)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.descriptor = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        assert self.libc.inotify_add_watch(self.descriptor, os.fsencode(folder), 0x20) > 0  # IN_OPEN
+
+    def names(self) -> set[str]:
+        try:
+            data, found = os.read(self.descriptor, 1 << 16), set()
+        except BlockingIOError:
+            return set()
+        while data:
+            size = struct.unpack_from("iIII", data)[3]
+            found.add(data[16 : 16 + size].rstrip(b"\0").decode())
+            data = data[16 + size :]
+        return found - {""}  # the folder itself
+
+    def __enter__(self) -> Opens:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+
+def decoys(folder: Path) -> None:
+    """Put the files there that hostile ones name."""
+    for name in (OTHER, *(OTHER.replace(".", f"{number}.") for number in range(3))):
+        with h5py.File(folder / name, "w") as other:
+            other["x"] = np.ones(2, "<f4")
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_refused_by_name_at_once_and_no_other_is_opened(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
+) -> None:
+    monkeypatch.setattr(walk, "MAX_OBJECTS", 1000)  # the real number has its turn below
+    monkeypatch.chdir(tmp_path)  # where a file that names another one would find it
+    hostile = HOSTILE[case]
+    path = hostile.build(tmp_path)
+    decoys(tmp_path)
+    n_open = len(os.listdir("/proc/self/fd"))
+    with Opens(tmp_path) as opens:
+        start = time.process_time()
+        code, message = attempt(path)
+        assert time.process_time() - start < SECONDS
+        assert opens.names() <= {path.name}
+        (tmp_path / OTHER).read_bytes()
+        assert opens.names() == {OTHER}  # the watch does see an open
+    assert len(os.listdir("/proc/self/fd")) == n_open
+    assert code == hostile.code, message
+    assert message.startswith(f"{path.name}: ")
+    assert hostile.about in message
+    assert message.isprintable()
+    assert len(message) < 1000
+    if path == tmp_path / NAME and path.exists():
+        assert passed_over(tmp_path).startswith(message)
+    figure("hostile files refused", 1)
+
+
+def passed_over(folder: Path) -> str:
+    """Load the newest checkpoint of a folder that has an older good one; return what is said of the newest."""
+    state, said = small_state(), []
+    state.counters = Counters(dict(state.counters) | {"global_step": 5})
+    written(folder, state, OLDER)
+    with Store(folder).newest(said.append) as reader:
+        assert reader.name == OLDER
+    assert len(said) == 1
+    assert said[0].endswith(f"; using {OLDER}")
+    return said[0]
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_checkpoint_of_another_state_is_refused(case: str, tmp_path: Path, figure: Figure) -> None:
+    about, change = UNFIT[case]
+    code, message = attempt(tampered(change)(tmp_path))
+    assert code == "mismatch"
+    assert about in message
+    figure("hostile files refused", 1)
+
+
+@pytest.mark.parametrize("manner", [manner for manner in MANNERS if "then" in manner])
+def test_harm_that_is_done_between_the_check_and_the_reading_is_noticed(manner: str, tmp_path: Path) -> None:
+    code, message = attempt(large(tmp_path), manner)
+    assert (code, message) != ACCEPTED
+    assert code == "read"
+    assert message.startswith(f"{NAME}: ")
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_a_checkpoint_that_is_odd_but_good_is_read(case: str, tmp_path: Path) -> None:
+    """Else the refusals would prove nothing."""
+    state = small_state()
+    state.params["weight"][:] = 0
+    with codec.Reader(GOOD[case](tmp_path)) as reader:
+        codec.restore(reader, state)
+    assert state.same_bits(small_state())
+
+
+@pytest.mark.parametrize("case", ["external link", "cycle to itself", "two dots", "an array more", "unchanged"])
+def test_a_run_with_a_hostile_newest_file_ends_exactly(case: str, tmp_path: Path) -> None:
+    """`unchanged` is a whole checkpoint, of another run."""
+    build = HOSTILE[case].build if case in HOSTILE else None
+    if case in UNFIT:
+        build = tampered(UNFIT[case][1])
+    expected = train(make_config(stop={"last_step": 10}), tmp_path / "whole")
+    train(make_config(stop={"last_step": 5}), tmp_path / "run")
+    (build or GOOD.get(case) or HOSTILE[f"name: {case}"].build)(tmp_path)
+    shutil.copy(tmp_path / NAME, tmp_path / "run" / "checkpoints" / NAME)
+    said: list[str] = []
+    state = resume(tmp_path / "run", last_step=10, say=said.append)
+    assert state.same_bits(expected)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert [line for line in said if line.startswith(NAME) and line.endswith("using step-00000005.h5")]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended, and what it took of the machine."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float  # of processor time: others use the machine too
+    n_bytes: int
+
+
+def measured(command: list[str], folder: Path) -> Outcome:
+    """Run a command of stepctl as a user does."""
+    with open(folder / "out", "w+") as out, open(folder / "err", "w+") as err:
+        child = subprocess.Popen([sys.executable, "-m", "stepctl", *command], stdout=out, stderr=err)
+        ready, _, _ = select.select([waiting := os.pidfd_open(child.pid)], [], [], DEADLINE)
+        os.close(waiting)
+        if not ready:
+            child.kill()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        return Outcome(
+            child.returncode, out.read(), err.read(), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+        )
+
+
+def quickest(command: list[str], folder: Path) -> Outcome:
+    """Run a command until it has taken no longer than it may, three times at most: the machine may be busy."""
+    outcome = measured(command, folder)
+    for _ in range(2):
+        if outcome.seconds < SECONDS:
+            break
+        outcome = measured(command, folder)
+    return outcome
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", [name for name in HOSTILE if name != "a directory"])  # commands take it for a run
+def test_the_commands_refuse_a_hostile_file_within_a_second_and_200_megabytes(
+    case: str, tmp_path: Path, figure: Figure
+) -> None:
+    hostile = HOSTILE[case]
+    path = hostile.build(tmp_path)
+    inspected = quickest(["inspect", str(path)], tmp_path)
+    assert inspected.code == 3
+    assert inspected.out == ""
+    assert inspected.err.startswith(f"stepctl: {path.name}: ")
+    assert hostile.about in inspected.err
+    assert inspected.err.count("\n") == 1
+    verified = quickest(["verify", str(path), "--json"], tmp_path)
+    assert verified.code == 1
+    answer = json.loads(verified.out)
+    assert not answer["ok"]
+    assert [problem["code"] for problem in answer["problems"]] == [hostile.code]
+    assert hostile.about in answer["problems"][0]["message"]
+    for outcome in (inspected, verified):
+        assert outcome.seconds < SECONDS
+        assert outcome.n_bytes < MEMORY
+    figure("hostile files refused by inspect and verify", 1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("case", [name for name in HOSTILE if "external" in name or "virtual" in name])
+def test_the_commands_open_no_file_that_a_hostile_one_names(command: str, case: str, tmp_path: Path) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing")
+    decoys(tmp_path)
+    path = HOSTILE[case].build(tmp_path)
+    watched = ["strace", "-f", "-qq", "-e", "trace=open,openat,openat2", "-o", str(tmp_path / "trace")]
+    subprocess.run([*watched, sys.executable, "-m", "stepctl", command, str(path)], cwd=tmp_path, capture_output=True)
+    trace = (tmp_path / "trace").read_text()
+    assert trace.count(NAME) == 1
+    assert "other" not in trace
+    assert "/dev/zero" not in trace
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, small_state())
+    path.chmod(0)
+    without_rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    if without_rights and shutil.which("setpriv") is None:
+        pytest.skip("setpriv is missing: root may read any file")
+    command = [*without_rights, sys.executable, "-m", "stepctl", "inspect", str(path)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 3
+    assert f"{NAME}: cannot be opened (Permission denied)" in child.stderr
+
+
+def test_a_broken_inside_behind_a_right_digest_is_refused_by_code_or_harmless(tmp_path: Path) -> None:
+    body, n_refused = good_body(), 0
+    for position in range(0, len(body), 41):
+        broken = bytearray(body)
+        broken[position] ^= 0xFF
+        n_refused += attempt(sealed(tmp_path / NAME, bytes(broken))) != ACCEPTED
+    assert n_refused > 50
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, 11))])
+def test_metadata_changed_behind_right_checksums_is_refused_by_code_or_harmless(
+    seed: int, tmp_path: Path, figure: Figure
+) -> None:
+    generator, body, refused = random.Random(seed), good_body(), 0
+    n_trials = 200 if seed else 40
+    positions = [at for start, end in sealed_spans(body) for at in range(start, end)]
+    for _ in range(n_trials):
+        at, size = generator.choice(positions), generator.choice((1, 1, 1, 2, 8))
+        new = bytes(generator.choice((0, 1, 0x80, 0xFF, generator.randrange(256))) for _ in range(size))
+        refused += attempt(sealed(tmp_path / NAME, patched(body, at, new))) != ACCEPTED
+    assert refused > n_trials / 10
+    figure("changes of metadata that no load came to harm by", n_trials)
+
+
+def test_only_the_right_checksum_makes_a_change_of_metadata_readable(tmp_path: Path) -> None:
+    """Else the test above would prove nothing."""
+    whole = good_body()
+    (start, end), *_ = list(sealed_spans(whole))[1:]
+    assert patched(whole, start, whole[start : start + 1]) == whole
+    broken = whole[:end] + bytes([whole[end] ^ 1]) + whole[end + 1 :]
+    code, message = attempt(sealed(tmp_path / NAME, broken))
+    assert code == "hdf5"
+    assert "checksum" in message

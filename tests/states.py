@@ -1,0 +1,67 @@
+"""Small states, the bytes of their checkpoints, and what a refusal is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers import file_bytes
+from stepctl.arena import Arena, Array
+from stepctl.checkpoint import codec
+from stepctl.errors import CheckpointError
+from stepctl.state import Counters, TrainState
+
+STEP = 7
+NAME = "step-00000007.h5"
+
+
+def small_state() -> TrainState:
+    """The smallest state that an update can move."""
+    params = Arena({"weight": (2,)}, "float32")
+    params["weight"][:] = 1, -2
+    counters = Counters({"global_step": STEP, "samples_seen": 3 * STEP, "model": STEP})
+    return TrainState(counters, params, {"model": {}}, Arena({}, "float32"))
+
+
+def odd_values(dtype: str) -> Array:
+    whole = "uint32" if dtype == "float32" else "uint64"
+    payload = np.array([0x7FC12345 if dtype == "float32" else 0x7FF8_0000_DEAD_BEEF], whole).view(dtype)[0]
+    tiny = np.finfo(dtype).smallest_subnormal
+    return np.array([0.0, -0.0, 1.5, np.inf, -np.inf, np.nan, -np.nan, payload, tiny, -tiny], dtype)
+
+
+def full_state(dtype: str = "float32", seed: int = 0) -> TrainState:
+    """A state with all that the format can hold; `seed` 0 fills in values, any other different ones."""
+    shapes = {"odd": (10,), "dense0/weight": (3, 5), "dense0/bias": (5,), "scalar": (), "empty": (0,), "hollow": (3, 0)}
+    generator = np.random.default_rng(seed)
+    params, mean = Arena(shapes, dtype), Arena({"norm/mean": (4,), "norm/count": ()}, dtype)
+    slots = {name: {"first": params.like(), "second": params.like()} for name in ("critic", "generator")}
+    for arena in (params, mean, *(arena for group in slots.values() for arena in group.values())):
+        for view in arena.values():
+            view[...] = generator.normal(size=view.shape)
+    params["odd"][:] = odd_values(dtype) if seed == 0 else 0
+    hooks = {
+        "best": {"loss": np.array(generator.normal()), "step": np.array(2**62 + seed)},
+        "seen": {"bits": generator.integers(0, 256, (2, 3), np.uint8), "sum": generator.normal(size=3)},
+    }
+    numbers = {"global_step": STEP, "samples_seen": 2**63 - 1 - seed, "critic": 5 * STEP, "generator": STEP}
+    return TrainState(Counters(numbers), params, slots, mean, hooks)
+
+
+def encoded(state: TrainState) -> bytes:
+    return file_bytes(codec.encode(state, run="moon", config="seed: 0  # é\n", numerics='{"threads": 1}'))
+
+
+def written(folder: Path, state: TrainState, name: str = NAME) -> Path:
+    path = folder / name
+    path.write_bytes(encoded(state))
+    return path
+
+
+def refused(path: Path) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught, codec.Reader(path):
+        pass
+    assert path.name in str(caught.value)
+    return caught.value
