@@ -137,7 +137,7 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a folder for a data file": (
         nothing,
         data(path="."),
-        "HERE: cannot be read as a NumPy archive (.npz): [Errno 21] Is a directory: 'HERE'",
+        "HERE: cannot be read as a NumPy archive (.npz): Is a directory",
     ),
     "x without features": (npz(x=X[:, 0], y=Y), {}, "HERE/a.npz: x has shape (10,); (rows, features, ...) is needed"),
     "x of no columns": (npz(x=X[:, :0], y=Y), {}, "HERE/a.npz: x has shape (10, 0); at least one feature is needed"),
@@ -477,7 +477,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     ),
     "a target that is no number": (
         ["train", "--config", "c.yaml", "--last-step", "1e3"],
-        "Error: Invalid value for '--last-step': '1e3' is not a valid integer range.",
+        "Error: Invalid value for '--last-step': '1e3' is not a whole number.",
     ),
     "a setting without a value": (
         ["train", "--config", "c.yaml", "--set", "seed"],

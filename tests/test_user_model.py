@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no model at all": (
         {"name": "user_model:no_model"},
-        "model: user_model:no_model is no Model; subclass stepctl.models.base:Model",
+        "CONFIG:3:8: model: user_model:no_model is no Model; subclass stepctl.models.base:Model",
     ),
     "a gradient that is not written": (
         {"name": "user_model:ForgetsTheBias"},
