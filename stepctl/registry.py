@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, Any, cast, get_args, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -75,14 +75,18 @@ def resolve(family: str, name: str) -> Callable[..., Any]:
             _check_kind(family, found)
             parameters(found)
     except FOREIGN as error:
-        raise ConfigError(f"cannot use {name!r}: {reason(error)} (looked in the current folder too)") from error
+        looked = " (looked in the current folder too)" if isinstance(error, ImportError | AttributeError) else ""
+        raise ConfigError(f"cannot use {name!r}: {reason(error)}{looked}") from error
     return cast(Callable[..., Any], found)
 
 
 def _check_kind(family: str, found: object) -> None:
     """Raise TypeError if calling this could not give a component of the family, before it is called."""
-    needed, function = _protocol(family), inspect.isfunction(found) and family != "tasks"
-    if not function and not (isinstance(found, type) and issubclass(found, needed)):
+    needed, gives = _protocol(family), found
+    if inspect.isfunction(found) and family != "tasks":
+        annotated = get_type_hints(found).get("return", Any)
+        gives = needed if annotated is Any else get_origin(annotated) or annotated
+    if not (isinstance(gives, type) and (issubclass(gives, needed) or issubclass(needed, gives))):
         raise TypeError(f"it is no {needed.__name__}; subclass {PROTOCOLS[family]}")
 
 

@@ -18,8 +18,6 @@ from stepctl.cli.train import train
 from stepctl.cli.verify import verify
 from stepctl.errors import Exit, StepctlError
 
-_LONGEST_LINE = 4000  # characters; a line may list what it is about
-
 
 class Main(click.Group):
     """Ends a command that failed with one clear line and the error's exit code."""
@@ -30,7 +28,7 @@ class Main(click.Group):
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except click.ClickException as error:
-            vars(error)["message"] = _plain(error.message)
+            vars(error)["message"] = _plain(error.message, 1000)
             raise
         except KeyboardInterrupt:
             click.echo("stepctl: interrupted before training began; nothing was changed", err=True)
@@ -57,11 +55,11 @@ def _unexpected(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}: {text} {where}; see more with: stepctl --debug COMMAND ..."
 
 
-def _plain(message: str) -> str:
-    """Return a message whose lines can do nothing to a terminal."""
+def _plain(message: str, longest: int = 4000) -> str:
+    """Return a message whose lines can do nothing to a terminal, and have an end."""
     from stepctl.problems import in_one_line
 
-    return "\n".join(in_one_line(line, _LONGEST_LINE) for line in message.split("\n"))
+    return "\n".join(in_one_line(line, longest) for line in message.split("\n"))
 
 
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -57,7 +57,7 @@ class Place(click.ParamType[str]):
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, ValueError) as error:
-            self.fail(f"{text!r}: {getattr(error, 'strerror', error)}; give another path.", param, ctx)
+            self.fail(f"{text[:60]!r}: {getattr(error, 'strerror', error)}; give another path.", param, ctx)
         return text
 
 
