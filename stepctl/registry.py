@@ -28,7 +28,16 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1, lt=1 << 31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=1 << 62)]
 PositiveStep = Annotated[int, Field(ge=1, lt=1 << 62)]
-File = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath)]
+
+
+def _absolute(path: str) -> str:
+    whole = os.path.abspath(path)
+    if "\0" in whole or (not whole.isascii() and any("\ud800" <= letter <= "\udfff" for letter in whole)):
+        raise ValueError(f"{whole!a} is no path of UTF-8 text; rename it")
+    return whole
+
+
+File = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 
 CONTEXT = frozenset({"input_shape", "n_outputs", "dtype", "targets", "model", "optimizer", "seed", "shards", "threads"})
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)

@@ -41,16 +41,18 @@ class Main(click.Group):
         except (Exception, SystemExit) as error:  # a user's own module may raise anything
             if ctx.params["debug"]:
                 raise
-            click.echo(f"stepctl: {_plain(_unexpected(error))}", err=True)
+            click.echo(f"stepctl: {_unexpected(error)}", err=True)
             ctx.exit(Exit.NEGATIVE)
 
 
 def _unexpected(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    from stepctl.problems import in_one_line
+
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}; mend that, and run the command again"
+        return in_one_line(f"{where}{error.strerror}; mend that, and run the command again")
     at = traceback.extract_tb(error.__traceback__)[-1]
+    text = in_one_line(" ".join(str(error).split()))
     where = f"({os.path.basename(at.filename)}:{at.lineno})"
     return f"unexpected {type(error).__name__}: {text} {where}; see more with: stepctl --debug COMMAND ..."
 
