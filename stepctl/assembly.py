@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
+import numpy as np
+
 from stepctl import config as configs
 from stepctl import numerics, registry, yamlio
 from stepctl.checkpoint import codec
@@ -36,6 +38,7 @@ class Assembly:
     hooks: list[Hook]
     state: TrainState
 
+    @np.errstate(all="ignore")
     def trial(self) -> None:
         """Try the first step without taking it, so that a model that breaks its protocol is refused before it."""
         self.task.trial(self.state, self.training.batch(self.state.counters.samples_seen))

@@ -6,7 +6,7 @@ import fnmatch
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def inspect(reader: codec.Reader, pattern: str = "*") -> dict[str, Any]:
         "counters": header.counters,
         "parameters": n_parameters,
         "arrays": [
-            {"path": path, "shape": list(shape), "dtype": dtype, **figures(reader, path)}
+            {"path": path, "shape": list(shape), "dtype": dtype, **figures(reader.parts(path))}
             for path, (shape, dtype) in shapes.items()
             if fnmatch.fnmatchcase(path, pattern)
         ],
@@ -61,12 +61,12 @@ def inspect(reader: codec.Reader, pattern: str = "*") -> dict[str, Any]:
     }
 
 
-def figures(reader: codec.Reader, path: str) -> dict[str, Any]:
+def figures(parts: Iterable[Array]) -> dict[str, Any]:
     """Return count, min, max, mean, std (of the finite values, in float64) and the number of non-finite ones."""
     low, high, total, squares = math.inf, -math.inf, 0.0, 0.0
     count = n_finite = 0
     shift = 0.0
-    for values in reader.parts(path):
+    for values in parts:
         count += values.size
         part = _finite(values)
         if part.size:

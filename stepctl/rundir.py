@@ -25,6 +25,7 @@ _EVENTS: dict[str, dict[str, type]] = {
 }
 _TEMPORARY = ".tmp-"  # ends in the writer's pid
 _HELD: set[int] = set()  # descriptors of this process's locks; a forked child that kept one would hold the run
+_LINE = 512  # bytes of the lock
 _TRIES = 100  # at a lock whose holder has not written its name
 
 
@@ -103,13 +104,14 @@ class RunDirectory:
         _HELD.add(descriptor)
         try:
             self._take(descriptor)
-            if holder := _parsed(os.pread(descriptor, 4096, 0)):
-                say(f"{self.path}: {_described(holder)} ended without letting go; taking over")
+            dead = _parsed(os.pread(descriptor, _LINE, 0))
             mine = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": os.getpid()}
             try:
                 with writing(self.path / "lock"):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(mine).encode() + b"\n", 0)
+                    # one write of one length, so that a reader finds the old name or the new one
+                    write_all(descriptor, (json.dumps(mine) + "\n").ljust(_LINE).encode())
+                if dead:
+                    say(f"{self.path}: {_described(dead)} ended without letting go; taking over")
                 yield
             finally:
                 with contextlib.suppress(OSError):
@@ -119,20 +121,20 @@ class RunDirectory:
             os.close(descriptor)
 
     def _take(self, descriptor: int) -> None:
+        holder: dict[str, Any] | None = None
         for _ in range(_TRIES):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            except BlockingIOError as error:
-                if holder := _parsed(os.pread(descriptor, 4096, 0)):
-                    raise RunInUseError(
-                        f"{self.path}: in use by {_described(holder)}; wait for it, or stop it"
-                    ) from error
+            except BlockingIOError:
+                holder = _parsed(os.pread(descriptor, _LINE, 0))
+                if holder and _may_live(holder):
+                    break
                 time.sleep(0.01)  # it has just begun, or is just letting go
             except OSError as error:
                 remedy = "keep runs on a file system that has flock"
                 raise StepctlError(f"{self.path}: cannot be locked: {error.strerror}; {remedy}") from error
-        raise RunInUseError(f"{self.path}: in use by a process that did not say which; wait for it, or stop it")
+        raise RunInUseError(f"{self.path}: in use by {_described(holder or {})}; wait for it, or stop it")
 
     def freeze_config(self, plain: Mapping[str, Any]) -> None:
         """Write the resolved config, once, at the start of the run."""
@@ -188,6 +190,18 @@ class RunDirectory:
 
 def _described(holder: Mapping[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+
+
+def _may_live(holder: Mapping[str, Any]) -> bool:
+    if (holder.get("host"), holder.get("boot_id")) != (socket.gethostname(), _boot_id()):
+        return True
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except (ProcessLookupError, KeyError, TypeError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _let_go() -> None:

@@ -63,7 +63,7 @@ class Segment:
         self.facts: dict[str, Any] = {}  # for the ledger
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
-        self._background, self._saved = Background(), deque[str]()
+        self._background, self._saved, self._number = Background(), deque[str](), 0  # anew for each `train`
         self._texts = {
             "run": directory.name,
             "config": yamlio.dumps(self.config.plain()),
@@ -78,42 +78,52 @@ class Segment:
         `writers` get the rows beside metrics.jsonl; `hooks` run after the segment's own; `stop` are further
         reasons to stop before the target.
         """
-        self.directory.mend_ledger()
-        self.directory.cut_metrics(self.start)
-        number = 1 + sum(row["event"] == "start" for row in self.directory.read_ledger())
-        self._record_start(number)
-        evaluations = Evaluations(self.directory.read_metrics())
-        writers = [JSONLines(self.directory.metrics), evaluations, *writers]
         with Signals() as signals:
-            save = self._save_hook(writers, evaluations, signals)
-            trainer = Trainer(
-                self.assembly.task,
-                self.assembly.training,
-                self.state,
-                stop=[StopAtStep(self.target), signals, *stop],
-                hooks=[*self._hooks(writers), save, *hooks],
-                skip=self._skip if self.config.on_nonfinite == "skip" else None,
-            )
             try:
-                reason = trainer.run()
+                outcome = self._train(signals, writers, hooks, stop)
+                signals.ignore()
+                return outcome
             except KeyboardInterrupt as error:
-                self._background.abandon()
-                self._record_end(number, "a second SIGINT")
+                self._record_end("a second SIGINT")
                 path = self.directory.path
                 remedy = f"go on from the newest checkpoint with: stepctl resume {path}"
                 raise StoppedAtOnce(f"{path}: stopped at once; {remedy}") from error
-            except BaseException as error:
-                self._save_what_stands(trainer, save)
-                with contextlib.suppress(StepctlError):  # the disk may be what failed
-                    self._record_end(number, f"{type(error).__name__}: {error}")
-                raise
-            finally:
-                self._report_saved()
-                for writer in writers:
-                    writer.close()
+
+    def _train(
+        self, signals: Signals, writers: Sequence[Writer], hooks: Sequence[Hook], stop: Sequence[StopRule]
+    ) -> Outcome:
+        self._background = Background()
+        self.directory.mend_ledger()
+        self.directory.cut_metrics(self.start)
+        self._record_start()
+        evaluations = Evaluations(self.directory.read_metrics())
+        writers = [JSONLines(self.directory.metrics), evaluations, *writers]
+        save = self._save_hook(writers, evaluations, signals)
+        trainer = Trainer(
+            self.assembly.task,
+            self.assembly.training,
+            self.state,
+            stop=[StopAtStep(self.target), signals, *stop],
+            hooks=[*self._hooks(writers), save, *hooks],
+            skip=self._skip if self.config.on_nonfinite == "skip" else None,
+        )
+        try:
+            reason = trainer.run()
+        except KeyboardInterrupt:
+            self._background.abandon()
+            raise
+        except BaseException as error:
+            self._save_what_stands(trainer, save)
+            with contextlib.suppress(StepctlError):  # the disk may be what failed
+                self._record_end(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._report_saved()
+            for writer in writers:
+                writer.close()
         waits = {"waits": save.waits, "wait_seconds": round(save.wait_seconds, 3)} if save.waits else {}
         skipped = {"skipped_batches": trainer.skipped} if trainer.skipped else {}
-        self._record_end(number, reason.text, **waits, **skipped)
+        self._record_end(reason.text, **waits, **skipped)
         step = self.state.counters.global_step
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
 
@@ -178,11 +188,12 @@ class Segment:
     def _skip(self, why: str) -> None:
         self.say(f"{why}; this batch is skipped")
 
-    def _record_start(self, number: int) -> None:
+    def _record_start(self) -> None:
+        self._number = 1 + sum(row["event"] == "start" for row in self.directory.read_ledger())
         holder = {"host": os.uname().nodename, "pid": os.getpid(), "argv": sys.argv, "version": __version__}
         self.directory.append_ledger(
             "start",
-            segment=number,
+            segment=self._number,
             step=self.start,
             target=self.target,
             restored=self.restored,
@@ -192,7 +203,7 @@ class Segment:
             **self.facts,
         )
 
-    def _record_end(self, number: int, reason: str, **facts: Any) -> None:
+    def _record_end(self, reason: str, **facts: Any) -> None:
         step = self.state.counters.global_step
         local = step - self.start
-        self.directory.append_ledger("end", segment=number, step=step, local_step=local, reason=reason, **facts)
+        self.directory.append_ledger("end", segment=self._number, step=step, local_step=local, reason=reason, **facts)

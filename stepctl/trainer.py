@@ -50,6 +50,7 @@ class Trainer:
         self.stop, self.hooks, self.skip = stop, hooks, skip
         self.complete, self.skipped, self._in_a_row = False, 0, 0
 
+    @np.errstate(all="ignore")  # the guard says what is wrong, and once
     def run(self) -> StopReason:
         """Train until a stop rule says why to stop; return that reason."""
         for hook in self.hooks:
@@ -70,7 +71,7 @@ class Trainer:
             hook.end(self.state, metrics, reason)
         return reason
 
-    @np.errstate(all="ignore")  # the guard says what is wrong, and once
+    @np.errstate(all="ignore")
     def step(self) -> Metrics | None:
         """Make one update, and count it once it is complete; None if the batch was skipped."""
         batch = self.batches.batch(self.state.counters.samples_seen)

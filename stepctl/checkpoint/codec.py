@@ -252,10 +252,13 @@ class Reader:
     def _check_texts(self, texts: dict[str, str]) -> None:
         try:
             yamlio.loads(texts["config"], "/config")
+        except ConfigError as error:
+            raise CheckpointError("text", f"{self.name}: {str(error).splitlines()[0]}") from error
+        try:
             if not isinstance(json.loads(texts["numerics"]), dict):
-                raise ValueError("/numerics: a JSON object is needed")
-        except (ValueError, RecursionError, ConfigError) as error:
-            raise CheckpointError("text", f"{self.name}: {' '.join(str(error).split())}") from error
+                raise ValueError("not a JSON object")
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError("text", f"{self.name}: /numerics: {' '.join(str(error).split())}") from error
 
     def _attributes(self) -> dict[str, Any]:
         found = set(self._file.attrs)

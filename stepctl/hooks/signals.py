@@ -52,6 +52,10 @@ class Signals:
             raise KeyboardInterrupt
         self._stop = signal.Signals(number)
 
+    def ignore(self) -> None:
+        """Pass over what still comes: what counts is done."""
+        self._interrupts = _AT_ONCE
+
     def reason(self, counters: Counters) -> StopReason | None:
         """Return why to stop now, or None."""
         return StopReason(f"signal {self._stop.name}", done=False) if self._stop else None

@@ -1,0 +1,135 @@
+"""What is kept: a pure function of steps and metrics; what is removed, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import make_config, silent, train
+from stepctl.checkpoint.retention import to_prune
+from stepctl.checkpoint.store import Store
+from stepctl.config import Checkpoint, KeepBest
+from stepctl.errors import CheckpointError, ConfigError, RunInUseError
+from stepctl.prune import prune
+from stepctl.rundir import RunDirectory
+
+LOSSES = {10: {"loss": 3.0}, 20: {"loss": 1.0}, 30: {"loss": 2.0}, 40: {"loss": 1.0}, 50: {"loss": "NaN"}}
+STEPS = [10, 20, 30, 40, 50, 60]
+BEST: Any = {"metric": "loss", "mode": "min"}
+
+# what to keep -> what is pruned of STEPS
+KEEP: list[tuple[dict[str, Any], list[int]]] = [
+    ({"keep_last": None}, []),
+    ({"keep_last": 1}, [10, 20, 30, 40, 50]),
+    ({"keep_last": 1, "keep_every": 20}, [10, 30, 50]),
+    ({"keep_last": 2, "keep_every": 30}, [10, 20, 40]),
+    ({"keep_last": None, "keep_every": 30}, []),
+    ({"keep_last": 1, "keep_best": KeepBest(**BEST)}, [10, 30, 40, 50]),
+    ({"keep_last": 1, "keep_best": KeepBest(**BEST, n=2)}, [10, 30, 50]),
+    ({"keep_last": 1, "keep_best": KeepBest(**BEST, n=99)}, [50]),
+    ({"keep_last": 1, "keep_best": KeepBest(metric="loss", mode="max")}, [20, 30, 40, 50]),
+    ({"keep_last": 1, "keep_best": KeepBest(metric="accuracy", mode="max")}, [10, 20, 30, 40, 50]),
+    ({"keep_last": 1, "keep_every": 30, "keep_best": KeepBest(**BEST)}, [10, 40, 50]),
+]
+
+
+@pytest.mark.parametrize(("keep", "pruned"), KEEP)
+def test_what_is_kept(keep: dict[str, Any], pruned: list[int]) -> None:
+    assert to_prune(STEPS, Checkpoint(**keep), LOSSES) == pruned
+    assert to_prune(reversed(STEPS), Checkpoint(**keep), LOSSES) == pruned
+
+
+@given(
+    steps=st.sets(st.integers(0, 1000)),
+    last=st.integers(1, 9),
+    every=st.none() | st.integers(1, 50),
+    losses=st.dictionaries(st.integers(0, 1000), st.floats()),
+    n=st.integers(1, 5),
+)
+def test_the_newest_stays_and_only_what_was_there_goes(
+    steps: set[int], last: int, every: int | None, losses: dict[int, float], n: int
+) -> None:
+    keep = Checkpoint(keep_last=last, keep_every=every, keep_best=KeepBest(metric="loss", mode="min", n=n))
+    pruned = to_prune(steps, keep, {step: {"loss": loss} for step, loss in losses.items()})
+    assert set(pruned) <= steps
+    assert not steps or max(steps) not in pruned
+    assert len(steps) - len(pruned) >= min(last, len(steps))
+    left = sorted(steps - set(pruned))
+    assert to_prune(left, keep, {step: {"loss": loss} for step, loss in losses.items()}) == [], "done in one go"
+
+
+def test_training_keeps_what_its_config_says(tmp_path: Path) -> None:
+    keep = {"every": 5, "keep_last": 1, "keep_every": 20, "keep_best": {"metric": "loss", "mode": "max", "n": 1}}
+    train(make_config(checkpoint=keep, evaluate={"every": 5}), tmp_path / "run")
+    directory = RunDirectory(tmp_path / "run")
+    losses = {row["step"]: row["loss"] for row in directory.read_metrics() if row["kind"] == "eval"}
+    worst = max(losses, key=lambda step: (losses[step], -step))
+    assert Store(directory.checkpoints).steps() == sorted({0, 20, 40, worst})
+    recorded = [step for row in directory.read_ledger() for step in row.get("pruned", ())]
+    assert sorted(recorded) == sorted({5, 10, 15, 25, 30, 35} - {worst})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"keep_best": {"metric": "f1", "mode": "max"}}, "no evaluation gives 'f1'; allowed: loss, accuracy"),
+        ({"keep_best": {"metric": "loss", "mode": "min"}, "no evaluation": True}, "set evaluate.every"),
+    ],
+)
+def test_a_best_that_nothing_measures_is_refused_before_step_1(
+    sections: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    evaluate = {"every": None} if sections.pop("no evaluation", False) else {"every": 5}
+    with pytest.raises(ConfigError, match=message):
+        train(make_config(checkpoint={"every": 5, **sections}, evaluate=evaluate), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# --- pruning a run that nobody trains
+
+
+@pytest.fixture
+def kept_all(tmp_path: Path) -> RunDirectory:
+    train(make_config(checkpoint={"every": 10, "keep_last": None}, evaluate={"every": 10}), tmp_path / "run")
+    return RunDirectory(tmp_path / "run")
+
+
+def damage(directory: RunDirectory, step: int) -> None:
+    path = Store(directory.checkpoints).file(step)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def test_prune_removes_and_records(kept_all: RunDirectory) -> None:
+    store = Store(kept_all.checkpoints)
+    assert prune(kept_all, Checkpoint(keep_last=2), silent, dry_run=True) == [0, 10, 20]
+    assert store.steps() == [0, 10, 20, 30, 40]
+    assert prune(kept_all, Checkpoint(keep_last=2), silent, dry_run=False) == [0, 10, 20]
+    assert store.steps() == [30, 40]
+    assert kept_all.read_ledger()[-1]["steps"] == [0, 10, 20]
+
+
+def test_damaged_files_count_for_nothing_and_stay(kept_all: RunDirectory) -> None:
+    for step in (20, 40):
+        damage(kept_all, step)
+    said: list[str] = []
+    assert prune(kept_all, Checkpoint(keep_last=2), said.append, dry_run=False) == [0]
+    assert Store(kept_all.checkpoints).steps() == [10, 20, 30, 40]
+    assert [line.partition(":")[0] for line in said] == ["step-00000040.h5", "step-00000020.h5"]
+
+
+def test_nothing_is_pruned_without_a_good_checkpoint(kept_all: RunDirectory) -> None:
+    for step in (0, 10, 20, 30, 40):
+        damage(kept_all, step)
+    with pytest.raises(CheckpointError):
+        prune(kept_all, Checkpoint(keep_last=1), silent, dry_run=False)
+    assert len(Store(kept_all.checkpoints).steps()) == 5
+
+
+def test_a_run_in_use_is_not_pruned(kept_all: RunDirectory) -> None:
+    with kept_all.lock(), pytest.raises(RunInUseError):
+        prune(RunDirectory(kept_all.path), Checkpoint(keep_last=1), silent, dry_run=False)
+    assert len(Store(kept_all.checkpoints).steps()) == 5

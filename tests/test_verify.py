@@ -1,0 +1,273 @@
+"""`verify`, `verify --replay`, `diff`: what they find, and that they find it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from helpers import file_bytes, make_config, resume, train
+from stepctl import compare, verify, yamlio
+from stepctl.checkpoint import codec, names
+from stepctl.cli.main import cli
+from stepctl.rundir import RunDirectory
+from stepctl.state import TrainState
+
+KEEP = {"every": 10, "keep_last": None}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three segments, one of which was stopped off every grid."""
+    path = tmp_path_factory.mktemp("verify") / "run"
+    train(make_config(checkpoint=KEEP, stop={"last_step": 13}), path)
+    resume(path, last_step=25)
+    resume(path, last_step=40)
+    return path
+
+
+@pytest.fixture
+def run(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "run"))
+
+
+def call(*arguments: object, expect: int = 0) -> Any:
+    done = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
+    assert done.exit_code == expect, done.output
+    return json.loads(done.stdout)
+
+
+def file(run: Path, step: int) -> Path:
+    return run / "checkpoints" / names.file_name(step)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Rewrite a file of JSON lines; a row that becomes None is left out."""
+    changed = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in changed if row is not None))
+
+
+def altered(run: Path, step: int, path: str, index: int, change: Callable[[Any], Any]) -> None:
+    """Change one element of a checkpoint, behind a right digest and with the ledger's word for it."""
+    with codec.Reader(file(run, step)) as reader:
+        header = reader.header
+        arrays = {name: np.concatenate([np.empty(0, "f4"), *reader.parts(name)]) for name in reader.array_shapes()}
+        shapes = reader.array_shapes()
+    from stepctl.arena import Arena
+    from stepctl.state import Counters
+
+    def arena(prefix: str) -> Arena:
+        found = {name.removeprefix(prefix): shapes[name][0] for name in shapes if name.startswith(prefix)}
+        made = Arena(found, "float32")
+        for name in found:
+            made[name] = arrays[prefix + name].reshape(found[name])
+        return made
+
+    arrays[path][index] = change(arrays[path][index])
+    slots = {slot: arena(f"optimizers/model/{slot}/") for slot in ("first_moment", "second_moment")}
+    state = TrainState(Counters(header.counters), arena("params/"), {"model": slots}, Arena({}, "float32"))
+    image = codec.encode(state, run=header.run, config=header.config, numerics=header.numerics)
+    file(run, step).write_bytes(data := file_bytes(image))
+    digest = data.split(b"sha256: ")[1][:64].decode()
+    edit(run / "ledger.jsonl", lambda row: row | {"sha256": digest} if row.get("file") == file(run, step).name else row)
+
+
+# --- verify
+
+
+def test_a_good_run_is_good(run: Path) -> None:
+    answer = call("verify", run)
+    assert answer["ok"]
+    assert [good["step"] for good in answer["files"]] == [0, 10, 13, 20, 25, 30, 40]
+    assert answer["problems"] == []
+    assert call("verify", file(run, 13))["ok"]
+
+
+def cut(run: Path) -> None:
+    os.truncate(file(run, 20), 5000)
+
+
+def removed(run: Path) -> None:
+    file(run, 20).unlink()
+
+
+def renamed(run: Path) -> None:
+    file(run, 20).rename(file(run, 21))
+
+
+def of_another_run(run: Path) -> None:
+    train(make_config(seed=2, stop={"last_step": 20}), run.parent / "other")
+    shutil.copy(file(run.parent / "other", 20), file(run, 20))
+
+
+def unknown(run: Path) -> None:
+    edit(run / "ledger.jsonl", lambda row: None if row.get("step") == 20 and row["event"] == "checkpoint" else row)
+
+
+def row_twice(run: Path) -> None:
+    with open(run / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 21, "kind": "train", "loss": 1.0}\n')
+
+
+def row_missing(run: Path) -> None:
+    edit(run / "metrics.jsonl", lambda row: None if (row["step"], row["kind"]) == (30, "eval") else row)
+
+
+def row_late(run: Path) -> None:
+    with open(run / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 41, "kind": "train", "loss": 1.0}\n')
+
+
+WRONG: dict[Callable[[Path], None], set[tuple[str, str]]] = {
+    cut: {("length", "step-00000020.h5")},
+    removed: {("lost", "step-00000020.h5")},
+    renamed: {("step", "step-00000021.h5"), ("lost", "step-00000020.h5")},
+    of_another_run: {("other", "step-00000020.h5"), ("unknown", "step-00000020.h5")},
+    unknown: {("unknown", "step-00000020.h5")},
+    row_twice: {("twice", "metrics.jsonl")},
+    row_missing: {("row", "metrics.jsonl")},
+    row_late: {("row", "metrics.jsonl")},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+def test_what_is_wrong_with_a_run_is_found(wrong: Callable[[Path], None], run: Path) -> None:
+    wrong(run)
+    answer = call("verify", run, expect=1)
+    assert not answer["ok"]
+    assert {(problem["code"], problem["file"]) for problem in answer["problems"]} == WRONG[wrong]
+    assert all(problem["file"] in problem["message"] for problem in answer["problems"])
+
+
+def test_what_was_pruned_or_set_aside_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    train(make_config(checkpoint={"every": 5, "keep_last": 2}), path)
+    assert call("verify", path)["ok"]
+    resume(path, from_step=35, last_step=50)
+    assert call("verify", path)["ok"]
+    call("prune", path, "--keep-last", 1)
+    assert call("verify", path)["ok"]
+
+
+def test_a_run_that_was_killed_is_good(tmp_path: Path) -> None:
+    """Rows past the newest checkpoint are cut by the next resume; until then they are no mistake."""
+    path = tmp_path / "run"
+    train(make_config(checkpoint=KEEP, stop={"last_step": 24}), path)
+    file(path, 24).unlink()
+    edit(path / "ledger.jsonl", lambda row: None if row["step"] == 24 and row["event"] != "start" else row)
+    assert call("verify", path)["ok"]
+
+
+def test_a_cadence_changed_on_the_way_is_followed(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    train(make_config(checkpoint=KEEP, stop={"last_step": 20}), path)
+    resume(path, last_step=40, assignments=("log.every=3", "evaluate.every=null"))
+    assert call("verify", path)["ok"]
+    edit(path / "metrics.jsonl", lambda row: None if row["step"] == 33 else row)
+    (problem,) = call("verify", path, expect=1)["problems"]
+    assert "the train row of step 33 is missing" in problem["message"]
+
+
+@pytest.mark.parametrize(("make", "code"), [(lambda path: path.write_text("no"), "foreign"), (Path.touch, "foreign")])
+def test_what_is_no_checkpoint_has_its_code(make: Callable[[Path], object], code: str, tmp_path: Path) -> None:
+    make(tmp_path / "file")
+    assert [problem["code"] for problem in call("verify", tmp_path / "file", expect=1)["problems"]] == [code]
+    assert [problem["code"] for problem in call("verify", tmp_path / "nothing", expect=1)["problems"]] == ["open"]
+
+
+# --- replay
+
+
+def test_a_replay_of_a_good_run_is_the_same(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    answer = call("verify", run, "--replay", "0:40")
+    assert [(leg["step"], leg["equal"]) for leg in answer["steps"]] == [(n, True) for n in (10, 13, 20, 25, 30, 40)]
+    assert call("verify", run, "--replay", "13:20")["equal"]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_replay_says_where_it_first_differs(run: Path) -> None:
+    altered(run, 25, "params/dense1/bias", 3, lambda value: np.nextafter(value, np.float32(9)))
+    answer = call("verify", run, "--replay", "10:40", expect=1)
+    assert [(leg["step"], leg["equal"]) for leg in answer["steps"]] == [(13, True), (20, True), (25, False)]
+    (difference,) = answer["steps"][-1]["differences"]
+    assert difference["path"] == "params/dense1/bias"
+    assert (difference["n_different"], difference["first"], difference["max_ulp"]) == (1, 3, 1)
+    assert not call("verify", run, "--replay", "25:40", expect=1)["equal"], "from a state that was altered"
+
+
+@pytest.mark.parametrize(("steps", "code"), [("40:10", 2), ("10:10", 2), ("x", 2), ("10:11", 3), ("1:40", 3)])
+def test_a_replay_that_cannot_be_is_refused(steps: str, code: int, run: Path) -> None:
+    done = CliRunner().invoke(cli, ["verify", str(run), "--replay", steps])
+    assert done.exit_code == code
+    assert done.stderr.count("\n") == 1
+
+
+# --- diff
+
+
+def test_a_checkpoint_is_equal_to_itself_and_to_its_runs_newest(run: Path) -> None:
+    assert call("diff", file(run, 40), file(run, 40))["equal"]
+    assert call("diff", file(run, 40), run)["equal"]
+
+
+def test_a_run_stopped_twice_is_equal_to_the_unbroken_one_but_for_its_stop(run: Path, tmp_path: Path) -> None:
+    train(make_config(checkpoint=KEEP), tmp_path / "unbroken")
+    answer = call("diff", run, tmp_path / "unbroken")
+    assert answer["equal"]
+    assert [item["key"] for item in answer["config"]] == ["stop.last_step"]
+
+
+def test_what_differs_is_listed(run: Path) -> None:
+    shutil.copy(file(run, 40), run / "before.h5")
+    altered(run, 40, "params/dense0/bias", 5, lambda value: value + np.float32(0.5))
+    answer = call("diff", run / "before.h5", file(run, 40), expect=1)
+    assert (answer["equal"], answer["counters"], answer["config"]) == (False, [], [])
+    (found,) = [array for array in answer["arrays"] if not array["equal"]]
+    assert (found["path"], found["n_different"], found["first"]) == ("params/dense0/bias", 1, 5)
+    assert found["max_abs"] == pytest.approx(0.5, rel=1e-6)
+    counters = call("diff", file(run, 30), file(run, 40), expect=1)["counters"]
+    assert counters[0] == {"key": "global_step", "a": 30, "b": 40}
+
+
+def test_arrays_of_other_shapes_are_listed(run: Path, tmp_path: Path) -> None:
+    train(make_config(model={"name": "mlp", "hidden": [5]}, stop={"last_step": 1}), tmp_path / "other")
+    answer = call("diff", run, tmp_path / "other", expect=1)
+    shapes = {array["path"]: (array["a"], array["b"]) for array in answer["arrays"] if "a" in array}
+    assert shapes["params/dense0/bias"] == ("float32 (16,)", "float32 (5,)")
+
+
+def parts(values: list[float], dtype: str, *cuts: int) -> Iterator[Any]:
+    return iter(np.split(np.array(values, dtype), cuts))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_differences_are_measured_in_ulp_and_in_numbers(dtype: str) -> None:
+    one, tiny = np.array(1, dtype), np.finfo(dtype).smallest_subnormal
+    up = float(np.nextafter(np.nextafter(one, np.array(2, dtype)), np.array(2, dtype)))
+    found = compare.arrays(parts([0, 1, 2, 3], dtype, 1), parts([0, up, 2, 3], dtype, 2, 3))
+    assert (found["n_different"], found["first"], found["max_ulp"]) == (1, 1, 2)
+    assert found["max_abs"] == up - 1
+    across = compare.arrays(parts([-tiny], dtype), parts([tiny], dtype))
+    assert across["max_ulp"] == 2, "through zero"
+    zeros = compare.arrays(parts([0.0], dtype), parts([-0.0], dtype))
+    assert (zeros["equal"], zeros["max_ulp"], zeros["n_different"]) == (False, 0, 1)
+    nan = compare.arrays(parts([np.nan, 1], dtype), parts([1, 1], dtype))
+    assert (nan["equal"], nan["n_different"], nan["max_abs"]) == (False, 1, 0)
+    assert compare.arrays(parts([np.nan, np.inf], dtype), parts([np.nan, np.inf], dtype)) == {"equal": True}
+    assert compare.arrays(parts([], dtype), parts([], dtype)) == {"equal": True}
+
+
+def test_the_ledger_of_nobody_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "ledger.jsonl").write_text('[]\n{"event": "prune", "steps": ["x", null]}\n{"event": "checkpoint"}\n')
+    assert verify.verify(str(tmp_path)) == ([], [])
+    assert RunDirectory(tmp_path).acknowledged() == {}
+    assert yamlio.flatten({}) == {}
