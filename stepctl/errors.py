@@ -4,6 +4,7 @@ StepctlError                1  an operation failed; nothing was lost
 |- TornUpdate               1  an update failed half way: the state is that of no step
 |- NonFiniteError           1  a loss, gradient or state that is no number; what was finite is saved
 |- ConfigError              2  the command line, the config or a component's argument is wrong
+|  `- RunExistsError        2  a run is to be started where there is one already
 |- DataError                2  a data file is missing, or holds what it should not
 |- CheckpointError          3  no usable checkpoint, or a refused one
 |- NumericsError            3  --strict-numerics, and this machine cannot give the same bits
@@ -54,6 +55,10 @@ class ConfigError(StepctlError):
     """The command line, the config or a component's argument is wrong."""
 
     exit_code = Exit.USAGE
+
+
+class RunExistsError(ConfigError):
+    """A run is to be started where there is one already."""
 
 
 class DataError(StepctlError):

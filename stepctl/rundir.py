@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepctl import yamlio
-from stepctl.errors import ConfigError, RunInUseError, StepctlError
+from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
 
 # Each event of the ledger, and what a line of it must hold.
 _EVENTS: dict[str, dict[str, type]] = {
@@ -51,9 +51,9 @@ class RunDirectory:
         return self.checkpoints.is_dir() and any(name.startswith("step-") for name in os.listdir(self.checkpoints))
 
     def refuse_run(self) -> None:
-        """Raise ConfigError if a run is here, with the command that goes on with it."""
+        """Raise RunExistsError if a run is here, with the command that goes on with it."""
         if self.holds_run():
-            raise ConfigError(f"{self.path}: holds a run already; go on with: stepctl resume {self.path}")
+            raise RunExistsError(f"{self.path}: holds a run already; go on with: stepctl resume {self.path}")
 
     def newest_config(self) -> yamlio.Document:
         """Return the config that the newest segment ran with: the frozen one, or what the ledger changed it to."""

@@ -20,6 +20,7 @@ from stepctl.cli.options import (
     target_options,
     train_segment,
 )
+from stepctl.errors import RunExistsError
 
 
 @click.command()
@@ -68,16 +69,24 @@ def train(
     from stepctl.assembly import prepare
     from stepctl.plan import plan
 
-    if resuming:
+    def go_on() -> None:
         with run.resume(directory, run.ResumeOptions(document=document), say) as segment:
             train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
+
+    if resuming:
+        go_on()
     config = configs.parse(document)
     if dry_run:
         directory.refuse_strangers()
         print_plan(plan(prepare(config), directory), as_json)
         return
-    with run.create(config, directory, say) as segment:
-        train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
+    try:
+        with run.create(config, directory, say) as segment:
+            train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
+    except RunExistsError:  # one that began since we looked
+        if not or_resume:
+            raise
+        go_on()
 
 
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:
