@@ -30,11 +30,8 @@ class Exit(IntEnum):
 
 
 def printable(text: str) -> str:
-    """Return a text out of a file with all escaped that a terminal might obey, but for the ends of its lines."""
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    """Return a text with all escaped that a terminal might obey, the ends of lines too."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 class StepctlError(Exception):
@@ -73,7 +70,7 @@ class CheckpointError(StepctlError):
     exit_code = Exit.NO_CHECKPOINT
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__("\n".join(map(printable, message.split("\n"))))
         self.code = code
 
 

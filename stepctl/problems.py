@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stepctl.errors import printable
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -37,7 +39,7 @@ def in_one_line(text: str, longest: int = _LONGEST) -> str:
     """Return a text with all escaped that a terminal might obey, and its middle left out where it is long."""
     if len(text) > longest:
         text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return printable(text)
 
 
 def in_lines(problems: list[str]) -> str:
