@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from processes import Process, start, until
-from trials import Trial, ledger, make_trial, random_config
+from trials import Trial, content, ledger, make_trial, random_config
 
 GATE_AT = 5  # step 4 is saved before, step 8 after
 # A learning rate that waits for a file to appear: in the midst of training, and if asked when it is built for the
@@ -39,7 +40,8 @@ def by_command():
 built = 0
 
 def wait_for(door):
-    while not os.path.exists(door):
+    end = time.monotonic() + 600  # nobody will come
+    while not os.path.exists(door) and time.monotonic() < end:
         time.sleep(0.001)
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +85,12 @@ class Gated:
         """Start a process that waits at the gate."""
         return start(arguments, cwd=self.trial.folder, env=self.environment(run) | variables)
 
-    def start_building(self, arguments: Sequence[object], run: Path, at: int) -> Process:
-        """Start a process, and come back when it waits at the so-manieth time that it builds the gate."""
-        process = self.start(arguments, run, BUILD_AT=str(at))
-        until(lambda: run.with_name("door-waiting").exists() or not process.running())
-        return process
+    @contextlib.contextmanager
+    def building(self, arguments: Sequence[object], run: Path, at: int) -> Iterator[Process]:
+        """Start a process, and go on when it waits at the so-manieth time that it builds the gate."""
+        with self.start(arguments, run, BUILD_AT=str(at)) as process:
+            until(lambda: run.with_name("door-waiting").exists() or not process.running())
+            yield process
 
     def let_build(self, run: Path) -> None:
         """Let a process that waits while it builds go on."""
@@ -123,6 +126,5 @@ def make_gated(folder: Path, chance: random.Random, **sections: Any) -> Gated:
 
 def at_the_gate(run: Path) -> bool:
     """Tell whether a run has come to the gate, and all that it is to save before is saved."""
-    path = run / "metrics.jsonl"
-    arrived = path.exists() and b'"step": %d,' % GATE_AT in path.read_bytes()
+    arrived = b'"step": %d,' % GATE_AT in content(run / "metrics.jsonl")
     return arrived and GATE_AT - 1 in (line["step"] for line in ledger(run, "checkpoint"))

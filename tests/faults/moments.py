@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from processes import Process, until
+from trials import content
 
 Moment = Callable[[Process, Path], None]  # comes back when it is there, or when the process has ended
 START_UP = 0.12  # seconds, or so, from the first line of a process to its first step
@@ -54,7 +55,7 @@ def inside_a_save(number: int, then: float) -> Moment:
             seen, was_there = seen + (there and not was_there), there
             return seen >= number or not child.running()
 
-        until(enough, every=0)
+        until(enough, every=0.0003)
         child.running(after=then)
 
     return moment
@@ -68,7 +69,7 @@ def names(folder: Path) -> list[str]:
 
 
 def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return content(path).count(b"\n")
 
 
 def void(_: object) -> None:

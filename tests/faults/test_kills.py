@@ -30,7 +30,7 @@ def attack(seed: int, kills: int, folder: Path, figure: Figure) -> None:
     done = runs = inside = 0
     while done < kills:
         trial = make_trial(folder / f"config-{runs}", random_config(chance))
-        for _ in range(4):
+        for _ in range(8):
             if done < kills:
                 killed, in_saves = broken_run(trial, trial.new_run(runs), min(3, kills - done), chance)
                 done, inside, runs = done + killed, inside + in_saves, runs + 1

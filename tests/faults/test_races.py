@@ -116,7 +116,7 @@ def test_one_line_for_both_meets_a_run_that_began_while_it_was_building(
     at: int, ended: bool, gated: Gated, tmp_path: Path
 ) -> None:
     run = gated.trial.new_run(tmp_path.name)
-    with gated.start_building(or_resume(gated.trial, run), run, at) as late:
+    with gated.building(or_resume(gated.trial, run), run, at) as late:
         assert late.running(), late.said()
         with gated.start(train(gated.trial, run), run) as first:
             until(lambda: at_the_gate(run) or not first.running())

@@ -14,7 +14,7 @@ from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2, Signals
 import pytest
 from moments import some_moment, when_there_are
 from processes import Process, start, start_cold
-from trials import Trial, acknowledged, assert_nothing_lost, checkpoints, ledger, make_trial, random_config
+from trials import Trial, acknowledged, assert_nothing_lost, checkpoints, content, ledger, make_trial, random_config
 
 Figure = Callable[[str, int], None]
 STOPS = {SIGTERM, SIGINT, SIGUSR1}
@@ -128,8 +128,7 @@ def shoot(child: Process, run: Path, trial: Trial, before: Before, chance: rando
 
 def newest_row(run: Path, trial: Trial) -> int:
     """Return the step of the newest training row: the step in flight is the next, or the one after."""
-    path = run / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = content(run / "metrics.jsonl").splitlines(keepends=True)
     found = (json.loads(line) for line in reversed(lines) if line.endswith(b"\n"))
     return next((row["step"] for row in found), trial.config["initial_step"])
 

@@ -111,9 +111,9 @@ def random_config(chance: random.Random, **sections: Any) -> dict[str, Any]:
         "model": {"name": "mlp", "hidden": hidden, "dropout": 0.2, "layer_norm": chance.random() < 0.3},
         "task": {"name": "classification"},
         "optimizer": {**chance.choice(_OPTIMIZERS), "learning_rate": chance.choice(_RATES)},
-        "stop": {"last_step": first + chance.randint(25, 60)},
+        "stop": {"last_step": first + chance.randint(20, 45)},
         "log": {"every": logged, "offset": chance.randrange(logged)},
-        "evaluate": {"every": chance.randint(5, 20)},
+        "evaluate": {"every": chance.randint(10, 25)},
         "checkpoint": {"every": every, "keep_last": chance.choice((1, 2, 3, None))},
         "numerics": {"threads": 1},
     }
@@ -122,10 +122,17 @@ def random_config(chance: random.Random, **sections: Any) -> dict[str, Any]:
 
 def ledger(run: Path, event: str) -> list[dict[str, Any]]:
     """Return the whole lines of an event; all but the last must be readable."""
-    path = run / "ledger.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = content(run / "ledger.jsonl").splitlines(keepends=True)
     found = [json.loads(line) for line in lines if line.endswith(b"\n")]
     return [line for line in found if line["event"] == event]
+
+
+def content(path: Path) -> bytes:
+    """Return what a file holds: nothing, if it is not there, or just being made anew."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
