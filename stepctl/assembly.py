@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -13,16 +14,15 @@ from stepctl import config as configs
 from stepctl import numerics, registry, yamlio
 from stepctl.checkpoint import codec
 from stepctl.config import Config
-from stepctl.data.base import Source, Sources, count_classes
+from stepctl.data.base import Source, Targets, count_classes
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
-from stepctl.errors import ConfigError
+from stepctl.errors import ConfigError, StepctlError
 from stepctl.hooks.base import Hook
 from stepctl.models.base import Model
 from stepctl.optimizers.base import Optimizer
+from stepctl.problems import in_one_line, reason
 from stepctl.state import TrainState
 from stepctl.tasks.base import Task
-
-_PROTOCOLS: dict[str, type] = {"data": Sources, "model": Model, "task": Task, "optimizer": Optimizer}
 
 
 @dataclass
@@ -60,7 +60,7 @@ def assemble(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
 
 
 def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
-    task_class = cast(type[Task], registry.resolve("tasks", config.task.name))
+    task_class = _task_class(config.task.name)
     train, validation = _build("data", config.data.spec(), targets=task_class.targets, dtype=config.dtype)
     sources = [train, validation] if validation is not None else [train]
     if task_class.targets != "classes" and config.data.n_classes is not None:
@@ -73,6 +73,7 @@ def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
     n_outputs = task_class.n_outputs(config.data.n_classes, train.target_shape)
     model = _build("model", config.model.spec(), input_shape=train.sample_shape, n_outputs=n_outputs)
     optimizer = _build("optimizer", config.optimizer.spec())
+    _check_rate(optimizer, config.initial_step)
     here = numerics.settle(_threads(config, model))
     task = _build(
         "task",
@@ -107,6 +108,23 @@ def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
     )
 
 
+def _task_class(name: str) -> type[Task]:
+    found = cast(type[Task], registry.resolve("tasks", name))
+    if getattr(found, "targets", None) not in get_args(Targets):
+        raise ConfigError(f"task.name: {name} does not say its targets: one of {', '.join(get_args(Targets))}")
+    return found
+
+
+def _check_rate(optimizer: Optimizer, step: int) -> None:
+    try:
+        rate: object = optimizer.learning_rate(step)
+    except registry.FOREIGN as error:
+        raise ConfigError(in_one_line(f"optimizer.learning_rate: fails at step {step}: {reason(error)}")) from error
+    if not isinstance(rate, numbers.Real) or not 0 <= float(rate) < math.inf:
+        text = in_one_line(repr(rate), 60)
+        raise ConfigError(f"optimizer.learning_rate: gives {text} at step {step}; a number from 0 on is needed")
+
+
 def _threads(config: Config, model: Model) -> int:
     if config.numerics.threads != numerics.AUTO:
         return config.numerics.threads
@@ -116,15 +134,13 @@ def _threads(config: Config, model: Model) -> int:
 
 def _build(section: str, spec: dict[str, Any], **context: Any) -> Any:
     try:
-        built = registry.build(configs.FAMILIES[section], spec, **context)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{section}: {spec['name']} cannot be built: {error}") from error
-    if not isinstance(built, _PROTOCOLS[section]):
-        needed = _PROTOCOLS[section]
-        raise ConfigError(
-            f"{section}: {spec['name']} is no {needed.__name__}; subclass {needed.__module__}:{needed.__name__}"
-        )
-    return built
+        return registry.build(configs.FAMILIES[section], spec, **context)
+    except ConfigError as error:
+        raise ConfigError(f"{section}: {error}") from error
+    except (StepctlError, MemoryError, OverflowError):
+        raise
+    except registry.FOREIGN as error:
+        raise ConfigError(in_one_line(f"{section}: {spec['name']} cannot be built: {reason(error)}")) from error
 
 
 def _parts(config: Config, train: Source, validation: Source | None) -> tuple[Part, Part | None]:
@@ -162,6 +178,8 @@ def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
     target = config.target(config.initial_step)
     if target < config.initial_step:
         raise ConfigError(f"stop.last_step: {target} is below initial_step {config.initial_step}; raise it")
+    if target >= 1 << 62:
+        raise ConfigError(f"stop: {target} is more steps than can be counted; lower stop or initial_step")
     config = config.with_values(dict.fromkeys(config.horizon_keys(), max(target, 1)))
     assembly = assemble(config, hooks)
     here, asked = assembly.numerics, config.numerics

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from stepctl import registry
 from stepctl.errors import ConfigError
-from stepctl.problems import Problem, did_you_mean, problems_of, unknown_key
+from stepctl.problems import Problem, did_you_mean, in_lines, problems_of, unknown_key
 from stepctl.registry import NonNegativeInt, Positive, PositiveInt
 from stepctl.yamlio import Document, flatten
 
@@ -198,7 +198,9 @@ def parse(document: Document) -> Config:
         unknown = {item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"}
         problems += [_named(problem, unknown) for problem in problems_of(error, value)]
     if problems:
-        raise ConfigError("\n".join(_line(document, problem) for problem in sorted(problems, key=_order(document))))
+        order = {path: number for number, path in enumerate(document.places)}
+        problems.sort(key=lambda problem: order.get(problem.path, -1))
+        raise ConfigError(in_lines([_line(document, problem) for problem in problems]))
     return config
 
 
@@ -216,11 +218,6 @@ def _line(document: Document, problem: Problem) -> str:
     key = ".".join(str(part) for part in problem.path) or "config"
     place = document.place(problem.path, key=problem.message.startswith("unknown key"))
     return f"{place}: {key}: {problem.message}"
-
-
-def _order(document: Document) -> Any:
-    known = list(document.places)
-    return lambda problem: known.index(problem.path) if problem.path in known else -1
 
 
 def changes(old: Config, new: Config) -> list[dict[str, Any]]:

@@ -28,6 +28,14 @@ class Exit(IntEnum):
     STOPPED = 75  # EX_TEMPFAIL: run it again
 
 
+def printable(text: str) -> str:
+    """Return a text out of a file with all escaped that a terminal might obey, but for the ends of its lines."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 class StepctlError(Exception):
     """Base of all: an operation failed; nothing was lost."""
 
@@ -60,7 +68,7 @@ class CheckpointError(StepctlError):
     exit_code = Exit.NO_CHECKPOINT
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.code = code
 
 

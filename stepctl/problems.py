@@ -1,15 +1,18 @@
-"""What is wrong with a config, in words: pydantic's reports turned into one plain line a place."""
+"""What is wrong, in words: one plain line a place; pydantic's reports turned into such lines."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 Path = tuple[str | int, ...]
+_MOST = 50  # problems shown
+_LONGEST = 1000  # characters of a line
 
 # pydantic's error types -> what is needed there; the others speak for themselves
 _NEEDED = {
@@ -28,6 +31,26 @@ class Problem(NamedTuple):
 
     path: Path
     message: str
+
+
+def in_one_line(text: str, longest: int = _LONGEST) -> str:
+    """Return a text with all escaped that a terminal might obey, and its middle left out where it is long."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def in_lines(problems: list[str]) -> str:
+    """Return a line for each of the first problems, and how many are left out."""
+    left_out = len(problems) - _MOST
+    more = [f"... and {left_out} more"] if left_out > 0 else []
+    return "\n".join([*map(in_one_line, problems[:_MOST]), *more])
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's own words, after its type where they say nothing without it."""
+    text = str(error)
+    return text if text and not isinstance(error, SystemExit | KeyError) else f"{type(error).__name__}: {text}"
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

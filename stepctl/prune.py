@@ -19,16 +19,17 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
     The newest good one stays. Damaged files are reported, left in place, and count for nothing. CheckpointError
     if none is good, RunInUseError if a process trains the run.
     """
-    store = Store(directory.checkpoints, directory.acknowledged())
-    evaluations = Evaluations(directory.read_metrics())
-    if (best := keep.keep_best) and not any(best.metric in row for row in evaluations.rows.values()):
-        raise ConfigError(f"keep_best: {directory.metrics} has no evaluation with {best.metric!r}")
     with contextlib.nullcontext() if dry_run else directory.lock(say):
+        store = Store(directory.checkpoints, directory.acknowledged())
+        evaluations = Evaluations(directory.read_metrics())
+        if (best := keep.keep_best) and not any(best.metric in row for row in evaluations.rows.values()):
+            raise ConfigError(f"keep_best: {directory.metrics} has no evaluation with {best.metric!r}")
         newest = store.newest(say)
         newest.close()
         good = [step for step in store.steps() if step <= newest.header.global_step and _is_whole(store, step, say)]
         pruned = retention.to_prune(good, keep, evaluations.rows)
         if pruned and not dry_run:
+            directory.mend_ledger()
             directory.append_ledger("prune", steps=pruned)
             store.remove(pruned)
     return pruned

@@ -15,22 +15,41 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, Any, cast, get_args, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from stepctl.errors import ConfigError
-from stepctl.problems import Problem, did_you_mean, not_plain, problems_of, shown, unknown_key
+from stepctl.problems import Problem, did_you_mean, not_plain, problems_of, reason, shown, unknown_key
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1, lt=1 << 31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=1 << 62)]
-File = Annotated[str, Field(min_length=1), AfterValidator(os.path.abspath)]
+PositiveStep = Annotated[int, Field(ge=1, lt=1 << 62)]
+
+
+def _absolute(path: str) -> str:
+    whole = os.path.abspath(path)
+    if "\0" in whole or (not whole.isascii() and any("\ud800" <= letter <= "\udfff" for letter in whole)):
+        raise ValueError(f"{whole!a} is no path of UTF-8 text; rename it")
+    return whole
+
+
+File = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 
 CONTEXT = frozenset({"input_shape", "n_outputs", "dtype", "targets", "model", "optimizer", "seed", "shards", "threads"})
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+# What a component of each family is a subclass of, or a function that returns.
+PROTOCOLS = {
+    "data": "stepctl.data.base:Sources",
+    "models": "stepctl.models.base:Model",
+    "tasks": "stepctl.tasks.base:Task",
+    "optimizers": "stepctl.optimizers.base:Optimizer",
+    "schedules": "stepctl.schedules:Schedule",
+}
+FOREIGN = (Exception, SystemExit)  # what a user's own module may raise; Ctrl-C still ends the command
 
 
 @dataclass(frozen=True)
@@ -61,9 +80,28 @@ def resolve(family: str, name: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
         inspect.signature(found)
-    except Exception as error:  # a user's module may raise anything
-        raise ConfigError(f"cannot use {name!r}: {error} (looked in the current folder too)") from error
+        if name not in known:
+            _check_kind(family, found)
+            parameters(found)
+    except FOREIGN as error:
+        looked = " (looked in the current folder too)" if isinstance(error, ImportError | AttributeError) else ""
+        raise ConfigError(f"cannot use {name!r}: {reason(error)}{looked}") from error
     return cast(Callable[..., Any], found)
+
+
+def _check_kind(family: str, found: object) -> None:
+    """Raise TypeError if calling this could not give a component of the family, before it is called."""
+    needed, gives = _protocol(family), found
+    if inspect.isfunction(found) and family != "tasks":
+        annotated = get_type_hints(found).get("return", Any)
+        gives = needed if annotated is Any else get_origin(annotated) or annotated
+    if not (isinstance(gives, type) and (issubclass(gives, needed) or issubclass(needed, gives))):
+        raise TypeError(f"it is no {needed.__name__}; subclass {PROTOCOLS[family]}")
+
+
+def _protocol(family: str) -> type:
+    module_name, _, attribute = PROTOCOLS[family].partition(":")
+    return cast(type, getattr(importlib.import_module(module_name), attribute))
 
 
 @functools.cache
@@ -106,7 +144,7 @@ def check(family: str, spec: Mapping[str, Any], shared: tuple[str, ...] = ()) ->
     try:
         factory = resolve(family, spec["name"])
         known = parameters(factory)
-    except (ConfigError, NameError) as error:
+    except ConfigError as error:
         return dict(spec), [Problem(("name",), str(error))]
     full: dict[str, Any] = {"name": spec["name"]}
     problems = [
@@ -122,8 +160,10 @@ def check(family: str, spec: Mapping[str, Any], shared: tuple[str, ...] = ()) ->
     if not problems and not CONTEXT & inspect.signature(factory).parameters.keys():
         try:
             build(family, full)
-        except Exception as error:  # a user's component may raise anything
-            problems.append(Problem((), f"{spec['name']}: {error}"))
+        except ConfigError as error:
+            problems.append(Problem((), str(error)))
+        except FOREIGN as error:
+            problems.append(Problem((), f"{spec['name']}: {reason(error)}"))
     return full, problems
 
 
@@ -154,4 +194,7 @@ def build(family: str, spec: Mapping[str, Any], **context: Any) -> Any:
         mark = nested(hint)
         arguments[name] = _validated(hint, spec[name]) if mark is None else build(mark.family, spec[name])
     wanted = inspect.signature(factory).parameters
-    return factory(**arguments, **{name: value for name, value in context.items() if name in wanted})
+    built = factory(**arguments, **{name: value for name, value in context.items() if name in wanted})
+    if not isinstance(built, _protocol(family)):
+        raise ConfigError(f"{spec['name']} is no {_protocol(family).__name__}; subclass {PROTOCOLS[family]}")
+    return built

@@ -118,7 +118,8 @@ class RunDirectory:
                     os.ftruncate(descriptor, 0)
         finally:
             _HELD.discard(descriptor)
-            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def _take(self, descriptor: int) -> None:
         holder: dict[str, Any] | None = None

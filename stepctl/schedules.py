@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stepctl.registry import Component, NonNegative, NonNegativeInt, Positive, PositiveInt
+from stepctl.registry import Component, NonNegative, NonNegativeInt, Positive, PositiveStep
 
 NAMES = {
     "constant": "stepctl.schedules:Constant",
@@ -61,7 +61,7 @@ class Exponential(Schedule):
 
     peak: NonNegative
     decay_rate: Annotated[float, Field(gt=0, le=1)]
-    decay_steps: PositiveInt
+    decay_steps: PositiveStep
     staircase: bool = False
 
     def after_warmup(self, step: int) -> float:
@@ -75,7 +75,7 @@ class InverseTime(Schedule):
 
     peak: NonNegative
     decay_rate: Positive
-    decay_steps: PositiveInt
+    decay_steps: PositiveStep
     staircase: bool = False
 
     def after_warmup(self, step: int) -> float:
@@ -92,7 +92,7 @@ class Polynomial(Schedule):
 
     peak: NonNegative
     end: NonNegative = 0.0
-    decay_steps: PositiveInt | None = None
+    decay_steps: PositiveStep | None = None
     power: Positive = 1.0
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class Polynomial(Schedule):
 class PiecewiseConstant(Schedule):
     """values[i] where i boundaries are at or below the step: a new value holds from its boundary on."""
 
-    boundaries: list[PositiveInt]
+    boundaries: list[PositiveStep]
     values: list[NonNegative]
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class Cosine(Schedule):
 
     peak: NonNegative
     end: NonNegative = 0.0
-    decay_steps: PositiveInt | None = None
+    decay_steps: PositiveStep | None = None
 
     def __post_init__(self) -> None:
         _check_horizon(self.warmup_steps, self.decay_steps)

@@ -84,6 +84,8 @@ class Segment:
                 signals.ignore()
                 return outcome
             except KeyboardInterrupt as error:
+                if not self.store.steps():
+                    raise  # nothing was begun
                 self._record_end("a second SIGINT")
                 path = self.directory.path
                 remedy = f"go on from the newest checkpoint with: stepctl resume {path}"

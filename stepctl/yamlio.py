@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from stepctl.errors import ConfigError
+from stepctl.files import open_regular
+from stepctl.problems import Path, in_lines, in_one_line
 
-Path = tuple[str | int, ...]
-MAX_BYTES = 1 << 16
+MAX_BYTES = 1 << 15  # half a second's work
 _MAX_DEPTH = 20
-_MOST_PROBLEMS = 50  # shown
+_LONGEST_NAME = 200  # characters of a file's name in a message
 
 # YAML 1.2.2, section 10.3.2: the core schema's scalars
 _NULL = re.compile(r"null|Null|NULL|~|")
@@ -47,39 +48,65 @@ class Document:
     def set(self, assignment: str) -> None:
         """Apply "a.b=VALUE", with VALUE read as YAML; ConfigError if it is not of that form."""
         key, equals, text = assignment.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"--set {assignment}: give KEY=VALUE, such as optimizer.learning_rate=1e-3")
-        path = tuple(key.split("."))
-        parsed = _Parser(text, f"--set {key}").parse()
+        path, option = tuple(key.split(".")), in_one_line(f"--set {key}", _LONGEST_NAME)
+        if not equals or not all(path):
+            given = in_one_line(f"--set {assignment}", _LONGEST_NAME)
+            raise ConfigError(f"{given}: give KEY=VALUE, such as optimizer.learning_rate=1e-3")
+        if len(path) > _MAX_DEPTH:
+            raise ConfigError(f"{option}: nested deeper than {_MAX_DEPTH} levels")
+        if len(assignment) > MAX_BYTES:
+            raise ConfigError(f"{option}: longer than {MAX_BYTES} bytes; a config is a page of text")
+        parsed = _Parser(text, option).parse()
+        self._put(path, parsed.root, option, parsed.places, parsed.key_places)
+
+    def set_all(self, assignments: Iterable[str]) -> None:
+        """Apply each "a.b=VALUE"; ConfigError with the problems of all."""
+        problems: list[str] = []
+        for assignment in assignments:
+            try:
+                self.set(assignment)
+            except ConfigError as error:
+                problems += str(error).splitlines()
+        if problems:
+            raise ConfigError(in_lines(problems))
+
+    def put(self, key: str, value: Any, option: str) -> None:
+        """Set a key to what a command-line option asks for."""
+        self._put((key,), value, option, {(): option}, {})
+
+    def _put(
+        self, path: tuple[str, ...], value: Any, name: str, places: dict[Path, str], key_places: dict[Path, str]
+    ) -> None:
         at = self.value
         for part in path[:-1]:
             child = at.get(part)
             if not isinstance(child, dict):
                 child = at[part] = {}
             at = child
-        at[path[-1]] = parsed.root
+        at[path[-1]] = value
         for old in [old for old in self.places if old[: len(path)] == path]:
             del self.places[old]
-        self.places |= {path + below: place for below, place in parsed.places.items()}
-        self.key_places |= {path: f"--set {key}"}
-        self.key_places |= {path + below: place for below, place in parsed.key_places.items()}
+        self.places |= {path + below: place for below, place in places.items()}
+        self.key_places |= {path: name} | {path + below: place for below, place in key_places.items()}
 
 
 def load(path: str) -> Document:
     """Read a YAML file whose top is a mapping; ConfigError with every problem, one a line."""
+    name = in_one_line(path, _LONGEST_NAME)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise ConfigError(f"{path}: longer than {MAX_BYTES} bytes; a config is a page of text")
+            raise ConfigError(f"{name}: longer than {MAX_BYTES} bytes; a config is a page of text")
         text = data.decode()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ConfigError(f"{name}: not UTF-8 text: {where}; save it as UTF-8") from error
     except ValueError as error:
-        if not isinstance(error, UnicodeDecodeError):
-            raise ConfigError(f"{path!r}: not a path: {error}") from error
-        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    return loads(text, path)
+        raise ConfigError(f"{name}: not a path: {error}") from error
+    return loads(text, name)
 
 
 def loads(text: str, name: str) -> Document:
@@ -108,12 +135,15 @@ class _Parser:
             mark = error.problem_mark or error.context_mark
             place = f"{self.name}:{mark.line + 1}:{mark.column + 1}" if mark else self.name
             self.problems.append(f"{place}: not YAML: {error.problem or error.context}")
+        except yaml.reader.ReaderError as error:
+            above, start = self.text.count("\n", 0, error.position), self.text.rfind("\n", 0, error.position)
+            place = f"{self.name}:{above + 1}:{error.position - start}"
+            letter = ascii(self.text[error.position])
+            self.problems.append(f"{place}: the character {letter} is not allowed; save the file as plain UTF-8 text")
         except (yaml.YAMLError, ValueError) as error:  # PyYAML lets chr()'s ValueError through
             self.problems.append(f"{self.name}: not YAML: {' '.join(str(error).split())}")
         if self.problems:
-            left_out = len(self.problems) - _MOST_PROBLEMS
-            more = [f"... and {left_out} more"] if left_out > 0 else []
-            raise ConfigError("\n".join(self.problems[:_MOST_PROBLEMS] + more))
+            raise ConfigError(in_lines(self.problems))
         return self
 
     def _documents(self) -> None:
@@ -182,10 +212,16 @@ class _Parser:
             self._problem(event, "a key takes no anchor and no tag")
         if event.value == "<<" and event.implicit[0]:
             self._problem(event, "merge key <<; write the keys out")
-        return str(event.value)
+        return self._text(event)
+
+    def _text(self, event: yaml.ScalarEvent) -> str:
+        text: str = event.value
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            self._problem(event, f"{text[:24]!a} holds half a character (a lone surrogate); write it whole")
+        return text
 
     def _scalar(self, event: yaml.ScalarEvent) -> Any:
-        text: str = event.value
+        text = self._text(event)
         if not event.implicit[0]:
             return text
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,42 @@ WRONG: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 
+# what is no component, and would do something if it were called -> what it is not
+NO_COMPONENTS = {
+    "model={name: 'os:system', command: 'touch called'}": "Model",
+    "model={name: 'subprocess:Popen', args: [touch, called]}": "Model",
+    "model={name: 'stepctl.__main__:main'}": "Model",
+    "model={name: 'stepctl.cli.main:cli'}": "Model",
+    "task={name: 'os:system', command: 'touch called'}": "Task",
+    "task={name: 'subprocess:getoutput', cmd: 'touch called'}": "Task",
+    "optimizer={name: 'os:system', command: 'touch called'}": "Optimizer",
+    "optimizer.learning_rate={name: 'os:system', command: 'touch called'}": "Schedule",
+    "data={name: 'os:system', command: 'touch called'}": "Sources",
+}
+
+LEAVES = """\
+from __future__ import annotations
+from dataclasses import dataclass
+
+from stepctl.schedules import Schedule
+
+def __getattr__(name):
+    raise SystemExit(0)
+
+@dataclass(frozen=True, kw_only=True)
+class Leaves(Schedule):
+    def __post_init__(self):
+        raise SystemExit(0)
+    def after_warmup(self, step):
+        return 1.0
+
+def number():
+    return 3
+
+def unsaid(*, size: Nothing = 3):
+    return size
+"""
+
 POLICIES = {
     "seed": "locked",
     "dtype": "locked",
@@ -203,6 +240,56 @@ def test_every_error_at_once_in_the_order_of_the_file() -> None:
 def test_wrong_by_set(assignment: str) -> None:
     lines = [line if line.startswith("c.yaml") else f"--set {line}" for line in WRONG[assignment]]
     assert refusal(SMALL, assignment) == lines
+
+
+@pytest.mark.parametrize("assignment", NO_COMPONENTS)
+def test_what_is_no_component_is_never_called(assignment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (line,) = refusal(SMALL, assignment)
+    assert re.search(rf": cannot use '.*': it is no {NO_COMPONENTS[assignment]}; subclass stepctl\.", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_ends_the_program_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "leaves_at_once.py").write_text("raise SystemExit(0)")
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    key = "optimizer.learning_rate"
+    for name, words in {
+        "leaves_at_once:x": ".name: cannot use 'leaves_at_once:x': SystemExit: 0",
+        "leaves:nothing": ".name: cannot use 'leaves:nothing': SystemExit: 0",
+        "leaves:Leaves": ": leaves:Leaves: SystemExit: 0",
+        "leaves:number": ": leaves:number is no Schedule; subclass stepctl.schedules:Schedule",
+        "leaves:unsaid": ".name: cannot use 'leaves:unsaid': name 'Nothing' is not defined",
+    }.items():
+        (line,) = refusal(SMALL, f"{key}={{name: '{name}'}}")
+        assert line.partition(f": {key}")[2] == words
+
+
+def test_a_problem_is_one_line_whatever_it_holds() -> None:
+    long, odd = refusal(SMALL.replace("mlp", "c" * 20_000) + '"a\\nb\\e[31m": 1\n')
+    assert odd.startswith(r"c.yaml:6:1: a\nb\x1b[31m: unknown key; allowed: ")
+    assert len(long) < 1100
+    assert long.endswith(OR_YOUR_OWN)
+
+
+def test_a_ruin_is_answered_at_once_and_in_part() -> None:
+    items = SMALL.replace("[128]", f"[{'x,' * 8_000}]")
+    keys = SMALL + "".join(f"k{i}: 1\n" for i in range(1000))
+    for ruin in (items, keys):
+        document = yamlio.loads(ruin, "c.yaml")
+        start = time.process_time()
+        with pytest.raises(ConfigError) as caught:
+            configs.parse(document)
+        assert time.process_time() - start < 3
+        assert len(str(caught.value).splitlines()) == 51
+        assert re.search(r"\.\.\. and \d+ more$", str(caught.value))
+
+
+def test_a_horizon_may_lie_as_far_as_a_target() -> None:
+    config = parse(SMALL, f"stop.last_step={2**62 - 1}", "optimizer.learning_rate={name: cosine, peak: 1}")
+    again = parse(yamlio.dumps(config.with_values({config.horizon_keys()[0]: 2**62 - 1}).plain()))
+    assert again.horizon_keys() == []
 
 
 def test_missing_sections() -> None:

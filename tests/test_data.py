@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -484,6 +485,51 @@ class Payload:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.path,)
+
+
+PLACES = {
+    "csv": ("path",),
+    "arrays": ("path",),
+    "hdf5": ("path",),
+    "idx": ("images", "labels"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_is_no_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(DataError) as caught:
+            build({"name": name, **dict.fromkeys(PLACES[name], path)})
+        assert str(caught.value).startswith(f"{path}: cannot be read as ")
+        assert str(caught.value).endswith(": not a regular file; copy its content into one")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_path_is_shown_in_one_line(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a\n\x1bb"
+    folder.mkdir()
+    spec = KINDS[kind](folder, X, np.full(N, -1, np.int16))
+    with pytest.raises(DataError) as caught:
+        build(spec).train.check(1)
+    assert rf"{tmp_path}/a\n\x1bb/" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="no such file") as caught:
+        build(spec)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(("folder", "path"), [("here", "a\0b"), ("caf\udce9", "data.csv")])
+def test_a_path_that_no_config_can_hold(
+    folder: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    _, problems = registry.check("data", {"name": "csv", "path": path})
+    assert [problem.path for problem in problems] == [("path",)]
+    assert problems[0].message.endswith("is no path of UTF-8 text; rename it")
 
 
 @pytest.mark.parametrize("name", ["x", "y"])

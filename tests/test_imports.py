@@ -15,7 +15,7 @@ import stepctl
 
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
-    {"errors", "arena", "sandbox"},
+    {"errors", "arena", "files", "sandbox"},
     {"state", "rng", "problems", "registry", "schedules", "losses", "optimizers"}
     | {"yamlio", "config", "numerics", "rundir"},
     {"layers", "models", "data", "writers", "checkpoint"},
@@ -35,6 +35,7 @@ ALLOWED = {
     ("config", "registry"),
     ("config", "yamlio"),
     ("rundir", "yamlio"),
+    ("yamlio", "problems"),
     ("models", "layers"),
     ("hooks", "tasks"),
     ("plan", "assembly"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import json
@@ -137,7 +138,7 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "a folder for a data file": (
         nothing,
         data(path="."),
-        "HERE: cannot be read as a NumPy archive (.npz): [Errno 21] Is a directory: 'HERE'",
+        "HERE: cannot be read as a NumPy archive (.npz): Is a directory",
     ),
     "x without features": (npz(x=X[:, 0], y=Y), {}, "HERE/a.npz: x has shape (10,); (rows, features, ...) is needed"),
     "x of no columns": (npz(x=X[:, :0], y=Y), {}, "HERE/a.npz: x has shape (10, 0); at least one feature is needed"),
@@ -477,7 +478,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     ),
     "a target that is no number": (
         ["train", "--config", "c.yaml", "--last-step", "1e3"],
-        "Error: Invalid value for '--last-step': '1e3' is not a valid integer range.",
+        "Error: Invalid value for '--last-step': '1e3' is not a whole number.",
     ),
     "a setting without a value": (
         ["train", "--config", "c.yaml", "--set", "seed"],
@@ -520,6 +521,60 @@ USAGE: dict[str, tuple[list[str], str]] = {
         ["resume", "a.npz"],
         "stepctl: a.npz: is a file; give the run's directory (and --from-step N to go back)",
     ),
+    "a config without a name": (
+        ["train", "--config", ""],
+        "Error: Invalid value for '--config': it is empty; give a path.",
+    ),
+    "a run directory without a name": (
+        ["train", "--config", "c.yaml", "--run-dir", ""],
+        "Error: Invalid value for '--run-dir': it is empty; give a path.",
+    ),
+    "a run without a name": (["resume", ""], "Error: Invalid value for 'RUN': it is empty; give a path."),
+    "a name too long for a file": (
+        ["train", "--config", "c.yaml", "--run-dir", "a" * 300],
+        f"Error: Invalid value for '--run-dir': '{'a' * 60}': File name too long; give another path.",
+    ),
+    "a run whose name is too long": (
+        ["resume", "a" * 300],
+        f"Error: Invalid value for 'RUN': '{'a' * 60}': File name too long; give another path.",
+    ),
+    "no name of a file": (
+        ["resume", "a\0b"],
+        r"Error: Invalid value for 'RUN': 'a\x00b': embedded null byte; give another path.",
+    ),
+    "a name that a terminal would obey": (
+        ["train", "--config", "a\nb\x1b[31m\u202e"],
+        r"stepctl: a\nb\x1b[31m\u202e: cannot be read: No such file or directory; check the path",
+    ),
+    "an option that a terminal would obey": (["train", "--a\x1b[31m"], r"Error: No such option '--a\x1b[31m'."),
+    "a pipe for a config": (
+        ["train", "--config", "/dev/null"],
+        "stepctl: /dev/null: cannot be read: not a regular file; copy its content into one; check the path",
+    ),
+    "a number of other digits": (
+        ["train", "--config", "c.yaml", "--num-steps", "\u0663"],
+        "Error: Invalid value for '--num-steps': '\u0663' is not a whole number.",
+    ),
+    "a number with a gap": (
+        ["resume", "run", "--from-step", "1_0"],
+        "Error: Invalid value for '--from-step': '1_0' is not a whole number.",
+    ),
+    "a number without end": (
+        ["resume", "run", "--num-steps", "9" * 30_000],
+        "Error: Invalid value for '--num-steps': '999",
+    ),
+    "a plan in JSON, not asked for": (
+        ["train", "--config", "c.yaml", "--json"],
+        "Error: --json prints the plan of --dry-run: give both",
+    ),
+    "a target and another setting of it": (
+        ["train", "--config", "c.yaml", "--num-steps", "1", "--set", "stop.last_step=5"],
+        f"stepctl: --num-steps: stop: {EITHER}",
+    ),
+    "more steps than can be counted": (
+        ["train", "--config", "c.yaml", "--num-steps", str(2**62 - 1), "--set", f"initial_step={2**62 - 1}"],
+        f"stepctl: stop: {2**63 - 2} is more steps than can be counted; lower stop or initial_step",
+    ),
     "no such command": (["tarin"], "Error: No such command 'tarin'. Did you mean 'train'?"),
     "no such option": (["train", "--confg", "c.yaml"], "Error: No such option '--confg'."),
 }  # fmt: skip
@@ -534,6 +589,98 @@ def test_usage(case: str, folder: Path) -> None:
     last = answer.stderr.splitlines()[-1]
     assert last.startswith(line), answer.stderr
     assert last == answer.stderr.rstrip("\n") or answer.stderr.startswith("Usage: stepctl ")
+    assert answer.stderr.replace("\n", "").isprintable()
+    assert len(last) < 1100
+    assert everything(folder) == before
+
+
+OWN = """
+from dataclasses import dataclass
+from stepctl.models.base import Model
+from stepctl.schedules import Schedule
+from stepctl.tasks.supervised import Classification
+
+class Leaves(Model):
+    def __init__(self, *, input_shape, n_outputs):
+        raise SystemExit(0)
+    def initialize(self, params, rng): ...
+    def forward(self, params, x, workspace): ...
+    def parameter_shapes(self):
+        raise SystemExit(0)
+
+class LeavesLater(Leaves):
+    def __init__(self, *, input_shape, n_outputs): ...
+
+def odd(*, input_shape):
+    raise ValueError("a\\nb\\x1b[31m")
+
+class NoTargets(Classification):
+    targets = "words"
+
+@dataclass(frozen=True, kw_only=True)
+class Word(Schedule):
+    def after_warmup(self, step):
+        return "fast"
+
+@dataclass(frozen=True, kw_only=True)
+class Ends(Schedule):
+    def after_warmup(self, step):
+        raise SystemExit(0)
+
+@dataclass(frozen=True, kw_only=True)
+class Endless(Schedule):
+    def after_warmup(self, step):
+        return float("inf")
+"""
+RATE = "optimizer.learning_rate={name: 'own_mistakes:%s'}"
+MISTAKES: dict[str, tuple[str, int, str]] = {
+    "a model that ends the program": (
+        "model={name: 'own_mistakes:Leaves'}",
+        Exit.USAGE,
+        "model: own_mistakes:Leaves cannot be built: SystemExit: 0\n",
+    ),
+    "a model that ends it later": (
+        "model={name: 'own_mistakes:LeavesLater'}",
+        Exit.NEGATIVE,
+        "unexpected SystemExit: 0 (own_mistakes.py:13); see more with: stepctl --debug COMMAND ...\n",
+    ),
+    "an error of two lines": (
+        "model={name: 'own_mistakes:odd'}",
+        Exit.USAGE,
+        r"model: own_mistakes:odd cannot be built: a\nb\x1b[31m" + "\n",
+    ),
+    "a task without targets": (
+        "task={name: 'own_mistakes:NoTargets'}",
+        Exit.USAGE,
+        "task.name: own_mistakes:NoTargets does not say its targets: one of classes, values\n",
+    ),
+    "a rate that is a word": (
+        RATE % "Word",
+        Exit.USAGE,
+        "optimizer.learning_rate: gives 'fast' at step 0; a number from 0 on is needed\n",
+    ),
+    "a rate that is not finite": (
+        RATE % "Endless",
+        Exit.USAGE,
+        "optimizer.learning_rate: gives inf at step 0; a number from 0 on is needed\n",
+    ),
+    "a rate that ends the program": (
+        RATE % "Ends",
+        Exit.USAGE,
+        "optimizer.learning_rate: fails at step 0: SystemExit: 0\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_in_a_user_s_own_module(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assignment, code, line = MISTAKES[case]
+    (folder / "own_mistakes.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "own_mistakes", raising=False)
+    before = everything(folder)
+    assert stepctl("train", "--config", "c.yaml", "--set", assignment) == (code, "", f"stepctl: {line}")
     assert everything(folder) == before
 
 
@@ -806,6 +953,15 @@ def test_what_nobody_foresaw_is_one_line_too(folder: Path, monkeypatch: pytest.M
     assert re.fullmatch(
         rf"stepctl: unexpected KeyError: 'a\\nb' {where}; see more with: stepctl --debug COMMAND ...\n", text
     )
+
+
+def test_what_the_system_refuses_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "a\nb")
+
+    monkeypatch.setattr(run, "create", fail)
+    line = "stepctl: a\\nb: Input/output error; mend that, and run the command again\n"
+    assert stepctl("train", "--config", "c.yaml") == (Exit.NEGATIVE, "", line)
 
 
 def test_a_ctrl_c_while_loading_is_silent(folder: Path) -> None:

@@ -151,12 +151,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "something that cannot be called": (
         {"name": "user_model:__doc__"},
         "CONFIG:3:15: model.name: cannot use 'user_model:__doc__': 'A model as a user writes one: plain NumPy, "
-        'gradients by hand. Configs name it "user_model:TwoLayers".\' is not a callable object '
-        "(looked in the current folder too)",
+        'gradients by hand. Configs name it "user_model:TwoLayers".\' is not a callable object',
     ),
     "no model at all": (
         {"name": "user_model:no_model"},
-        "model: user_model:no_model is no Model; subclass stepctl.models.base:Model",
+        "CONFIG:3:15: model.name: cannot use 'user_model:no_model': it is no Model; subclass stepctl.models.base:Model",
     ),
     "a gradient that is not written": (
         {"name": "user_model:ForgetsTheBias"},

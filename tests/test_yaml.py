@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,24 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     ),
     "another YAML": ("%YAML 1.1\n---\na: 1", ["c.yaml:1:1: YAML 1.2 is read here; drop the directive"]),
     "no character": ('a: "\\U00110000"', ["c.yaml: not YAML: chr() arg not in range(0x110000)"]),
+    "half a character": (
+        '"a\\ud800": "\\udfff"',
+        [
+            "c.yaml:1:1: 'a\\ud800' holds half a character (a lone surrogate); write it whole",
+            "c.yaml:1:12: '\\udfff' holds half a character (a lone surrogate); write it whole",
+        ],
+    ),
+    "a character that YAML has not": (
+        "a: 1\nb: \x00",
+        ["c.yaml:2:4: the character '\\x00' is not allowed; save the file as plain UTF-8 text"],
+    ),
+    "what a terminal would obey": (
+        '"\\e[31m\\u202e\\n": {}\n"\\e[31m\\u202e\\n": &x 1',
+        [
+            "c.yaml:2:1: duplicate key '\\x1b[31m\\u202e\\n'; the first stands at c.yaml:1:1",
+            "c.yaml:2:19: anchor &x; write each value out where it is used",
+        ],
+    ),
     "a number beyond 64 bits": (
         "a: 18446744073709551615\nb: 18446744073709551616\nc: 0x" + "f" * 99,
         [
@@ -161,13 +180,42 @@ def test_a_file_is_text_of_limited_length(tmp_path: Path) -> None:
     path.write_bytes(b"a: 1 #" + b"x" * (yamlio.MAX_BYTES - 6))
     assert yamlio.load(str(path)).value == {"a": 1}
     path.write_bytes(b"a: 1 #" + b"x" * (yamlio.MAX_BYTES - 5))
-    with pytest.raises(ConfigError, match=r"c\.yaml: longer than 65536 bytes; a config is a page of text$"):
+    with pytest.raises(ConfigError, match=r"c\.yaml: longer than 32768 bytes; a config is a page of text$"):
         yamlio.load(str(path))
     path.write_bytes(b"a: caf\xe9!")
-    with pytest.raises(ConfigError, match=r"c\.yaml: not UTF-8 text: invalid continuation byte at byte 6$"):
+    with pytest.raises(
+        ConfigError, match=r"c\.yaml: not UTF-8 text: invalid continuation byte at byte 6; save it as UTF-8$"
+    ):
         yamlio.load(str(path))
     path.write_bytes("é: ü".encode())
     assert yamlio.load(str(path)).value == {"é": "ü"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_another_encoding_is_named(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 1", encoding)
+    with pytest.raises(ConfigError, match=r"; save (it|the file) as (plain )?UTF-8"):
+        yamlio.load(str(path))
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(ConfigError) as caught:
+            yamlio.load(path)
+        reason = "not a regular file; copy its content into one"
+        assert str(caught.value) == f"{path}: cannot be read: {reason}; check the path"
+
+
+def test_a_name_is_shown_in_one_line_and_not_in_full() -> None:
+    for path, shown in {"a\nb\x1b[31m": "a\\nb\\x1b[31m", "no\0path": "no\\x00path"}.items():
+        with pytest.raises(ConfigError) as caught:
+            yamlio.load(path)
+        assert str(caught.value).startswith(f"{shown}: ")
+    with pytest.raises(ConfigError) as caught:
+        yamlio.loads("[", "c" * 10_000)
+    assert len(problems("a: *" + "x" * 30_000)[0]) < 1100
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -209,6 +257,9 @@ NOT_SETTINGS = {
     "a=[1, .inf]": "--set a:1:5: .inf is not a finite number",
     "a={b: 1, b: 2}": "--set a:1:8: duplicate key 'b'; the first stands at --set a:1:2",
     "a=&x 1": "--set a:1:1: anchor &x; write each value out where it is used",
+    "a" * 300: f"--set {'a' * 94} ... {'a' * 100}: give KEY=VALUE, such as optimizer.learning_rate=1e-3",
+    ".".join("a" * 21) + "=1": f"--set {'.'.join('a' * 21)}: nested deeper than 20 levels",
+    f"a={'[1, ' * 9000}": "--set a: longer than 32768 bytes; a config is a page of text",
     "a=[1": "--set a:1:3: not YAML: expected ',' or ']', but got '<stream end>'",
 }
 
@@ -232,6 +283,24 @@ def test_set_refuses_as_the_file_is_refused(assignment: str) -> None:
         changed.set(assignment)
     assert str(caught.value) == NOT_SETTINGS[assignment]
     assert changed.value == document().value
+
+
+def test_every_wrong_setting_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        document().set_all(["seed", "a.b=[1", "seed=1", "a..b=1"])
+    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == [
+        "--set seed",
+        "--set a.b:1:3",
+        "--set a..b=1",
+    ]
+
+
+def test_an_option_is_a_place_too() -> None:
+    changed = document()
+    changed.put("a", {"c": 2}, "--an-option")
+    assert changed.value == {"seed": 0, "a": {"c": 2}}
+    assert changed.place(("a", "c")) == changed.place(("a",), key=True) == "--an-option"
+    assert changed.place(("seed",)) == "c.yaml:1:7"
 
 
 def test_set_is_a_place_of_its_own() -> None:

@@ -22,8 +22,9 @@ class Background:
     def start(self, job: Callable[[], None]) -> None:
         """Begin a job, once the one before is finished."""
         assert not self.busy, "the job before must be finished"
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
+        self._thread = thread
+        thread.start()
 
     def check(self) -> None:
         """Raise the error of a job that has ended, once."""
@@ -40,7 +41,7 @@ class Background:
     def abandon(self) -> None:
         """Have the job give up, and wait until it has; its error is nobody's any more."""
         self._abandoned.set()
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:  # else an interrupt came before it began
             self._thread.join()
 
     def abandoned(self) -> bool:
@@ -49,6 +50,7 @@ class Background:
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
-            job()
+            if not self.abandoned():
+                job()
         except BaseException as error:
             self._error = error

@@ -180,6 +180,7 @@ class Reader:
         self.name = os.path.basename(path)
         self._raw, digest = userblock.open_verified(path)
         try:
+            self._stamp = _stamp(self._raw)
             vet(digest)
             self._file = _open_hdf5(self._raw, self.name)
             self.datasets: dict[str, h5py.Dataset] = Walk(self.name).group(self._file)
@@ -214,9 +215,27 @@ class Reader:
         }
 
     def read_into(self, path: str, out: Array) -> None:
-        """Read one array into memory of its shape and dtype."""
+        """Read one array into C-ordered memory of its shape and dtype."""
+        dataset = self.datasets[path]
+        values = out if out.dtype == dataset.dtype else np.empty(out.shape, dataset.dtype)  # of another byte order
         if out.size:
-            self.datasets[path].id.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
+            self._read(path, dataset.id.get_offset(), values)
+            if values is not out:
+                out[...] = values
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if the file was written to since its digest was checked."""
+        if _stamp(self._raw) != self._stamp:
+            raise CheckpointError("changed", f"{self.name}: changed while it was read")
+
+    def _read(self, path: str, position: int, out: Array) -> None:
+        try:
+            self._raw.seek(position)
+            n_bytes = self._raw.readinto(out.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise CheckpointError("read", f"{self.name}: cannot be read ({error.strerror})") from error
+        if n_bytes != out.nbytes:
+            raise CheckpointError("changed", f"{self.name}: /{path}: cut short while it was read")
 
     def parts(self, path: str) -> Iterator[Array]:
         """Yield the elements of one array in C order, a 1-D part at a time."""
@@ -225,9 +244,7 @@ class Reader:
         position = dataset.id.get_offset()
         for start in range(0, size, _PART):
             part = np.empty(min(_PART, size - start), dtype)
-            self._raw.seek(position + start * dtype.itemsize)
-            if self._raw.readinto(part.view(np.uint8).data) != part.nbytes:
-                raise CheckpointError("read", f"{self.name}: /{path}: cut short while it was read")
+            self._read(path, position + start * dtype.itemsize, part)
             yield part
 
     def _read_header(self, digest: str) -> Header:
@@ -300,6 +317,11 @@ class Reader:
             raise CheckpointError("text", f"{self.name}: /{where} is not UTF-8 text") from error
 
 
+def _stamp(file: BufferedReader) -> tuple[int, int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def check(path: str) -> dict[str, Any]:
     """Open a checkpoint, and return its step and digest; CheckpointError if it is refused."""
     with Reader(path) as reader:
@@ -328,11 +350,9 @@ def restore(reader: Reader, state: TrainState) -> None:
     differences = list(_differences(expected, found))
     if differences:
         raise CheckpointError("mismatch", f"{reader.name}: does not fit this config\n" + "\n".join(differences))
-    try:
-        for path, array in state.arrays().items():
-            reader.read_into(path, array)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError("read", f"{reader.name}: cannot be read ({error})") from error
+    for path, array in state.arrays().items():
+        reader.read_into(path, array)
+    reader.check_unchanged()
     # in the order in which the state counts them: names come back from HDF5 in that order, but need not
     state.counters = Counters({name: reader.header.counters[name] for name in state.counters})
 

@@ -69,9 +69,9 @@ class Store:
             rundir.write_all(descriptor, userblock.make(sha256.hexdigest(), length))
         try:
             file, digest = userblock.open_verified(path)
-        except CheckpointError as error:
+            file.close()
+        except (CheckpointError, OSError) as error:
             raise StepctlError(f"{path}: written, but it does not read back: {error}; mend the disk") from error
-        file.close()
         return digest
 
     def newest(self, report: Callable[[str], None], accept: Accept = lambda reader: None) -> codec.Reader:
@@ -111,7 +111,9 @@ class Store:
     def _vet(self, step: int, digest: str) -> None:
         if self._acknowledged is not None and digest not in self._acknowledged:
             with Sandbox() as sandbox:
-                sandbox.call("stepctl.checkpoint.codec:check", str(self.file(step)))
+                answer = sandbox.call("stepctl.checkpoint.codec:check", str(self.file(step)))
+            if answer["sha256"] != digest:
+                raise CheckpointError("changed", f"{self.file(step).name}: changed while it was read")
 
     def set_aside(self, step: int) -> Path:
         """Rename a step's file, so that it is kept but never loaded; return its new path."""

@@ -46,6 +46,9 @@ def open_verified(path: str | os.PathLike[str]) -> tuple[BufferedReader, str]:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError("kind", f"{name}: not a regular file")
         file = os.fdopen(descriptor, "rb")
+    except OSError as error:
+        os.close(descriptor)
+        raise CheckpointError("read", f"{name}: cannot be read ({error.strerror})") from error
     except BaseException:
         os.close(descriptor)
         raise

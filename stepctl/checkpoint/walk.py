@@ -84,10 +84,10 @@ class Walk:
             self._refuse("dtype", path, "a type or shape that the format does not have there")
         if math.prod(max(extent, 1) for extent in found.shape) * kind.get_size() > userblock.MAX_BYTES:
             self._refuse("shape", path, "larger than any file")
-        if path in TEXTS and kind.get_size() > MAX_TEXT:
+        if kind.get_size() > MAX_TEXT:
             self._refuse("text", path, f"longer than {MAX_TEXT} bytes")
         n_bytes = math.prod(found.shape) * kind.get_size()
-        if n_bytes and found.get_storage_size() != n_bytes:
+        if found.get_storage_size() != n_bytes:
             self._refuse("storage", path, "its data are not stored in the file")
         self.datasets[path] = h5py.Dataset(found)
 

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from stepctl.cli.options import set_option
+from stepctl.cli.options import Place, set_option
 
 
 @click.group()
@@ -15,7 +15,7 @@ def config() -> None:
 
 
 @config.command()
-@click.argument("file", metavar="FILE")
+@click.argument("file", type=Place(), metavar="FILE")
 @set_option
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def check(file: str, assignments: tuple[str, ...], as_json: bool) -> None:
@@ -24,8 +24,7 @@ def check(file: str, assignments: tuple[str, ...], as_json: bool) -> None:
     from stepctl import yamlio
 
     document = yamlio.load(file)
-    for assignment in assignments:
-        document.set(assignment)
+    document.set_all(assignments)
     plain = configs.parse(document).plain()
     click.echo(json.dumps(plain, indent=2) if as_json else yamlio.dumps(plain).rstrip())
 

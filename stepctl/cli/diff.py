@@ -6,9 +6,8 @@ import json
 
 import click
 
-from stepctl.cli.inspect import printable
 from stepctl.cli.verify import describe
-from stepctl.errors import Exit
+from stepctl.errors import Exit, printable
 
 
 @click.command()

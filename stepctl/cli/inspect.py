@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from stepctl.cli.options import say
+from stepctl.errors import printable
 
 _NONE = "-"  # a pattern that no path matches
 
@@ -55,11 +56,6 @@ def print_facts(facts: dict[str, Any]) -> None:
         click.echo("  ".join(cells))
     click.echo("\nconfig")
     click.echo("".join(f"  {printable(line)}\n" for line in yamlio.dumps(facts["config"]).splitlines()), nl=False)
-
-
-def printable(text: str) -> str:
-    """Return a text out of a file with all escaped that a terminal might obey."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _cell(value: object) -> str:

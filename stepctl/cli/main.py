@@ -25,7 +25,10 @@ class Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except click.ClickException as error:
+            vars(error)["message"] = _plain(error.message, 1000)
             raise
         except KeyboardInterrupt:
             click.echo("stepctl: interrupted before training began; nothing was changed", err=True)
@@ -33,18 +36,32 @@ class Main(click.Group):
         except StepctlError as error:
             if ctx.params["debug"]:
                 raise
-            click.echo(f"stepctl: {error}", err=True)
+            click.echo(f"stepctl: {_plain(str(error))}", err=True)
             ctx.exit(error.exit_code)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a user's own module may raise anything
             if ctx.params["debug"]:
                 raise
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{' '.join(str(error).split())} ({os.path.basename(at.filename)}:{at.lineno})"
-            click.echo(
-                f"stepctl: unexpected {type(error).__name__}: {text}; see more with: stepctl --debug COMMAND ...",
-                err=True,
-            )
+            click.echo(f"stepctl: {_unexpected(error)}", err=True)
             ctx.exit(Exit.NEGATIVE)
+
+
+def _unexpected(error: BaseException) -> str:
+    from stepctl.problems import in_one_line
+
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return in_one_line(f"{where}{error.strerror}; mend that, and run the command again")
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    text = in_one_line(" ".join(str(error).split()))
+    where = f"({os.path.basename(at.filename)}:{at.lineno})"
+    return f"unexpected {type(error).__name__}: {text} {where}; see more with: stepctl --debug COMMAND ..."
+
+
+def _plain(message: str, longest: int = 4000) -> str:
+    """Return a message whose lines can do nothing to a terminal, and have an end."""
+    from stepctl.problems import in_one_line
+
+    return "\n".join(in_one_line(line, longest) for line in message.split("\n"))
 
 
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

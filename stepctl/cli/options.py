@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 from collections.abc import Callable
@@ -28,9 +29,36 @@ def set_option(function: F) -> F:
 
 def target_options(function: F) -> F:
     """Add --num-steps and --last-step."""
-    steps = click.IntRange(min=0, max=(1 << 62) - 1)
+    steps = Steps(min=0, max=(1 << 62) - 1)
     function = click.option("--last-step", type=steps, metavar="N", help="Stop at this global step.")(function)
     return click.option("--num-steps", type=steps, metavar="N", help="Stop after this many steps from here.")(function)
+
+
+class Steps(click.IntRange):
+    """A whole number as a config would have it: Python's int() takes more."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"[-+]?\d+", value, re.ASCII):
+            self.fail(f"{value!r} is not a whole number.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Place(click.ParamType[str]):
+    """A path that the system can have, be something there or not."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not text:
+            self.fail("it is empty; give a path.", param, ctx)
+        try:
+            os.stat(text)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:
+            self.fail(f"{text[:60]!r}: {getattr(error, 'strerror', error)}; give another path.", param, ctx)
+        return text
 
 
 class Duration(click.ParamType[float]):
@@ -71,10 +99,18 @@ def stop_section(num_steps: int | None, last_step: int | None) -> dict[str, int]
 
 def hold_signals() -> None:
     """Keep the signals that stop or save pending until training can answer them; Ctrl-C still ends the build-up."""
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    held = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    handlers = {number: signal.getsignal(number) for number in (*held, signal.SIGINT)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+
+    def restore() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
     context = click.get_current_context()
     if context.find_root().obj is not WHOLE_PROCESS:  # which has nothing left to do but to end
-        context.call_on_close(lambda: signal.pthread_sigmask(signal.SIG_SETMASK, old))
+        context.call_on_close(restore)
 
 
 def say(message: str) -> None:

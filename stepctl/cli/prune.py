@@ -29,9 +29,16 @@ def prune(
     from stepctl.rundir import RunDirectory
 
     directory = RunDirectory(run_dir)
-    keep = configs.parse(directory.newest_config()).checkpoint
+    # the one section: what else the config names is not needed here
+    said = directory.newest_config().value.get("checkpoint")
     asked: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": _best(keep_best)}
-    keep = configs.Checkpoint(**keep.model_dump() | {key: value for key, value in asked.items() if value is not None})
+    merged = (said if isinstance(said, dict) else {}) | {
+        key: value for key, value in asked.items() if value is not None
+    }
+    try:
+        keep = configs.Checkpoint(**merged)
+    except ValueError as error:
+        raise ConfigError(f"{directory.config}: checkpoint: {' '.join(str(error).split())}") from error
     pruned = prune_run(directory, keep, say, dry_run=dry_run)
     if as_json:
         click.echo(json.dumps({"pruned": pruned, "dry_run": dry_run}, indent=2))

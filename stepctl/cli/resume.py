@@ -7,6 +7,8 @@ import time
 import click
 
 from stepctl.cli.options import (
+    Place,
+    Steps,
     hold_signals,
     max_time_option,
     say,
@@ -19,10 +21,10 @@ from stepctl.cli.options import (
 
 
 @click.command()
-@click.argument("run_dir", metavar="RUN")
+@click.argument("run_dir", type=Place(), metavar="RUN")
 @target_options
 @max_time_option
-@click.option("--from-step", type=click.IntRange(min=0), metavar="N", help="Go back to this step's checkpoint.")
+@click.option("--from-step", type=Steps(min=0), metavar="N", help="Go back to this step's checkpoint.")
 @set_option
 @click.option("--allow-change", multiple=True, metavar="KEY", help="Let --set change a locked key.")
 @click.option("--strict-numerics", is_flag=True, help="Refuse where the machine cannot give the same bits.")
@@ -48,8 +50,7 @@ def resume(
     stop = stop_section(num_steps, last_step)
     directory = RunDirectory(run_dir)
     document = directory.newest_config()
-    for assignment in assignments:
-        document.set(assignment)
+    document.set_all(assignments)
     numerics.pin(*numerics.asked_for(document.value))
 
     from stepctl import run

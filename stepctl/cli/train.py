@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from stepctl.cli.options import (
+    Place,
     hold_signals,
     max_time_option,
     say,
@@ -22,8 +23,8 @@ from stepctl.cli.options import (
 
 
 @click.command()
-@click.option("--config", "config_path", required=True, metavar="FILE", help="The config, a YAML file.")
-@click.option("--run-dir", metavar="DIR", help="Where the run is kept; runs/<config name> if not given.")
+@click.option("--config", "config_path", required=True, type=Place(), metavar="FILE", help="The config, a YAML file.")
+@click.option("--run-dir", type=Place(), metavar="DIR", help="Where the run is kept; runs/<config name> if not given.")
 @set_option
 @target_options
 @max_time_option
@@ -49,14 +50,15 @@ def train(
     from stepctl import numerics, yamlio
     from stepctl.rundir import RunDirectory
 
+    if as_json and not dry_run:
+        raise click.UsageError("--json prints the plan of --dry-run: give both")
     if not dry_run:
         hold_signals()
     document = yamlio.load(config_path)
     stop = stop_section(num_steps, last_step)
     if stop is not None:
-        document.value["stop"] = stop
-    for assignment in assignments:
-        document.set(assignment)
+        document.put("stop", stop, "--num-steps" if "num_steps" in stop else "--last-step")
+    document.set_all(assignments)
     directory = RunDirectory(run_dir or Path("runs") / Path(config_path).stem)
     resuming = or_resume and not dry_run and directory.holds_run()
     numerics.pin(*numerics.asked_for(directory.newest_config().value if resuming else document.value))

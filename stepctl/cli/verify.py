@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from stepctl.cli.inspect import printable
 from stepctl.cli.options import say
-from stepctl.errors import ConfigError, Exit
+from stepctl.errors import ConfigError, Exit, printable
 
 
 @click.command()

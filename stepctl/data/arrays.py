@@ -5,6 +5,7 @@ import numpy as np
 from stepctl.data.base import Sources, Targets
 from stepctl.data.files import reading
 from stepctl.data.memory import InMemory
+from stepctl.files import open_regular
 from stepctl.registry import File
 
 
@@ -21,7 +22,7 @@ def arrays(
     """The arrays called `x`: (rows, ...) and `y`: (rows,) or (rows, columns) of an .npz file."""
 
     def load(file: str) -> InMemory:
-        with reading(file, "a NumPy archive (.npz)"), open(file, "rb") as raw:
+        with reading(file, "a NumPy archive (.npz)"), open_regular(file) as raw:
             if raw.read(2) != b"PK":
                 raise ValueError("it is not a zip archive; save x and y together with np.savez")
             raw.seek(0)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stepctl.errors import DataError
+from stepctl.files import open_regular
+from stepctl.problems import in_one_line
 
 _GZIP = b"\x1f\x8b"
 # what the libraries that read these formats raise for a file that is not what it should be
@@ -21,14 +23,16 @@ def reading(path: str, kind: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; check the path in the config's data section") from error
+        raise DataError(f"{in_one_line(path)}: no such file; check the path in the config's data section") from error
     except _DAMAGE as error:
         reason = str(error.args[-1] if isinstance(error, KeyError) else error) or type(error).__name__
-        raise DataError(f"{path}: cannot be read as {kind}: {reason}") from error
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        raise DataError(in_one_line(f"{path}: cannot be read as {kind}: {reason}")) from error
 
 
 def read_bytes(path: str) -> bytes:
     """Return a file's content, unpacked if it is gzipped."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         data = file.read()
     return gzip.decompress(data) if data.startswith(_GZIP) else data

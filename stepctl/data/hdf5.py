@@ -18,6 +18,8 @@ from stepctl.data.base import Source, Sources, Targets
 from stepctl.data.files import reading
 from stepctl.data.memory import as_labels, as_values
 from stepctl.errors import DataError
+from stepctl.files import open_regular
+from stepctl.problems import in_one_line
 from stepctl.registry import File
 
 _SLICE_BYTES = 1 << 24
@@ -50,24 +52,23 @@ class HDF5Rows(Source):
     """Rows of two datasets of one file, which is held open."""
 
     def __init__(self, path: str, x: str, y: str, *, scale: float, targets: Targets, dtype: str) -> None:
-        self.origin, self._scale, self._targets, self._dtype = path, scale, targets, dtype
+        self.origin, self._scale, self._targets, self._dtype = in_one_line(path), scale, targets, dtype
         with reading(path, "HDF5"):
-            with open(path, "rb"):
-                pass  # h5py's own message for a missing file is long
+            open_regular(path).close()  # h5py's own message for a missing file is long; it waits for a pipe
             self._file = h5py.File(path, "r")
             self._x, self._y = _dataset(self._file, x), _dataset(self._file, y)
         if len(self._x.shape) < 2 or len(self._y.shape) not in (1, 2) or 0 in (*self._x.shape[1:], *self._y.shape[1:]):
             raise DataError(
-                f"{path}: x has shape {self._x.shape} and y {self._y.shape}; "
+                f"{self.origin}: x has shape {self._x.shape} and y {self._y.shape}; "
                 "(rows, features, ...) and (rows,) or (rows, columns) are needed"
             )
         if len(self._x) != len(self._y):
-            raise DataError(f"{path}: x has {len(self._x)} rows, but y has {len(self._y)}; they must be equal")
+            raise DataError(f"{self.origin}: x has {len(self._x)} rows, but y has {len(self._y)}; they must be equal")
         if len(self._x) == 0:
-            raise DataError(f"{path}: holds no rows; a data set needs at least one")
+            raise DataError(f"{self.origin}: holds no rows; a data set needs at least one")
         self.n, self.sample_shape = len(self._x), tuple(self._x.shape[1:])
         if targets == "classes" and len(self._y.shape) == 2 and self._y.shape[1] != 1:
-            raise DataError(f"{path}: y has shape {self._y.shape}; a classification needs one label a row")
+            raise DataError(f"{self.origin}: y has shape {self._y.shape}; a classification needs one label a row")
         self.target_shape = () if targets == "classes" else (math.prod(self._y.shape[1:]),)
 
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
@@ -91,7 +92,7 @@ class HDF5Rows(Source):
 
     def fingerprint(self) -> str:
         """Return a digest of the size, the shapes, and a sample of the rows: a set may be too large to read whole."""
-        digest = hashlib.sha256(f"{os.path.getsize(self.origin)} {self._x.shape} {self._x.dtype}".encode())
+        digest = hashlib.sha256(f"{os.path.getsize(self._file.filename)} {self._x.shape} {self._x.dtype}".encode())
         digest.update(f"{self._y.shape} {self._y.dtype}".encode())
         rows = np.unique(np.linspace(0, self.n - 1, _SAMPLED, dtype=np.int64))
         digest.update(_rows(self._x, rows).tobytes())

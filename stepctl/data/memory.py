@@ -13,6 +13,7 @@ import numpy.typing as npt
 from stepctl.arena import Array, aligned_empty
 from stepctl.data.base import Source, Targets
 from stepctl.errors import DataError
+from stepctl.problems import in_one_line
 
 _LARGEST_LABEL = 2**53  # up to here a float holds every whole number
 
@@ -22,7 +23,7 @@ class InMemory(Source):
     """Arrays x: (n, ...) and y: (n,) or (n, columns), held in the run's dtype; x is multiplied by `scale`."""
 
     def __init__(self, x: Array, y: Array, *, origin: str, targets: Targets, dtype: str, scale: float = 1.0) -> None:
-        self.origin = origin
+        self.origin = origin = in_one_line(origin)
         _check_kind(origin, x, y)
         if len(x) != len(y):
             raise DataError(f"{origin}: x has {len(x)} rows, but y has {len(y)}; they must be equal")

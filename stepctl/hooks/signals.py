@@ -18,7 +18,7 @@ class Signals:
     """SIGTERM, SIGINT, SIGUSR1: stop after this step. SIGUSR2: save and go on. A second SIGINT: stop at once.
 
     A context manager: it installs the handlers, and puts the old ones back. Where signals were held before it (a
-    command that answers them in training only), all are held after it: one that comes then comes too late.
+    command that answers them in training only), they are passed over after it: one that comes then comes too late.
     Outside the main thread, where Python installs none, it does nothing.
     """
 
@@ -27,21 +27,21 @@ class Signals:
         self._save = False
         self._interrupts = 0
         self._old: dict[signal.Signals, Any] = {}
-        self._held: set[signal.Signals] = set()
+        self._held = False
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in _ALL:
                 self._old[number] = signal.signal(number, self._handle)
             held = signal.pthread_sigmask(signal.SIG_UNBLOCK, _ALL)  # one held since the start is seen now
-            self._held = {number for number in _ALL if number in held}
+            self._held = any(number in held for number in _ALL)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._held:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
+        self.ignore()
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            # ignored for the whole process, as a mask is only this thread's; one in between finds a handler
+            signal.signal(number, signal.SIG_IGN if self._held else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR2:

@@ -29,7 +29,8 @@ class JSONLines(Writer):
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        with writing(self._path):
+            os.close(self._descriptor)
 
 
 def _value(item: object) -> object:

@@ -1,0 +1,75 @@
+"""Moments to attack a process at: of the clock, or of what appears in its run."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from processes import Process, until
+
+Moment = Callable[[Process, Path], None]  # comes back when it is there, or when the process has ended
+START_UP = 0.12  # seconds, or so, from the first line of a process to its first step
+
+
+def some_moment(chance: random.Random) -> Moment:
+    """Return a function that comes back at a moment to kill: of the clock, or of what appears in the run."""
+    share = chance.random()
+    if share < 0.2:
+        return after(chance.uniform(0, START_UP))
+    if share < 0.4:
+        return after(chance.uniform(0, 5 * START_UP))
+    if share < 0.6:
+        return when_there_are(chance.randint(1, 12), "ledger.jsonl", chance.uniform(0, 0.002))
+    if share < 0.7:
+        return when_there_are(chance.randint(1, 30), "metrics.jsonl", chance.uniform(0, 0.01))
+    return inside_a_save(chance.randint(1, 8), chance.choice((0, 0, 0.001, 0.004)) * chance.random())
+
+
+def after(seconds: float) -> Moment:
+    return lambda child, run: void(child.running(after=seconds))
+
+
+def when_there_are(more: int, name: str, then: float) -> Moment:
+    """So many more lines in a file of the run than there were, and a little later."""
+
+    def moment(child: Process, run: Path) -> None:
+        before = lines(run / name)
+        until(lambda: lines(run / name) >= before + more or not child.running())
+        child.running(after=then)
+
+    return moment
+
+
+def inside_a_save(number: int, then: float) -> Moment:
+    """When a checkpoint that is not published yet is seen for the so-manieth time, and a little later."""
+
+    def moment(child: Process, run: Path) -> None:
+        seen, was_there = 0, False
+
+        def enough() -> bool:
+            nonlocal seen, was_there
+            there = any(name.startswith(".") for name in names(run / "checkpoints"))
+            seen, was_there = seen + (there and not was_there), there
+            return seen >= number or not child.running()
+
+        until(enough, every=0)
+        child.running(after=then)
+
+    return moment
+
+
+def names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def void(_: object) -> None:
+    """Take a value and return none."""

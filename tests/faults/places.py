@@ -1,0 +1,127 @@
+"""File systems of a test's own: an image on a loop device whose power can be cut, and a small one in memory.
+
+To be used in a process apart: the mounts are seen by that process and its children alone, and when the last of them
+ends, however it ends, the system unmounts what is left and lets the loop device go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from apart import Refused
+
+_NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x20000, 1 << 18, 1 << 14  # CLONE_NEWNS, MS_PRIVATE, MS_REC
+_GET_FREE, _SET_FILE, _LET_GO = 0x4C82, 0x4C00, 0x4C01  # LOOP_CTL_GET_FREE, LOOP_SET_FD, LOOP_CLR_FD
+_SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
+LOG_WRITTEN, LOG_LOST = 1, 2  # ..._LOGFLUSH, ..._NOLOGFLUSH: the journal in memory is written out first, or not
+_SIZES = {"ext4": 16 << 20, "xfs": 300 << 20}  # the least that mkfs makes; the image is sparse
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def own_mounts() -> None:
+    """Keep the mounts that this process makes to itself and its children."""
+    try:
+        _checked(_libc.unshare(_NEW_MOUNTS))
+        _checked(_libc.mount(b"none", b"/", None, _PRIVATE | _RECURSIVE, None))
+    except OSError as error:
+        raise Refused(f"mounting a file system needs root ({error.strerror})") from error
+
+
+def mount_memory(point: Path, size: int) -> None:
+    """Mount an empty tmpfs of `size` bytes."""
+    point.mkdir(exist_ok=True)
+    _mount("tmpfs", point, "tmpfs", f"size={size}")
+
+
+def in_memory(folder: Path) -> Path:
+    """Return a new folder in memory, where fsync takes no time; one on the disk if none can be mounted."""
+    point = folder / "memory"
+    try:
+        own_mounts()
+        mount_memory(point, 1 << 30)
+    except (Refused, OSError):
+        point.mkdir(exist_ok=True)
+    return point
+
+
+class Disk:
+    """An ext4 or xfs on a loop device, mounted at `point`."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self.point = kind, folder / kind
+        self.point.mkdir()
+        self._image, self._loop = folder / f"{kind}.image", -1
+        with open(self._image, "wb") as file:
+            file.truncate(_SIZES[kind])
+        make = shutil.which(f"mkfs.{kind}") or shutil.which(f"mkfs.{kind}", path="/usr/sbin:/sbin")
+        if make is None:
+            raise Refused(f"mkfs.{kind} is not installed")
+        subprocess.run([make, "-q", self._image], check=True)
+        try:
+            self.mount()
+        except OSError as error:
+            raise Refused(f"{kind} cannot be mounted ({error.strerror})") from error
+
+    def mount(self) -> None:
+        """Mount it, and replay its journal if its power was cut."""
+        self._loop = _attached(self._image)
+        _mount(os.readlink(f"/proc/self/fd/{self._loop}"), self.point, self.kind)
+
+    def cut_power(self, flag: int) -> None:
+        """Let nothing reach the device from now on; only what did is there at the next mount."""
+        descriptor = os.open(self.point, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("I", flag))
+        finally:
+            os.close(descriptor)
+
+    def unmount(self) -> None:
+        """Unmount it, and let the device go with all that the system kept of it; OSError if a file is still open."""
+        _checked(_libc.umount2(os.fsencode(self.point), 0))
+        os.close(self._loop)
+
+
+def _attached(image: Path) -> int:
+    """Return a descriptor of a loop device that holds the image until its last user ends."""
+    with contextlib.ExitStack() as stack:
+        try:
+            control = stack.enter_context(_opened("/dev/loop-control"))
+            file = stack.enter_context(_opened(image))
+            for _ in range(100):  # another process may take the free one first
+                device = f"/dev/loop{fcntl.ioctl(control, _GET_FREE)}"
+                loop, second = os.open(device, os.O_RDWR | os.O_CLOEXEC), stack.enter_context(_opened(device))
+                with contextlib.suppress(BlockingIOError, OSError):
+                    fcntl.ioctl(loop, _SET_FILE, file)
+                    fcntl.ioctl(second, _LET_GO)  # in use, so that it is let go when it no longer is
+                    return loop
+                os.close(loop)
+        except OSError as error:
+            raise Refused(f"no loop device can be had ({error})") from error
+    raise Refused("no loop device is free")
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _mount(device: str, point: Path, kind: str, options: str = "") -> None:
+    _checked(_libc.mount(device.encode(), os.fsencode(point), kind.encode(), 0, options.encode()))
+
+
+def _checked(result: int) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -1,0 +1,64 @@
+"""`kill -9` at any moment: nothing acknowledged is lost, and the resumed run ends with the unbroken one's bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from moments import some_moment
+from processes import start
+from trials import Trial, acknowledged, assert_nothing_lost, checkpoints, leftovers, make_trial, random_config
+
+Figure = Callable[[str, int], None]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(1, 21))
+def test_killed_at_random_moments_a_run_loses_nothing(seed: int, tmp_path: Path, figure: Figure) -> None:
+    attack(seed, 50, tmp_path, figure)
+
+
+def test_killed_a_few_times_a_run_loses_nothing(tmp_path: Path, figure: Figure) -> None:
+    attack(0, 6, tmp_path, figure)
+
+
+def attack(seed: int, kills: int, folder: Path, figure: Figure) -> None:
+    """Kill runs of ever other configs so many times in all, each run up to three times."""
+    chance = random.Random(seed)
+    done = runs = inside = 0
+    while done < kills:
+        trial = make_trial(folder / f"config-{runs}", random_config(chance))
+        for _ in range(4):
+            if done < kills:
+                killed, in_saves = broken_run(trial, trial.new_run(runs), min(3, kills - done), chance)
+                done, inside, runs = done + killed, inside + in_saves, runs + 1
+    figure("kills", done)
+    figure("kills inside a save", inside)
+    figure("runs killed and finished", runs)
+
+
+def broken_run(trial: Trial, run: Path, kills: int, chance: random.Random) -> tuple[int, int]:
+    """Start a run, kill it up to so many times, and finish it; return how many kills it met, and met in a save."""
+    killed = inside = 0
+    while killed < kills:
+        before = set(checkpoints(run))
+        with start(trial.go_on(run, either=chance.random() < 0.5), cwd=trial.folder) as child:
+            some_moment(chance)(child, run)
+            child.kill()
+            code = child.wait()
+        assert_nothing_lost(run, trial.keep_last)
+        if code == 0:
+            break
+        assert code == -9, child.said()
+        killed, inside = killed + 1, inside + was_saving(run, before, trial.keep_last)
+    trial.finish(run)
+    return killed, inside
+
+
+def was_saving(run: Path, before: set[int], keep_last: int | None) -> bool:
+    """Tell whether a save stands half done: not published, not acknowledged, or what it replaces not removed."""
+    files = set(checkpoints(run))
+    unacknowledged = files - before - {step for step, _ in acknowledged(run)}
+    return bool(leftovers(run) or unacknowledged) or (keep_last is not None and len(files) > keep_last)

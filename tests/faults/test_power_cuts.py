@@ -1,0 +1,186 @@
+"""Power cuts on real file systems: what was acknowledged is there when the power comes back, and nothing is broken."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from apart import apart, command, ended, fork, warm_up
+from places import LOG_LOST, LOG_WRITTEN, Disk, mount_memory, own_mounts
+from small_runs import Unbroken, checkpoints
+
+from stepctl import config as configs
+from stepctl import yamlio
+from stepctl.assembly import Assembly, prepare
+from stepctl.checkpoint import codec
+from stepctl.checkpoint.store import Store
+from stepctl.rundir import RunDirectory
+from stepctl.segment import Segment
+
+KINDS = ("ext4", "xfs")
+LAST = 100
+DEADLINE = 60.0
+_SAVED = re.compile(rb"^saved step-([0-9]{8})\.h5$", re.MULTILINE)
+Figure = Callable[[str, int], None]
+
+
+class Bench:
+    """A disk, the unbroken run to compare with, and an assembly that every process forked off here goes on with."""
+
+    def __init__(self, kind: str, folder: Path, unbroken: Unbroken) -> None:
+        own_mounts()
+        memory = folder / "memory"
+        mount_memory(memory, 1 << 30)
+        self.unbroken = unbroken
+        self.assembly = prepare(configs.parse(yamlio.load(str(self.unbroken.config))))
+        self.disk = Disk(kind, memory)
+        warm_up(["train", "--config", unbroken.config, "--run-dir", memory / "warm", "--last-step", 2, "-q"])
+
+    def begin(self, run: Path, before: Callable[[], None] = lambda: None) -> Process:
+        """Start or go on with a run by the command line."""
+        words = ["train", "--config", self.unbroken.config, "--run-dir", run, "--or-resume", "-v"]
+        return Process(words, before)
+
+    def go_on(self, run: Path) -> Process:
+        """Resume a run with the assembly that is there: the same, without the time it takes to build one."""
+        return Process([], lambda: _resume(run, self.assembly))
+
+
+def _resume(run: Path, assembly: Assembly) -> None:
+    directory = RunDirectory(run)
+    with directory.lock():
+        directory.clear_temporaries()
+        with Store(directory.checkpoints).newest(print, lambda reader: codec.restore(reader, assembly.state)) as reader:
+            segment = Segment(directory, assembly, print, target=LAST, restored=reader.name)
+        segment.report = lambda message: print(message, flush=True)
+        print("global step", flush=True)
+        if segment.start < LAST:
+            segment.train()
+    raise SystemExit(0)
+
+
+class Process:
+    """A process that trains, and what it has acknowledged so far."""
+
+    def __init__(self, words: list[object], before: Callable[[], None]) -> None:
+        self.pid, self._pipe = fork(words, before)
+        self.said = b""
+
+    def acknowledged(self) -> set[int]:
+        return {int(step) for step in _SAVED.findall(self.said)}
+
+    def hears(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Listen until the condition holds; False if it still does not after the time, or at its end."""
+        end = time.monotonic() + seconds
+        while not condition():
+            ready, _, _ = select.select([self._pipe], [], [], max(end - time.monotonic(), 0))
+            chunk = os.read(self._pipe, 1 << 16) if ready else b""
+            if not chunk:
+                return False
+            self.said += chunk
+        return True
+
+    def kill(self) -> None:
+        """End it, and hear what it still said."""
+        os.kill(self.pid, signal.SIGKILL)
+        ended(self.pid)
+        self.hears(lambda: False, DEADLINE)
+        os.close(self._pipe)
+
+
+def cut_within_a_save(bench: Bench, process: Process, random_: random.Random, flag: int) -> None:
+    """Cut the power a random time after a random one of the next saves, and let it come back."""
+    saves = random_.randrange(3)
+    process.hears(lambda: b"global step" in process.said, DEADLINE)
+    since = time.monotonic()
+    process.hears(lambda: len(process.acknowledged()) >= saves, DEADLINE)
+    a_save = (time.monotonic() - since) / saves if saves else 0.01
+    process.hears(lambda: False, random_.uniform(0, 1.5 * a_save))
+    bench.disk.cut_power(flag)
+    process.kill()
+    bench.disk.unmount()
+    bench.disk.mount()
+
+
+def survive(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) -> float:
+    """Cut the power so often in the life of one run after another, and check after each; return the seconds."""
+    bench, random_ = Bench(kind, folder, unbroken), random.Random(seed)
+    number, since, seen = 0, time.monotonic(), set[int]()
+    for cut in range(cuts):
+        run = bench.disk.point / str(number) / "run"
+        files = checkpoints(run)
+        process = bench.begin(run) if cut % 10 == 9 or not files else bench.go_on(run)
+        cut_within_a_save(bench, process, random_, random_.choice((LOG_WRITTEN, LOG_LOST)))
+        seen |= process.acknowledged()
+        assert bench.unbroken.faults(run, seen) == [], f"cut {cut}: {process.said.decode()}"
+        if LAST in seen:
+            number, seen = number + 1, set()
+    seconds = time.monotonic() - since
+    code, said = command(["train", "--config", bench.unbroken.config, "--run-dir", run, "--or-resume"])
+    assert code == 0, said
+    assert bench.unbroken.end_faults(run) == []
+    return seconds
+
+
+def forget(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) -> list[int]:
+    """Cut the power on runs that never call fsync; return how many acknowledged checkpoints each cut cost."""
+    bench, random_, lost = Bench(kind, folder, unbroken), random.Random(seed), []
+    for cut in range(cuts):
+        run = bench.disk.point / str(cut) / "run"
+        process = bench.begin(run, without_fsync)
+        process.hears(lambda process=process: len(process.acknowledged()) >= 2, DEADLINE)
+        cut_within_a_save(bench, process, random_, LOG_LOST)
+        faults = bench.unbroken.faults(run, process.acknowledged())
+        lost.append(sum("acknowledged, and lost" in fault for fault in faults))
+        shutil.rmtree(run, ignore_errors=True)
+    return lost
+
+
+def without_fsync() -> None:
+    """Take the promise out of every save of this process."""
+    os.fsync = os.fdatasync = lambda descriptor: None
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    return apart(trained, tmp_path_factory.mktemp("unbroken"))
+
+
+def trained(folder: Path) -> Unbroken:
+    without_fsync()  # nothing happens to it
+    return Unbroken(folder, LAST)
+
+
+def record(kind: str, cuts: int, seconds: float, figure: Figure) -> None:
+    figure(f"power cuts on {kind}", cuts)
+    figure(f"milliseconds that the power cuts on {kind} took", round(1000 * seconds))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_power_cuts_lose_nothing(kind: str, tmp_path: Path, unbroken: Unbroken, figure: Figure) -> None:
+    record(kind, 8, apart(survive, kind, tmp_path, unbroken, 8, 1000), figure)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_power_cut_at_any_moment_loses_nothing(
+    kind: str, seed: int, tmp_path: Path, unbroken: Unbroken, figure: Figure
+) -> None:
+    record(kind, 50, apart(survive, kind, tmp_path, unbroken, 50, seed), figure)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_fsync_every_power_cut_loses_what_was_acknowledged(
+    kind: str, tmp_path: Path, unbroken: Unbroken
+) -> None:
+    lost = apart(forget, kind, tmp_path, unbroken, 5, 0)
+    assert min(lost) >= 1, lost

@@ -1,0 +1,97 @@
+"""`stepctl prune` beside others on one run, and killed: what it removes it has said before, and the newest stays."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from gates import Gated, at_the_gate, make_gated
+from moments import after
+from processes import Process, hold, start, until
+from trials import assert_nothing_lost, checkpoints, ledger
+
+Figure = Callable[[str, int], None]
+DONE, IN_USE = 0, 4
+START_UP = 0.04  # seconds, or so, from the first line of a prune to its last
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Gated:
+    """A run with a checkpoint at every step, of which a prune leaves one."""
+    every = {"every": 1, "keep_last": None}
+    return make_gated(tmp_path_factory.mktemp("prunes") / "gated", random.Random(1), checkpoint=every)
+
+
+def prune(run: Path) -> list[object]:
+    return ["prune", run, "--keep-last", 1]
+
+
+def test_a_run_that_is_trained_is_not_pruned(gated: Gated, tmp_path: Path) -> None:
+    run = gated.copy_of_killed(tmp_path.name)
+    with gated.start(["resume", run], run) as holder:
+        until(lambda: (at_the_gate(run) and len(ledger(run, "start")) == 2) or not holder.running())
+        before = checkpoints(run)
+        with start(prune(run), cwd=gated.trial.folder) as child:
+            assert child.wait() == IN_USE, child.said()
+            assert f": in use by process {holder.pid} on " in child.said()
+        assert set(before) <= set(checkpoints(run))
+        gated.open(run)
+        assert holder.wait() == DONE, holder.said()
+    gated.trial.assert_finished(run)
+
+
+def test_a_prune_after_a_torn_line_is_recorded(gated: Gated, tmp_path: Path) -> None:
+    run = gated.copy_of_killed(tmp_path.name)
+    with open(run / "ledger.jsonl", "a") as file:
+        file.write('{"event": "checkpoint", "st')
+    with start(prune(run), cwd=gated.trial.folder) as child:
+        assert child.wait() == DONE, child.said()
+    assert len(checkpoints(run)) == 1
+    assert_nothing_lost(run, keep_last=1)
+    gated.trial.finish(run)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_a_prune_and_a_resume_at_once_lose_nothing(seed: int, gated: Gated, tmp_path: Path, figure: Figure) -> None:
+    chance = random.Random(seed)
+    for number in range(10):
+        run = gated.copy_of_killed(f"{tmp_path.name}-{number}")
+        commands = [prune(run), ["resume", run], prune(run)]
+        with contextlib.ExitStack() as stack:
+            racers = [stack.enter_context(hold(command, cwd=gated.trial.folder)) for command in commands]
+            order = chance.sample(racers, len(racers))
+            for racer in order:
+                racer.release()
+                racer.running(after=chance.choice((0, 0.05)) * chance.random())
+            codes = [racer.wait() for racer in racers]
+        assert set(codes) <= {DONE, IN_USE}, [racer.said() for racer in racers]
+        assert DONE in codes
+        assert_nothing_lost(run, keep_last=1)
+        gated.trial.finish(run)
+    figure("races", 10)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(1, 3))
+def test_a_killed_prune_has_said_what_it_removed(seed: int, gated: Gated, tmp_path: Path, figure: Figure) -> None:
+    chance, killed = random.Random(seed), 0
+    for number in range(20):
+        run = gated.copy_of_killed(f"{tmp_path.name}-{number}")
+        with start(prune(run), cwd=gated.trial.folder) as child:
+            some_moment(chance)(child, run)
+            child.kill()
+            killed += child.wait() == -9
+        assert_nothing_lost(run, keep_last=1)
+        gated.trial.finish(run)
+    figure("kills", killed)
+
+
+def some_moment(chance: random.Random) -> Callable[[Process, Path], object]:
+    if chance.random() < 0.5:
+        return after(chance.uniform(0, START_UP))
+    n_left = chance.randint(1, 5)
+    return lambda child, run: until(lambda: len(checkpoints(run)) <= n_left or not child.running(), every=0)

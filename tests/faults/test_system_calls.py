@@ -1,0 +1,176 @@
+"""Every system call of a save, a start and an end: a process killed there, or whose call fails there, loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import pytest
+from apart import apart
+from scenes import SCENES, SEGMENT_START, Stage
+from tracer import Blow, Call
+
+PARTS = 4
+WRITES = {"write", "pwrite64"}
+TAKE_ROOM = WRITES | {"openat", "mkdir", "rename", "fsync", "fdatasync"}
+TRIED_AGAIN = WRITES | {"openat", "read", "pread64", "fsync", "fdatasync", "ftruncate"}  # by Python, after EINTR
+OPENDIR = {("openat", "."), ("openat", "checkpoints")}  # not tried again, and never interrupted
+NEEDED = WRITES | {"mkdir", "rename", "fsync", "fdatasync"}  # a save that goes on after one of these failed is a lie
+DISK_ERRORS = (
+    "saves on the grid and at the end, with pruning",
+    "the first save of a fresh run, and all after it",
+    "saves that may fail",
+    "a damaged file in the way",
+)
+KILLED = [scene for scene in SCENES if scene != "saves that may fail"]  # to a kill it is the first one
+Figure = Callable[[str, int], None]
+Attack = Callable[[Stage, slice], tuple[int, list[str]]]
+
+
+def kills(stage: Stage) -> Iterator[tuple[Call, Blow]]:
+    """Yield a kill before every call, and one in the middle of every write."""
+    for call in stage.calls:
+        yield call, Blow(kill=True)
+        if call.name in WRITES:
+            yield call, Blow(kill=True, half=True)
+
+
+def errors(stage: Stage) -> Iterator[tuple[Call, Blow]]:
+    """Yield every error that a disk can give, at every call from the first line in the ledger on; EINTR apart."""
+    for call in stage.calls[stage.calls.index(SEGMENT_START) :]:
+        for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT) if call.name in TAKE_ROOM else (errno.EIO,):
+            yield call, Blow(error=number)
+
+
+def harmless(stage: Stage) -> Iterator[tuple[Call, Blow]]:
+    """Yield an interrupted call wherever there can be one, and half a write at every write."""
+    for call in stage.calls:
+        if call.name in TRIED_AGAIN and (call.name, call.file) not in OPENDIR:
+            yield call, Blow(error=errno.EINTR)
+        if call.name in WRITES:
+            yield call, Blow(half=True)
+
+
+def kill_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
+    """Kill at each call; return how many were killed, and what was wrong."""
+    wrong, attacks = list[str](), list(kills(stage))[part]
+    for call, blow in attacks:
+        code, trace = stage.play((call, blow))
+        assert trace.struck >= {call}, f"{call}: did not come"
+        assert code == -signal.SIGKILL, f"{call}: exit code {code}"
+        wrong += [f"killed at {call}: {fault}" for fault in (*stage.faults(), *stage.faults_of_going_on())]
+    return len(attacks), wrong
+
+
+def fail_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
+    """Let each call fail in each way; return how many did, and what was wrong."""
+    wrong, attacks = list[str](), list(errors(stage))[part]
+    for call, blow in attacks:
+        code, trace = stage.play((call, blow))
+        assert trace.struck >= {call}, f"{call}: did not come"
+        must_fail = call.name in NEEDED or call in _opened_for_fsync(stage.calls)
+        found = stage.faults_of_an_error(code, must_fail=must_fail)
+        wrong += [f"{errno.errorcode[blow.error]} at {call}: {fault}" for fault in found]
+    return len(attacks), wrong
+
+
+def fill_up_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
+    """Let each write write half, and the next one find the disk full; return how many did, and what was wrong."""
+    wrong, attacks = list[str](), [call for call in stage.calls if call.name in WRITES and call.file != "lock"][part]
+    for call in attacks:
+        rest = call._replace(nth=call.nth + 1)
+        code, trace = stage.play((call, Blow(half=True)), (rest, Blow(error=errno.ENOSPC)))
+        assert trace.struck >= {call, rest}, f"{call}: did not come"
+        wrong += [f"a full disk in {call}: {fault}" for fault in stage.faults_of_an_error(code, must_fail=True)]
+    return len(attacks), wrong
+
+
+def disturb_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
+    """Interrupt each call and cut each write short; return how many, and what was wrong: it must not matter."""
+    wrong, attacks = list[str](), list(harmless(stage))[part]
+    for call, blow in attacks:
+        code, trace = stage.play((call, blow))
+        assert trace.struck >= {call}, f"{call}: did not come"
+        if code:
+            wrong.append(f"{blow} at {call}: exit code {code}, {stage.said}")
+        wrong += [f"{blow} at {call}: {fault}" for fault in stage.unbroken.end_faults(stage.run)]
+    return len(attacks), wrong
+
+
+def _opened_for_fsync(calls: list[Call]) -> set[Call]:
+    by_file = sorted(enumerate(calls), key=lambda item: (item[1].file, item[0]))
+    pairs = pairwise(call for _, call in by_file)
+    return {call for call, following in pairs if (call.name, following.name) == ("openat", "fsync")}
+
+
+def strike(attack: Attack, scene: str, folder: Path, part: slice) -> tuple[int, list[str]]:
+    return attack(Stage(SCENES[scene], folder), part)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("scene", KILLED)
+def test_a_kill_at_any_system_call_loses_nothing(scene: str, part: int, tmp_path: Path, figure: Figure) -> None:
+    count, wrong = apart(strike, kill_all, scene, tmp_path, slice(part, None, PARTS))
+    figure("kills at a system call", count)
+    assert wrong == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("scene", DISK_ERRORS)
+def test_an_error_at_any_system_call_is_said_and_loses_nothing(
+    scene: str, part: int, tmp_path: Path, figure: Figure
+) -> None:
+    count, wrong = apart(strike, fail_all, scene, tmp_path, slice(part, None, PARTS))
+    figure("errors at a system call", count)
+    assert wrong == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_disk_that_is_full_in_the_middle_of_a_write_loses_nothing(scene: str, tmp_path: Path, figure: Figure) -> None:
+    count, wrong = apart(strike, fill_up_all, scene, tmp_path, slice(None))
+    figure("writes that filled the disk half-way", count)
+    assert wrong == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("scene", DISK_ERRORS)
+def test_interrupted_calls_and_short_writes_do_not_matter(scene: str, tmp_path: Path, figure: Figure) -> None:
+    count, wrong = apart(strike, disturb_all, scene, tmp_path, slice(None))
+    figure("interrupted calls and short writes", count)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("attack", [kill_all, fail_all, fill_up_all, disturb_all])
+def test_a_few_faults_at_system_calls_lose_nothing(attack: Attack, tmp_path: Path, figure: Figure) -> None:
+    count, wrong = apart(strike, attack, next(iter(SCENES)), tmp_path, slice(3, None, 20))
+    figure("faults at system calls, in passing", count)
+    assert wrong == []
+
+
+def calls_of_a_save(folder: Path) -> list[str]:
+    """Return the calls that change something, in their order, of a command that saves once."""
+    stage = Stage(SCENES["the save of a stop by signal"], folder)
+    changing = [call for call in stage.calls if call.name in NEEDED | {"unlink"}]
+    first = next(i for i, call in enumerate(changing) if "step-00000005" in call.file)
+    return [f"{call.name} {call.file}" for call in changing[first:] if call.file != "metrics.jsonl"]
+
+
+def test_a_checkpoint_is_durable_before_it_is_acknowledged_and_older_ones_go_after_that(tmp_path: Path) -> None:
+    temporary, name = "checkpoints/.step-00000005.h5.tmp-PID", "checkpoints/step-00000005.h5"
+    assert [call for call, _ in groupby(apart(calls_of_a_save, tmp_path))] == [
+        f"write {temporary}",
+        f"fsync {temporary}",
+        f"rename {temporary} -> {name}",
+        "fsync checkpoints",
+        "write ledger.jsonl",
+        "fsync ledger.jsonl",
+        "unlink checkpoints/step-00000003.h5",
+        "write ledger.jsonl",
+        "fsync ledger.jsonl",
+    ]
