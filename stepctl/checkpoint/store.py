@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from stepctl import rundir
 from stepctl.checkpoint import codec, names, retention, userblock
 from stepctl.errors import CheckpointError, StepctlError
-from stepctl.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from stepctl.config import Checkpoint
@@ -110,6 +109,8 @@ class Store:
 
     def _vet(self, step: int, digest: str) -> None:
         if self._acknowledged is not None and digest not in self._acknowledged:
+            from stepctl.sandbox import Sandbox  # rarely needed, and not light
+
             with Sandbox() as sandbox:
                 answer = sandbox.call("stepctl.checkpoint.codec:check", str(self.file(step)))
             if answer["sha256"] != digest:
