@@ -182,8 +182,12 @@ def _enter(
     inside.recv()
     inside.close()
     try:
-        (call or _stepctl)()
-    except KeyboardInterrupt:  # as the interpreter does
+        try:
+            (call or _stepctl)()
+        finally:  # as the interpreter does at its end
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
 
