@@ -188,7 +188,7 @@ class Reader:
         except CheckpointError:
             self.close()
             raise
-        except ZeroDivisionError as error:  # h5py raises many kinds for a file that is not what it should be
+        except Exception as error:  # h5py raises many kinds for a file that is not what it should be
             self.close()
             raise CheckpointError(
                 "hdf5", f"{self.name}: not readable as HDF5 ({' '.join(str(error).split())})"
