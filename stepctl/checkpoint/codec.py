@@ -9,6 +9,7 @@ Root attributes: format, format_version, global_step, created_by, run. Same stat
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -143,10 +144,7 @@ def _create(metadata: Metadata) -> Iterator[h5py.File]:
 def _group(groups: dict[str, Any], path: str) -> Any:
     if path not in groups:
         parent, _, name = path.rpartition("/")
-        creation = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
-        creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
-        creation.set_obj_track_times(False)
-        groups[path] = h5py.h5g.create(_group(groups, parent), name.encode(), gcpl=creation)
+        groups[path] = h5py.h5g.create(_group(groups, parent), name.encode(), gcpl=_group_creation())
     return groups[path]
 
 
@@ -154,14 +152,27 @@ def _lay_out(groups: dict[str, Any], path: str, array: Array) -> int:
     """Make a dataset, with room for the array, and return where in the file that room is."""
     parent, _, name = path.rpartition("/")
     space = h5py.h5s.create_simple(array.shape) if array.shape else h5py.h5s.create(h5py.h5s.SCALAR)
+    kind = h5py.h5t.py_create(array.dtype, logical=True)
+    dataset = h5py.h5d.create(_group(groups, parent), name.encode(), kind, space, dcpl=_dataset_creation())
+    return dataset.get_offset() or 0
+
+
+@functools.cache
+def _group_creation() -> Any:
+    creation = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+    creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+    creation.set_obj_track_times(False)
+    return creation
+
+
+@functools.cache
+def _dataset_creation() -> Any:
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_obj_track_times(False)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    kind = h5py.h5t.py_create(array.dtype, logical=True)
-    dataset = h5py.h5d.create(_group(groups, parent), name.encode(), kind, space, dcpl=creation)
-    return dataset.get_offset() or 0
+    return creation
 
 
 def _text(text: str) -> Array:
@@ -178,9 +189,9 @@ class Reader:
 
     def __init__(self, path: str | os.PathLike[str], vet: Callable[[str], None] = lambda digest: None) -> None:
         self.name = os.path.basename(path)
-        self._raw, digest = userblock.open_verified(path)
+        self._verified = userblock.open_verified(path)
+        self._raw, digest = self._verified.file, self._verified.digest
         try:
-            self._stamp = _stamp(self._raw)
             vet(digest)
             self._file = _open_hdf5(self._raw, self.name)
             self.datasets: dict[str, h5py.Dataset] = Walk(self.name).group(self._file)
@@ -224,8 +235,8 @@ class Reader:
                 out[...] = values
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if the file was written to since its digest was checked."""
-        if _stamp(self._raw) != self._stamp:
+        """Raise CheckpointError if the file was written to since it was opened."""
+        if not self._verified.is_unchanged():
             raise CheckpointError("changed", f"{self.name}: changed while it was read")
 
     def _read(self, path: str, position: int, out: Array) -> None:
@@ -315,11 +326,6 @@ class Reader:
             return bytes(value).decode()
         except UnicodeDecodeError as error:
             raise CheckpointError("text", f"{self.name}: /{where} is not UTF-8 text") from error
-
-
-def _stamp(file: BufferedReader) -> tuple[int, int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def check(path: str) -> dict[str, Any]:
