@@ -13,17 +13,19 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from typing import NamedTuple
 
 import numpy as np
 
+from stepctl.arena import Array
 from stepctl.errors import CheckpointError
 
 SIZE = 512
 VERSION = 1
 MAX_BYTES = 1 << 40  # a file above this is not read at all
+_SLICE = 1 << 18  # bytes compared together: what a second-level cache holds
 _WRITTEN = ("st_size", "st_mtime_ns", "st_ctime_ns")
 _TEXT = re.compile(rb"stepctl-checkpoint ([0-9]{1,9})\nsha256: ([0-9a-f]{64})\nlength: ([0-9]{1,15})\n\0*")
 
@@ -50,14 +52,20 @@ class Verified(NamedTuple):
 def check_content(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> None:
     """Raise CheckpointError unless the file holds exactly these bytes; cheaper than its digest, and says as much."""
     file, _ = _open(path)
+    buffer = np.empty(_SLICE, np.uint8)
     with file:
-        for chunk in chunks:
-            found = bytearray(len(chunk))
-            n_bytes = file.readinto(found)
-            if n_bytes != len(chunk) or not np.array_equal(np.frombuffer(found, "u1"), np.frombuffer(chunk, "u1")):
+        for expected in _slices(chunks):
+            found = buffer[: len(expected)]
+            if file.readinto(found.data) != len(expected) or not np.array_equal(found, expected):
                 raise CheckpointError("digest", f"{os.path.basename(path)}: damaged (holds other bytes)")
         if file.read(1):
             raise CheckpointError("length", f"{os.path.basename(path)}: damaged (longer than what was written)")
+
+
+def _slices(chunks: Iterable[bytes | memoryview]) -> Iterator[Array]:
+    for chunk in chunks:
+        values = np.frombuffer(chunk, np.uint8)
+        yield from (values[start : start + _SLICE] for start in range(0, len(values), _SLICE))
 
 
 def open_verified(path: str | os.PathLike[str]) -> Verified:
