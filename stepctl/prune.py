@@ -37,9 +37,9 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
 
 def _is_whole(store: Store, step: int, say: Callable[[str], None]) -> bool:
     try:
-        file, _ = userblock.open_verified(store.file(step))
+        verified = userblock.open_verified(store.file(step))
     except CheckpointError as error:
         say(f"{error}; left in place")
         return False
-    file.close()
+    verified.file.close()
     return True

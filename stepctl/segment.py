@@ -120,6 +120,7 @@ class Segment:
                 self._record_end(f"{type(error).__name__}: {error}")
             raise
         finally:
+            self._background.close()
             self._report_saved()
             for writer in writers:
                 writer.close()

@@ -32,7 +32,7 @@ def odd_values(dtype: str) -> Array:
     return np.array([0.0, -0.0, 1.5, np.inf, -np.inf, np.nan, -np.nan, payload, tiny, -tiny], dtype)
 
 
-def full_state(dtype: str = "float32", seed: int = 0) -> TrainState:
+def full_state(dtype: str = "float32", seed: int = 0, step: int = STEP) -> TrainState:
     """A state with all that the format can hold; `seed` 0 fills in values, any other different ones."""
     shapes = {"odd": (10,), "dense0/weight": (3, 5), "dense0/bias": (5,), "scalar": (), "empty": (0,), "hollow": (3, 0)}
     generator = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ def full_state(dtype: str = "float32", seed: int = 0) -> TrainState:
         "best": {"loss": np.array(generator.normal()), "step": np.array(2**62 + seed)},
         "seen": {"bits": generator.integers(0, 256, (2, 3), np.uint8), "sum": generator.normal(size=3)},
     }
-    numbers = {"global_step": STEP, "samples_seen": 2**63 - 1 - seed, "critic": 5 * STEP, "generator": STEP}
+    numbers = {"global_step": step, "samples_seen": 2**63 - 1 - seed, "critic": 5 * step, "generator": step}
     return TrainState(Counters(numbers), params, slots, mean, hooks)
 
 

@@ -66,6 +66,14 @@ def test_where_arrays_lie_in_memory_does_not_show() -> None:
     assert encoded(moved) == encoded(state)
 
 
+def test_a_later_step_gives_the_bytes_that_a_fresh_process_gives() -> None:
+    code = "import sys, states as s; sys.stdout.buffer.write(s.encoded(s.full_state(step=1234)))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    fresh = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True).stdout
+    encoded(full_state())
+    assert encoded(full_state(step=1234)) == fresh
+
+
 def test_another_process_gives_the_same_bytes() -> None:
     code = "import sys, test_checkpoint_file as t; sys.stdout.buffer.write(t.encoded(t.full_state()))"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "12345"}

@@ -397,11 +397,12 @@ def test_saves_of_a_resumed_run_fall_on_the_same_grid(small: Any, tmp_path: Path
 def test_a_save_asked_for_is_made_once_also_on_the_grid(small: Any) -> None:
     published, requests = [], {3, 5}
     state = assemble(small()).state
+    background = Background()
     hook = Save(
         Checkpoint(every=5),
         publish=lambda state: published.append(state.counters.global_step),
         requested=lambda: state.counters.global_step in requests and not requests.remove(state.counters.global_step),
-        background=Background(),
+        background=background,
         say=pytest.fail,
         note=silent,
         saved_step=0,
@@ -411,6 +412,7 @@ def test_a_save_asked_for_is_made_once_also_on_the_grid(small: Any) -> None:
     for _ in range(7):
         state.counters.advance({"global_step": 1})
         hook.after_step(state, {})
+    background.finish()
     assert (published, requests) == ([3, 5], set())
     hook.end(state, {}, StopReason("", done=True))
     assert published == [3, 5, 7]

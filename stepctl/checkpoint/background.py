@@ -4,53 +4,54 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 class Background:
     """Runs a job; what it raised reaches the thread that looks next."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        # one thread that stays: to start one holds the caller until the system has run it
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._future: Future[None] | None = None
         self._abandoned = threading.Event()
 
     @property
     def busy(self) -> bool:
         """Tell whether a job is being done."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._future is not None and not self._future.done()
 
     def start(self, job: Callable[[], None]) -> None:
         """Begin a job, once the one before is finished."""
         assert not self.busy, "the job before must be finished"
-        thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
-        self._thread = thread
-        thread.start()
+        self._future = self._executor.submit(self._run, job)
 
     def check(self) -> None:
         """Raise the error of a job that has ended, once."""
-        if not self.busy and self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._future is not None and self._future.done():
+            ended, self._future = self._future, None
+            ended.result()
 
     def finish(self) -> None:
         """Wait until the job is done; raise its error if it had one."""
-        if self._thread is not None:
-            self._thread.join()
-        self.check()
+        if self._future is not None:
+            wait([self._future])
+            ended, self._future = self._future, None
+            ended.result()
+
+    def close(self) -> None:
+        """Wait until the job is done, and take no more; its error is nobody's any more."""
+        self._executor.shutdown()
 
     def abandon(self) -> None:
-        """Have the job give up, and wait until it has; its error is nobody's any more."""
+        """Have the job give up, wait until it has, and take no more."""
         self._abandoned.set()
-        if self._thread is not None and self._thread.ident is not None:  # else an interrupt came before it began
-            self._thread.join()
+        self.close()
 
     def abandoned(self) -> bool:
         """Tell the job whether it should give up."""
         return self._abandoned.is_set()
 
     def _run(self, job: Callable[[], None]) -> None:
-        try:
-            if not self.abandoned():
-                job()
-        except BaseException as error:
-            self._error = error
+        if not self.abandoned():
+            job()

@@ -8,7 +8,6 @@ Root attributes: format, format_version, global_step, created_by, run. Same stat
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -22,16 +21,15 @@ from typing import Any
 import h5py
 import numpy as np
 
-from stepctl import __version__, yamlio
+from stepctl import yamlio
 from stepctl.arena import Array, check_names
-from stepctl.checkpoint import names, userblock
+from stepctl.checkpoint import layout, names, userblock
+from stepctl.checkpoint.layout import FORMAT, FORMAT_VERSION
 from stepctl.checkpoint.metadata import Metadata
 from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_string
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.state import GLOBAL_STEP, Counters, TrainState
 
-FORMAT = "stepctl-checkpoint"
-FORMAT_VERSION = 1
 _SLICE = 1 << 22  # bytes written together
 _PART = 1 << 20  # elements read together
 # Signature, version 3, offsets and lengths of 8 bytes, no flags; then base address, extension (none), end of file.
@@ -74,34 +72,25 @@ class Image:
             if len(view) < _SLICE:
                 small += view
             if len(small) >= _SLICE or len(view) >= _SLICE:
-                yield bytes(small)
-                small.clear()
+                yield memoryview(small)
+                small = bytearray()
             if len(view) >= _SLICE:
                 yield from (view[start : start + _SLICE] for start in range(0, len(view), _SLICE))
-        yield bytes(small)
+        yield memoryview(small)
 
 
 def encode(state: TrainState, *, run: str, config: str, numerics: str) -> Image:
-    """Return the image of a checkpoint: HDF5 lays the arrays out, and never touches them."""
-    image = Image(Metadata(), {})
-    with _create(image.metadata) as file:
-        root = file.attrs
-        root.create("format", _text(FORMAT))
-        root.create("format_version", np.int64(FORMAT_VERSION))
-        root.create("global_step", np.int64(state.counters.global_step))
-        root.create("created_by", _text(f"stepctl {__version__}"))
-        root.create("run", _text(run.encode("utf-8", "replace").decode()))
-        groups = {"": file.id}
-        for group in ("counters", "params", "optimizers", "buffers", "hooks"):
-            _group(groups, group)
-        arrays = {f"counters/{name}": np.array(value, "<i8") for name, value in state.counters.items()}
-        arrays |= state.arrays() | {"config": _text(config), "numerics": _text(numerics)}
-        for path, array in arrays.items():
-            little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).reshape(array.shape)
-            offset = _lay_out(groups, path, little)
-            if little.size:
-                image.arrays[offset] = little
-    return image
+    """Return the image of a checkpoint."""
+    arrays = {f"counters/{name}": np.array(value) for name, value in state.counters.items()}
+    arrays |= state.arrays() | {"config": layout.text(config), "numerics": layout.text(numerics)}
+    arrays = {path: _little(array) for path, array in arrays.items()}
+    laid_out = layout.lay_out(arrays, run=run, step=state.counters.global_step)
+    return Image(laid_out.metadata, {offset: arrays[path] for path, offset in laid_out.offsets.items()})
+
+
+def _little(array: Array) -> Array:
+    order = array.dtype.newbyteorder("<")
+    return np.ascontiguousarray(array.astype(order, copy=False)).reshape(array.shape)
 
 
 def check_storable(state: TrainState) -> None:
@@ -126,49 +115,6 @@ def _ends(path: str) -> Iterator[int]:
     yield len(path)
 
 
-@contextlib.contextmanager
-def _create(metadata: Metadata) -> Iterator[h5py.File]:
-    # with no times in any header, so that the same state makes the same bytes
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, metadata)
-    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
-    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
-    creation.set_userblock(userblock.SIZE)
-    creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
-    creation.set_obj_track_times(False)
-    with h5py.File(h5py.h5f.create(b"checkpoint", h5py.h5f.ACC_TRUNC, creation, access)) as file:
-        yield file
-
-
-def _group(groups: dict[str, Any], path: str) -> Any:
-    if path not in groups:
-        parent, _, name = path.rpartition("/")
-        creation = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
-        creation.set_link_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
-        creation.set_obj_track_times(False)
-        groups[path] = h5py.h5g.create(_group(groups, parent), name.encode(), gcpl=creation)
-    return groups[path]
-
-
-def _lay_out(groups: dict[str, Any], path: str, array: Array) -> int:
-    """Make a dataset, with room for the array, and return where in the file that room is."""
-    parent, _, name = path.rpartition("/")
-    space = h5py.h5s.create_simple(array.shape) if array.shape else h5py.h5s.create(h5py.h5s.SCALAR)
-    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    creation.set_layout(h5py.h5d.CONTIGUOUS)
-    creation.set_obj_track_times(False)
-    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    kind = h5py.h5t.py_create(array.dtype, logical=True)
-    dataset = h5py.h5d.create(_group(groups, parent), name.encode(), kind, space, dcpl=creation)
-    return dataset.get_offset() or 0
-
-
-def _text(text: str) -> Array:
-    data = text.encode()
-    return np.array(data, h5py.string_dtype("utf-8", max(len(data), 1)))
-
-
 class Reader:
     """One verified checkpoint, open: its header, and its arrays by path. Use as a context manager.
 
@@ -178,9 +124,9 @@ class Reader:
 
     def __init__(self, path: str | os.PathLike[str], vet: Callable[[str], None] = lambda digest: None) -> None:
         self.name = os.path.basename(path)
-        self._raw, digest = userblock.open_verified(path)
+        self._verified = userblock.open_verified(path)
+        self._raw, digest = self._verified.file, self._verified.digest
         try:
-            self._stamp = _stamp(self._raw)
             vet(digest)
             self._file = _open_hdf5(self._raw, self.name)
             self.datasets: dict[str, h5py.Dataset] = Walk(self.name).group(self._file)
@@ -224,8 +170,8 @@ class Reader:
                 out[...] = values
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if the file was written to since its digest was checked."""
-        if _stamp(self._raw) != self._stamp:
+        """Raise CheckpointError if the file was written to since it was opened."""
+        if not self._verified.is_unchanged():
             raise CheckpointError("changed", f"{self.name}: changed while it was read")
 
     def _read(self, path: str, position: int, out: Array) -> None:
@@ -315,11 +261,6 @@ class Reader:
             return bytes(value).decode()
         except UnicodeDecodeError as error:
             raise CheckpointError("text", f"{self.name}: /{where} is not UTF-8 text") from error
-
-
-def _stamp(file: BufferedReader) -> tuple[int, int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def check(path: str) -> dict[str, Any]:

@@ -17,6 +17,13 @@ class Metadata(io.RawIOBase):
         self._pages: dict[int, bytearray] = {}
         self._position = self.size = 0
 
+    def copy(self) -> Metadata:
+        """Return a file of its own that holds the same."""
+        other = Metadata()
+        other._pages = {number: page[:] for number, page in self._pages.items()}
+        other.size = self.size
+        return other
+
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         return self._position

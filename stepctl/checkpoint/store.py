@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from stepctl import rundir
 from stepctl.checkpoint import codec, names, retention, userblock
 from stepctl.errors import CheckpointError, StepctlError
-from stepctl.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from stepctl.config import Checkpoint
@@ -65,14 +65,14 @@ class Store:
                 sha256.update(chunk)
                 rundir.write_all(descriptor, chunk)
                 length += len(chunk)
+            head = userblock.make(sha256.hexdigest(), length)
             os.lseek(descriptor, 0, os.SEEK_SET)
-            rundir.write_all(descriptor, userblock.make(sha256.hexdigest(), length))
+            rundir.write_all(descriptor, head)
         try:
-            file, digest = userblock.open_verified(path)
-            file.close()
+            userblock.check_content(path, itertools.chain([head], image))
         except (CheckpointError, OSError) as error:
             raise StepctlError(f"{path}: written, but it does not read back: {error}; mend the disk") from error
-        return digest
+        return sha256.hexdigest()
 
     def newest(self, report: Callable[[str], None], accept: Accept = lambda reader: None) -> codec.Reader:
         """Open the checkpoint of the highest step that verifies and that `accept` does not refuse.
@@ -110,6 +110,8 @@ class Store:
 
     def _vet(self, step: int, digest: str) -> None:
         if self._acknowledged is not None and digest not in self._acknowledged:
+            from stepctl.sandbox import Sandbox  # rarely needed, and not light
+
             with Sandbox() as sandbox:
                 answer = sandbox.call("stepctl.checkpoint.codec:check", str(self.file(step)))
             if answer["sha256"] != digest:

@@ -13,13 +13,20 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
+from typing import NamedTuple
 
+import numpy as np
+
+from stepctl.arena import Array
 from stepctl.errors import CheckpointError
 
 SIZE = 512
 VERSION = 1
 MAX_BYTES = 1 << 40  # a file above this is not read at all
+_SLICE = 1 << 18  # bytes compared together: what a second-level cache holds
+_WRITTEN = ("st_size", "st_mtime_ns", "st_ctime_ns")
 _TEXT = re.compile(rb"stepctl-checkpoint ([0-9]{1,9})\nsha256: ([0-9a-f]{64})\nlength: ([0-9]{1,15})\n\0*")
 
 
@@ -29,12 +36,57 @@ def make(digest: str, length: int) -> bytes:
     return text.encode().ljust(SIZE, b"\0")
 
 
-def open_verified(path: str | os.PathLike[str]) -> tuple[BufferedReader, str]:
-    """Open a checkpoint whose digest is right; return the file and the digest.
+class Verified(NamedTuple):
+    """An open file whose digest is right, and its status from before it was read."""
+
+    file: BufferedReader
+    digest: str
+    status: os.stat_result
+
+    def is_unchanged(self) -> bool:
+        """Tell whether nobody has written to the file since."""
+        now = os.fstat(self.file.fileno())
+        return all(getattr(now, field) == getattr(self.status, field) for field in _WRITTEN)
+
+
+def check_content(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> None:
+    """Raise CheckpointError unless the file holds exactly these bytes; cheaper than its digest, and says as much."""
+    file, _ = _open(path)
+    buffer = np.empty(_SLICE, np.uint8)
+    with file:
+        for expected in _slices(chunks):
+            found = buffer[: len(expected)]
+            if file.readinto(found.data) != len(expected) or not np.array_equal(found, expected):
+                raise CheckpointError("digest", f"{os.path.basename(path)}: damaged (holds other bytes)")
+        if file.read(1):
+            raise CheckpointError("length", f"{os.path.basename(path)}: damaged (longer than what was written)")
+
+
+def _slices(chunks: Iterable[bytes | memoryview]) -> Iterator[Array]:
+    for chunk in chunks:
+        values = np.frombuffer(chunk, np.uint8)
+        yield from (values[start : start + _SLICE] for start in range(0, len(values), _SLICE))
+
+
+def open_verified(path: str | os.PathLike[str]) -> Verified:
+    """Open a checkpoint whose digest is right.
 
     CheckpointError, with the reason as its code, if it is not a regular file, too large, not a checkpoint, of
     another version, cut short, too long, or damaged.
     """
+    name = os.path.basename(path)
+    file, status = _open(path)
+    try:
+        return Verified(file, _verify(file, name, status.st_size), status)
+    except OSError as error:
+        file.close()
+        raise CheckpointError("read", f"{name}: cannot be read ({error.strerror})") from error
+    except BaseException:
+        file.close()
+        raise
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[BufferedReader, os.stat_result]:
     name = os.path.basename(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -45,20 +97,12 @@ def open_verified(path: str | os.PathLike[str]) -> tuple[BufferedReader, str]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError("kind", f"{name}: not a regular file")
-        file = os.fdopen(descriptor, "rb")
+        return os.fdopen(descriptor, "rb"), status
     except OSError as error:
         os.close(descriptor)
         raise CheckpointError("read", f"{name}: cannot be read ({error.strerror})") from error
     except BaseException:
         os.close(descriptor)
-        raise
-    try:
-        return file, _verify(file, name, status.st_size)
-    except OSError as error:
-        file.close()
-        raise CheckpointError("read", f"{name}: cannot be read ({error.strerror})") from error
-    except BaseException:
-        file.close()
         raise
 
 

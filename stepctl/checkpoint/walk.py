@@ -18,7 +18,7 @@ NUMBERS: dict[str, Any] = {
     "<i8": h5py.h5t.STD_I64LE,
     "|u1": h5py.h5t.STD_U8LE,
 }
-MAX_OBJECTS = 8_000
+MAX_OBJECTS = 6_000
 MAX_TEXT = yamlio.MAX_BYTES
 _HEADER_VERSION = 2
 _SHOWN = 200  # letters of a path in a message

@@ -6,13 +6,14 @@ import json
 
 import click
 
+from stepctl.cli.options import Place
 from stepctl.cli.verify import describe
 from stepctl.errors import Exit, printable
 
 
 @click.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", metavar="A", type=Place())
+@click.argument("b", metavar="B", type=Place())
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def diff(a: str, b: str, as_json: bool) -> None:
     """Compare two checkpoints, or the newest of two runs: counters, config, and every array to the bit.

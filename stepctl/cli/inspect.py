@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from stepctl.cli.options import say
+from stepctl.cli.options import Place, say
 from stepctl.errors import printable
 
 _NONE = "-"  # a pattern that no path matches
 
 
 @click.command()
-@click.argument("path", metavar="PATH")
+@click.argument("path", metavar="PATH", type=Place())
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--path", "pattern", default="*", metavar="PATTERN", help="Only arrays such as 'params/*'.")
 @click.option("--step", "step_only", is_flag=True, help="Print the global step alone.")

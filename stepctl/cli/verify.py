@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from stepctl.cli.options import say
+from stepctl.cli.options import Place, say
 from stepctl.errors import ConfigError, Exit, printable
 
 
 @click.command()
-@click.argument("path", metavar="PATH")
+@click.argument("path", metavar="PATH", type=Place())
 @click.option("--replay", "steps", metavar="A:B", help="Train again from checkpoint A to B, in memory, and compare.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def verify(path: str, steps: str | None, as_json: bool) -> None:

@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+import processes  # noqa: F401  (it says what the server loads before it forks)
 import pytest
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["h5py", "threadpoolctl", "stepctl.run", "stepctl.cli.main", "stepctl.cli.display"])
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -30,8 +29,9 @@ class Refused(Exception):
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return function(*arguments), called in a process of its own; skip the test if that raises Refused."""
-    receiver, sender = _server.Pipe(duplex=False)
-    process = _server.Process(target=_answer, args=(sender, function, arguments))
+    server = multiprocessing.get_context("forkserver")
+    receiver, sender = server.Pipe(duplex=False)
+    process = server.Process(target=_answer, args=(sender, function, arguments))
     process.start()
     sender.close()
     try:

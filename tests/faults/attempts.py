@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from states import STEP, small_state, written
 from stepctl.arena import Arena
@@ -15,12 +19,19 @@ from stepctl.state import Counters, TrainState
 ACCEPTED = ("accepted", "")
 
 
+class OtherBits(Exception):
+    """A file was taken, and what it gave is not the small state."""
+
+
 def attempt(path: Path, manner: str = "restored") -> tuple[str, str]:
     """Load a checkpoint; return the code and the message of its refusal (an exception's name if it has no code)."""
     try:
-        MANNERS[manner](path)
+        load, _ = MANNERS[manner]
+        load(path)
     except CheckpointError as error:
         return error.code, str(error)
+    except OtherBits:
+        return "other bits", ""
     except Exception as error:
         return type(error).__name__, str(error)
     return ACCEPTED
@@ -34,8 +45,12 @@ def codec() -> Any:
 
 
 def restored(path: Path) -> None:
+    state = small_state()
+    state.params.flat.fill(0)
     with codec().Reader(path) as reader:
-        codec().restore(reader, small_state())
+        codec().restore(reader, state)
+    if not state.same_bits(small_state()):
+        raise OtherBits
 
 
 def vetted(path: Path) -> None:
@@ -67,9 +82,44 @@ def cut(path: Path) -> None:
 
 
 def changed(path: Path) -> None:
-    with open(path, "r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        file.write(bytes(100))
+    """Write in the middle, until the clock of the file system has moved on since the file was made."""
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before:
+        with open(path, "r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            file.write(bytes(100))
+
+
+def unreadable(path: Path) -> None:
+    """Let every read of the open file fail."""
+    failing = os.open("/proc/self/mem", os.O_RDONLY)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            if os.readlink(f"/proc/self/fd/{name}") == str(path):
+                os.dup2(failing, int(name), inheritable=False)
+    os.close(failing)
+
+
+def without_status(path: Path) -> None:
+    """On a disk that fails when the open file is asked for its size."""
+    with mock.patch.object(os, "fstat", side_effect=OSError(errno.EIO, "Input/output error")):
+        codec().Reader(path).close()
+
+
+def changed_while_checked(path: Path) -> None:
+    """A change to bytes that the digest has seen already, before it has seen them all."""
+    data, real = path.read_bytes(), hashlib.file_digest
+
+    def file_digest(*arguments: Any) -> Any:
+        digest = real(*arguments)
+        changed(path)
+        return digest
+
+    try:
+        with mock.patch.object(hashlib, "file_digest", file_digest), codec().Reader(path) as reader:
+            restore_large(reader)
+    finally:
+        path.write_bytes(data)
 
 
 def restore_large(reader: Any) -> None:
@@ -92,10 +142,14 @@ def large(folder: Path) -> Path:
     return written(folder, large_state(1))
 
 
-MANNERS: dict[str, Callable[[Path], None]] = {
-    "restored": restored,
-    "vetted": vetted,
-    "cut, then restored": after(cut, restore_large),
-    "changed, then restored": after(changed, restore_large),
-    "cut, then read in parts": after(cut, read_parts),
+MANNERS: dict[str, tuple[Callable[[Path], None], str]] = {  # name -> what is done, code of the refusal
+    "restored": (restored, "accepted"),
+    "vetted": (vetted, "vetted"),
+    "without status": (without_status, "read"),
+    "changed while it is checked": (changed_while_checked, "changed"),
+    "cut, then restored": (after(cut, restore_large), "changed"),
+    "changed, then restored": (after(changed, restore_large), "changed"),
+    "unreadable, then restored": (after(unreadable, restore_large), "read"),
+    "cut, then read in parts": (after(cut, read_parts), "changed"),
+    "unreadable, then read in parts": (after(unreadable, read_parts), "read"),
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from attempts import ACCEPTED, MANNERS, attempt, large
+from attempts import MANNERS, attempt, large
 from hostile import GOOD, HOSTILE, UNFIT
 from hostile_parts import OTHER, good_body, sealed, tampered
 from metadata_bytes import patched, sealed_spans
@@ -34,6 +34,7 @@ from stepctl.state import Counters
 Figure = Callable[[str, int], None]
 
 OLDER = "step-00000005.h5"
+CODES = {hostile.code for hostile in HOSTILE.values()} | {"accepted", "mismatch", "other bits"}
 SECONDS = 1.0
 MEMORY = 200_000_000
 DEADLINE = 100.0  # a command that waits for something
@@ -128,11 +129,10 @@ def test_a_checkpoint_of_another_state_is_refused(case: str, tmp_path: Path, fig
     figure("hostile files refused", 1)
 
 
-@pytest.mark.parametrize("manner", [manner for manner in MANNERS if "then" in manner])
-def test_harm_that_is_done_between_the_check_and_the_reading_is_noticed(manner: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("manner", [manner for manner in MANNERS if manner != "restored"])
+def test_harm_that_is_done_while_a_file_is_open_is_noticed(manner: str, tmp_path: Path) -> None:
     code, message = attempt(large(tmp_path), manner)
-    assert (code, message) != ACCEPTED
-    assert code == "read"
+    assert code == MANNERS[manner][1]
     assert message.startswith(f"{NAME}: ")
 
 
@@ -186,43 +186,49 @@ def measured(command: list[str], folder: Path) -> Outcome:
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        return Outcome(
-            child.returncode, out.read(), err.read(), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-        )
+        seconds, n_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+        return Outcome(child.returncode, out.read(), err.read(), seconds, n_bytes)
 
 
-def quickest(command: list[str], folder: Path) -> Outcome:
+def quickest(command: list[str], folder: Path, start: float) -> Outcome:
     """Run a command until it has taken no longer than it may, three times at most: the machine may be busy."""
-    outcome = measured(command, folder)
-    for _ in range(2):
-        if outcome.seconds < SECONDS:
-            break
+    for _ in range(3):
         outcome = measured(command, folder)
+        if outcome.seconds - start < SECONDS:
+            break
     return outcome
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The time that each command takes for a good file."""
+    folder = tmp_path_factory.mktemp("good")
+    path = written(folder, small_state())
+    return {command: measured([command, str(path)], folder).seconds for command in ("inspect", "verify")}
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("case", [name for name in HOSTILE if name != "a directory"])  # commands take it for a run
 def test_the_commands_refuse_a_hostile_file_within_a_second_and_200_megabytes(
-    case: str, tmp_path: Path, figure: Figure
+    case: str, start: dict[str, float], tmp_path: Path, figure: Figure
 ) -> None:
     hostile = HOSTILE[case]
     path = hostile.build(tmp_path)
-    inspected = quickest(["inspect", str(path)], tmp_path)
+    inspected = quickest(["inspect", str(path)], tmp_path, start["inspect"])
     assert inspected.code == 3
     assert inspected.out == ""
     assert inspected.err.startswith(f"stepctl: {path.name}: ")
     assert hostile.about in inspected.err
     assert inspected.err.count("\n") == 1
-    verified = quickest(["verify", str(path), "--json"], tmp_path)
+    verified = quickest(["verify", str(path), "--json"], tmp_path, start["verify"])
     assert verified.code == 1
     answer = json.loads(verified.out)
     assert not answer["ok"]
     assert [problem["code"] for problem in answer["problems"]] == [hostile.code]
     assert hostile.about in answer["problems"][0]["message"]
-    for outcome in (inspected, verified):
-        assert outcome.seconds < SECONDS
-        assert outcome.n_bytes < MEMORY
+    assert inspected.seconds - start["inspect"] < SECONDS
+    assert verified.seconds - start["verify"] < SECONDS
+    assert max(inspected.n_bytes, verified.n_bytes) < MEMORY
     figure("hostile files refused by inspect and verify", 1)
 
 
@@ -259,7 +265,9 @@ def test_a_broken_inside_behind_a_right_digest_is_refused_by_code_or_harmless(tm
     for position in range(0, len(body), 41):
         broken = bytearray(body)
         broken[position] ^= 0xFF
-        n_refused += attempt(sealed(tmp_path / NAME, bytes(broken))) != ACCEPTED
+        code, message = attempt(sealed(tmp_path / NAME, bytes(broken)))
+        assert code in CODES, message
+        n_refused += code != "accepted"
     assert n_refused > 50
 
 
@@ -273,7 +281,9 @@ def test_metadata_changed_behind_right_checksums_is_refused_by_code_or_harmless(
     for _ in range(n_trials):
         at, size = generator.choice(positions), generator.choice((1, 1, 1, 2, 8))
         new = bytes(generator.choice((0, 1, 0x80, 0xFF, generator.randrange(256))) for _ in range(size))
-        refused += attempt(sealed(tmp_path / NAME, patched(body, at, new))) != ACCEPTED
+        code, message = attempt(sealed(tmp_path / NAME, patched(body, at, new)))
+        assert code in CODES, message
+        refused += code != "accepted"
     assert refused > n_trials / 10
     figure("changes of metadata that no load came to harm by", n_trials)
 

@@ -27,8 +27,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     cases = {name: (hostile.build, "restored", hostile.code, hostile.about) for name, hostile in HOSTILE.items()}
     cases |= {name: (tampered(change), "restored", "mismatch", about) for name, (about, change) in UNFIT.items()}
     cases |= {name: (build, "restored", *ACCEPTED) for name, build in GOOD.items()}
-    cases |= {"vetted": (GOOD["unchanged"], "vetted", "vetted", "")}
-    cases |= {manner: (large, manner, "read", "") for manner in MANNERS if "then" in manner}
+    cases |= {manner: (large, manner, code, "") for manner, (_, code) in MANNERS.items() if manner != "restored"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "MAX_OBJECTS", MAX_OBJECTS)
         folder = tmp_path_factory.mktemp("corpus")

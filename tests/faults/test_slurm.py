@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 LAST = 4000
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")  # what Slurm says of a job that is over
 CONFIG = f"""\
 seed: 7
 data: {{name: digits, batch_size: 64, validation_fraction: 0.2}}
@@ -124,7 +125,7 @@ def stop_twice(cluster: Cluster, stop: Callable[[], object], signalled: bool = T
 
 
 def ends_as_the_unbroken(cluster: Cluster, job: str, run: Path, unbroken: Path, stopped: int = 2) -> None:
-    until(lambda: cluster.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job")
+    until(lambda: cluster.job(job)["JobState"] in ENDS, "the end of the job")
     facts = cluster.job(job)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "2"), said(cluster)
     starts = [row["step"] for row in events(run, "start")]
