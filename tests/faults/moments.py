@@ -29,7 +29,10 @@ def some_moment(chance: random.Random) -> Moment:
 
 
 def after(seconds: float) -> Moment:
-    return lambda child, run: void(child.running(after=seconds))
+    def moment(child: Process, run: Path) -> None:
+        child.running(after=seconds)
+
+    return moment
 
 
 def when_there_are(more: int, name: str, then: float) -> Moment:
@@ -70,7 +73,3 @@ def names(folder: Path) -> list[str]:
 
 def lines(path: Path) -> int:
     return content(path).count(b"\n")
-
-
-def void(_: object) -> None:
-    """Take a value and return none."""
