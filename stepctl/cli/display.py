@@ -17,9 +17,13 @@ from stepctl.writers.console import Console
 def shown(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[tuple[list[Writer], list[Hook]]]:
     """Yield the writers and hooks that show this segment; the terminal is given back at the end."""
     start, target = segment.start, segment.target
+    if verbose:
+        segment.report = say
     if quiet:
         yield [], []
-    elif sys.stderr is None or not sys.stderr.isatty():
+        return
+    segment.note = say
+    if sys.stderr is None or not sys.stderr.isatty():
         yield [Console(say, start=start, target=target)], []
     else:
         from rich.console import Console as Terminal
@@ -34,6 +38,9 @@ def shown(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[tuple[lis
             with contextlib.suppress(OSError):  # the terminal may be gone
                 terminal.print(line)
 
+        segment.say = segment.note = show  # beside the bar, not into it
+        if verbose:
+            segment.report = show
         try:
             yield [Console(show, start=start, target=target, kinds=kinds)], [bar]
         finally:

@@ -130,9 +130,6 @@ def train_segment(segment: Segment, *, began: float, max_time: float | None, qui
         raise click.exceptions.Exit(Exit.DONE)
     if not quiet:
         say(f"{run}: global step {segment.start} to {segment.target}, from {segment.restored or 'a fresh start'}")
-        segment.note = say
-    if verbose:
-        segment.report = say
     with shown(segment, quiet=quiet, verbose=verbose) as (writers, hooks):
         outcome = segment.train(writers, hooks, [TimeLimit(max_time, began)] if max_time else [])
     if outcome.waits and not quiet:
