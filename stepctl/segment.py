@@ -116,6 +116,9 @@ class Segment:
             raise
         except BaseException as error:
             self._save_what_stands(trainer, save)
+            if isinstance(error, NonFiniteError):
+                go_on = f"stepctl resume {self.directory.path} --set on_nonfinite=skip"
+                self.say(f"lower the learning rate or set optimizer.clip_norm; or go on without such batches: {go_on}")
             with contextlib.suppress(StepctlError):  # the disk may be what failed
                 self._record_end(f"{type(error).__name__}: {error}")
             raise
