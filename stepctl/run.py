@@ -54,6 +54,7 @@ def resume(
     """Restore the newest good checkpoint (or `from_step`) into a fresh assembly, and hold the run."""
     with directory.lock(say):
         directory.clear_temporaries()
+        directory.mend_ledger()
         base = configs.parse(directory.newest_config())
         config = _changed_config(base, options, directory)
         changed = configs.changes(base, config)

@@ -120,7 +120,7 @@ def survive(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) -
         process = bench.begin(run) if cut % 10 == 9 or not files else bench.go_on(run)
         cut_within_a_save(bench, process, random_, random_.choice((LOG_WRITTEN, LOG_LOST)))
         seen |= process.acknowledged()
-        assert bench.unbroken.faults(run, seen) == [], f"cut {cut}: {process.said.decode()}"
+        assert (found := bench.unbroken.faults(run, seen)) == [], f"cut {cut}: {found}: {process.said.decode()}"
         if LAST in seen:
             number, seen = number + 1, set()
     seconds = time.monotonic() - since
