@@ -96,18 +96,25 @@ class Process:
         os.close(self._pipe)
 
 
-def cut_within_a_save(bench: Bench, process: Process, random_: random.Random, flag: int) -> None:
-    """Cut the power a random time after a random one of the next saves, and let it come back."""
+def cut_within_a_save(bench: Bench, process: Process, random_: random.Random, flag: int) -> set[int]:
+    """Cut the power a random time after a random one of the next saves, let it come back, and return what was heard.
+
+    What the process said after the power was gone nobody would have heard: the ioctl takes the disk away and leaves
+    the process, and an fsync that is under way then may return as if all was well (Linux 6.18, xfs and ext4 alike:
+    in 90 of 1,600 cuts of a program that does nothing but append and fsync; never before the cut).
+    """
     saves = random_.randrange(3)
     process.hears(lambda: b"global step" in process.said, DEADLINE)
     since = time.monotonic()
     process.hears(lambda: len(process.acknowledged()) >= saves, DEADLINE)
     a_save = (time.monotonic() - since) / saves if saves else 0.01
     process.hears(lambda: False, random_.uniform(0, 1.5 * a_save))
+    heard = process.acknowledged()
     bench.disk.cut_power(flag)
     process.kill()
     bench.disk.unmount()
     bench.disk.mount()
+    return heard
 
 
 def survive(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) -> float:
@@ -118,8 +125,7 @@ def survive(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) -
         run = bench.disk.point / str(number) / "run"
         files = checkpoints(run)
         process = bench.begin(run) if cut % 10 == 9 or not files else bench.go_on(run)
-        cut_within_a_save(bench, process, random_, random_.choice((LOG_WRITTEN, LOG_LOST)))
-        seen |= process.acknowledged()
+        seen |= cut_within_a_save(bench, process, random_, random_.choice((LOG_WRITTEN, LOG_LOST)))
         assert (found := bench.unbroken.faults(run, seen)) == [], f"cut {cut}: {found}: {process.said.decode()}"
         if LAST in seen:
             number, seen = number + 1, set()
@@ -137,8 +143,8 @@ def forget(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) ->
         run = bench.disk.point / str(cut) / "run"
         process = bench.begin(run, without_fsync)
         process.hears(lambda process=process: len(process.acknowledged()) >= 2, DEADLINE)
-        cut_within_a_save(bench, process, random_, LOG_LOST)
-        faults = bench.unbroken.faults(run, process.acknowledged())
+        heard = cut_within_a_save(bench, process, random_, LOG_LOST)
+        faults = bench.unbroken.faults(run, heard)
         lost.append(sum("acknowledged, and lost" in fault for fault in faults))
         shutil.rmtree(run, ignore_errors=True)
     return lost
