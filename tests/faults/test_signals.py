@@ -145,7 +145,9 @@ def judge(code: int, said: str, shots: list[Shot], before: Before, run: Path, tr
         judge_stop(said, shots, run)
     else:
         assert -code in {shot.number for shot in shots} or code == INTERRUPTED, f"{code}: {said[-300:]}"
-        assert not before.began(run), f"exit code {code} after training began: {shots}, {said[-300:]}"
+        # a fresh run begins with its first checkpoint
+        began = before.began(run) and before.acknowledged
+        assert not began, f"exit code {code} after training began: {shots}, {said[-300:]}"
         assert list(acknowledged(run)) == before.acknowledged
     if "stopped at once" not in said:
         judge_publications([shot for shot in shots if shot.number == SIGUSR2 and shot.training], run, trial)
