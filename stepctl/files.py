@@ -1,4 +1,4 @@
-"""Opening what a user names: a regular file, or an error at once."""
+"""Files that may be anything: opened if they are regular ones, and looked for without taking an error for a no."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def open_regular(path: str) -> BinaryIO:
         file.close()
         raise OSError(errno.EINVAL, "not a regular file; copy its content into one", path)
     return file
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Tell whether something has this name; OSError if that cannot be told (os.path.lexists would say no)."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepctl import rundir
+from stepctl import files, rundir
 from stepctl.checkpoint import codec, names, retention, userblock
 from stepctl.errors import CheckpointError, StepctlError
 
@@ -54,7 +54,9 @@ class Store:
         A file that stands under the name already (one that was damaged, and so skipped) is set aside first.
         """
         path = self.file(step)
-        if os.path.lexists(path):
+        with rundir.writing(path):
+            in_the_way = files.is_there(path)
+        if in_the_way:
             self.set_aside(step)
         sha256, length = hashlib.sha256(), 0
         with rundir.publishing(path) as descriptor:
@@ -120,10 +122,9 @@ class Store:
     def set_aside(self, step: int) -> Path:
         """Rename a step's file, so that it is kept but never loaded; return its new path."""
         path = self.file(step)
-        number = 1
-        while os.path.lexists(aside := path.with_name(f"{path.name}.aside-{number}")):
-            number += 1
-        with rundir.writing(aside):
+        with rundir.writing(path):
+            asides = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
+            aside = next(free for free in asides if not files.is_there(free))
             os.rename(path, aside)
             rundir.sync_directory(self.path)
         return aside
