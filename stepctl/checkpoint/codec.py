@@ -30,7 +30,8 @@ from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.state import GLOBAL_STEP, Counters, TrainState
 
-_SLICE = 1 << 22  # bytes written together
+_SLICE = 1 << 22  # bytes written together, at most
+_SMALL = 1 << 16  # bytes below which arrays are put together
 _PART = 1 << 20  # elements read together
 # Signature, version 3, offsets and lengths of 8 bytes, no flags; then base address, extension (none), end of file.
 _SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03\x08\x08\x00"
@@ -69,12 +70,12 @@ class Image:
             small += self.metadata.between(position, offset)
             view = array.reshape(-1).view(np.uint8).data
             position = offset + len(view)
-            if len(view) < _SLICE:
+            if len(view) < _SMALL:
                 small += view
-            if len(small) >= _SLICE or len(view) >= _SLICE:
+            if len(small) >= _SMALL or len(view) >= _SMALL:
                 yield memoryview(small)
                 small = bytearray()
-            if len(view) >= _SLICE:
+            if len(view) >= _SMALL:
                 yield from (view[start : start + _SLICE] for start in range(0, len(view), _SLICE))
         yield memoryview(small)
 

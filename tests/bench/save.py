@@ -9,15 +9,15 @@ again, and pauses in between until the disk has it, as a long step would; timed 
 milliseconds: median (least..most). stepctl trains for real (batch 2048): timed is its hook, and the step after a
 save is compared with steps without one. Tools that cannot be imported are left out.
 
-share: pairs of stretches of steps, one with saves every 100 and one without, in turns on one state; the ratio of
-their times, pair by pair: median (quartiles). Needs Debian's package dataset-fashion-mnist.
+share: what the steps that a save can touch (the one that begins it and the 60 after it) take longer than the other
+39 of each 100, on average over the saves. Where BLAS uses every core, a save takes one of them away for a while;
+`--threads 1` leaves one free. Needs Debian's package dataset-fashion-mnist.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import multiprocessing
 import os
 import statistics
@@ -34,6 +34,7 @@ UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
 SHAPES = [(1024, 4096), (4096,), (4096, 4096), (4096,), (4096, 10), (10,)]
 COPIES = ("params", "first_moment", "second_moment")
 ROOT = Path(__file__).parents[2]
+EVERY, TOUCHED = 100, 60  # steps from save to save, and those that a save can slow down
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -165,7 +166,9 @@ TOOLS: dict[str, tuple[str, Callable[[Path, int], None]]] = {
 # --- what share of the wall time saves take
 
 
-def share(pairs: int, stretch: int) -> None:
+def share(saves: int, threads: int | None) -> None:
+    import numpy as np
+
     from stepctl import config as configs
     from stepctl import yamlio
     from stepctl.hooks.base import Hook
@@ -175,31 +178,26 @@ def share(pairs: int, stretch: int) -> None:
     document = yamlio.load(str(ROOT / "configs" / "fashion-mnist.yaml"))
     if not Path(document.value["data"]["images"]).exists():
         sys.exit("share: Debian's package dataset-fashion-mnist is not installed")
-    document.value |= {"evaluate": {"every": None}, "stop": {"last_step": (2 * pairs + 1) * stretch}}
-    document.value["checkpoint"] = {"every": 100}
-    config = configs.parse(document)
+    document.value |= {"evaluate": {"every": None}, "stop": {"last_step": EVERY * (saves + 2)}}
+    document.value |= {"checkpoint": {"every": EVERY}, "numerics": {"threads": threads or "auto"}}
     ends: list[float] = []
 
-    class Stretches(Hook):
-        name = "stretches"
+    class Ends(Hook):
+        name = "ends"
 
         def after_step(self, state: Any, metrics: Any) -> None:
-            if state.counters.global_step % stretch == 0:
-                ends.append(time.perf_counter())
+            ends.append(time.perf_counter())
 
+    config = configs.parse(document)
     with tempfile.TemporaryDirectory() as folder, create(config, RunDirectory(Path(folder) / "run")) as segment:
-        # every other stretch saves
-        def fires(self: configs.Checkpoint, step: int) -> bool:
-            return step % 100 == 0 and step // stretch % 2 == 1
-
-        configs.Checkpoint.fires = fires  # type: ignore[method-assign]
-        outcome = segment.train(hooks=[Stretches()])
-    seconds = [b - a for a, b in itertools.pairwise(ends)]
-    ratios = sorted(a / b for a, b in zip(seconds[0::2], seconds[1::2], strict=True))
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    print(f"saving every 100 steps: {(middle - 1) * 100:+.2f} % of wall time (quartiles {(low - 1) * 100:+.2f}.."
-          f"{(high - 1) * 100:+.2f}; {pairs} pairs of {stretch} steps of {seconds[1] / stretch * 1e3:.2f} ms); "
-          f"{outcome.saves} saves, {outcome.waits} waits")  # fmt: skip
+        outcome = segment.train(hooks=[Ends()])
+    # from the second save on: the first one maps the second set of arrays
+    seconds = np.diff(ends[EVERY - 1 : EVERY * (saves + 1)]).reshape(saves, EVERY)
+    quiet = seconds[:, TOUCHED:-1].mean(axis=1)
+    extra = (seconds[:, :TOUCHED] - quiet[:, None]).sum(axis=1) + seconds[:, -1] - quiet
+    print(f"saving every {EVERY} steps: {100 * extra.mean() / (EVERY * quiet.mean()):.2f} % of wall time; a save takes "
+          f"{extra.mean() * 1e3:.1f} ms of training (standard error {extra.std() / saves**0.5 * 1e3:.1f}) beside steps "
+          f"of {quiet.mean() * 1e3:.2f} ms; {outcome.saves} saves, {outcome.waits} waits")  # fmt: skip
 
 
 # --- what memory a save takes
@@ -271,15 +269,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--saves", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--stretch", type=int, default=400, help="steps; a multiple of 100")
+    parser.add_argument("--shared-saves", type=int, default=60, help="share: saves to average over")
+    parser.add_argument("--threads", type=int, help="share: BLAS threads")
     options = parser.parse_args()
     if options.what == "stall":
         in_children(options.tools, options.rounds, options.saves)
     elif options.what == "one":
         TOOLS[options.tool][1](options.folder, options.saves)
     elif options.what == "share":
-        share(options.pairs, options.stretch)
+        share(options.shared_saves, options.threads)
     else:
         memory()
 
