@@ -38,6 +38,7 @@ class RunDirectory:
         self.ledger = self.path / "ledger.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
 
     @property
     def name(self) -> str:
@@ -69,7 +70,8 @@ class RunDirectory:
 
     def refuse_strangers(self) -> None:
         """Raise ConfigError if the directory holds what no run made."""
-        ours = {path.name for path in (self.config, self.ledger, self.metrics, self.checkpoints)} | {"lock"}
+        ours = {path.name for path in (self.config, self.ledger, self.metrics, self.checkpoints, self.samples)}
+        ours |= {"lock"}
         try:
             names = sorted(os.listdir(self.path)) if self.path.exists() else []
         except OSError as error:
