@@ -23,6 +23,7 @@ from stepctl.optimizers.base import Optimizer
 from stepctl.problems import in_one_line, reason
 from stepctl.state import TrainState
 from stepctl.tasks.base import Task
+from stepctl.writers import beside
 
 
 @dataclass
@@ -181,6 +182,7 @@ def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
     if target >= 1 << 62:
         raise ConfigError(f"stop: {target} is more steps than can be counted; lower stop or initial_step")
     config = config.with_values(dict.fromkeys(config.horizon_keys(), max(target, 1)))
+    beside.check(config.log)
     assembly = assemble(config, hooks)
     here, asked = assembly.numerics, config.numerics
     if asked.threads != "auto" and asked.threads != here["threads"]:

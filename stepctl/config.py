@@ -86,9 +86,20 @@ class Cadence(Section):
 
 
 class Log(Cadence):
-    """When to write a training row; also at the run's first step."""
+    """When to write a training row (also at the run's first step), and where beside metrics.jsonl."""
 
     every: PositiveInt = 10
+    csv: bool = Field(default=False, description="write metrics.csv too")
+    tensorboard: bool = Field(default=False, description="write tensorboard/ too")
+    histograms: PositiveInt | None = Field(
+        default=None, description="write the parameters' histograms there, on steps that this divides"
+    )
+
+    @model_validator(mode="after")
+    def _histograms_have_a_place(self) -> Log:
+        if self.histograms is not None and not self.tensorboard:
+            raise ValueError("histograms are written to tensorboard/; set tensorboard: true too, or leave them out")
+        return self
 
 
 class Evaluate(Cadence):

@@ -18,6 +18,7 @@ from stepctl.errors import CheckpointError, ConfigError, NumericsError
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, Segment, silent
+from stepctl.writers import beside
 
 
 @contextlib.contextmanager
@@ -60,6 +61,7 @@ def resume(
         changed = configs.changes(base, config)
         configs.refuse_unknown(options.allow_change, base, config)
         configs.refuse_locked(changed, options.allow_change)
+        beside.check(config.log)
         assembly = assemble(config, hooks)
         store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
         excused = {change["key"] for row in ledger for change in row.get("changes", ())}

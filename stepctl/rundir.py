@@ -37,6 +37,8 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.ledger = self.path / "ledger.jsonl"
         self.metrics = self.path / "metrics.jsonl"
+        self.csv = self.path / "metrics.csv"
+        self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
 
     @property
@@ -69,7 +71,8 @@ class RunDirectory:
 
     def refuse_strangers(self) -> None:
         """Raise ConfigError if the directory holds what no run made."""
-        ours = {path.name for path in (self.config, self.ledger, self.metrics, self.checkpoints)} | {"lock"}
+        ours = {path.name for path in (self.config, self.ledger, self.metrics, self.csv, self.checkpoints)}
+        ours |= {"lock", "tensorboard", "samples", "STOP"}
         try:
             names = sorted(os.listdir(self.path)) if self.path.exists() else []
         except OSError as error:
@@ -144,7 +147,8 @@ class RunDirectory:
 
     def clear_stillborn(self) -> None:
         """Remove what a start left that never came to its first checkpoint."""
-        for path in (self.config, self.ledger, self.metrics):
+        events = self.tensorboard.glob("*tfevents*")
+        for path in (self.config, self.ledger, self.metrics, self.csv, *events):
             path.unlink(missing_ok=True)
 
     def clear_temporaries(self) -> None:

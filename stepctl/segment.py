@@ -19,6 +19,7 @@ from stepctl.checkpoint.store import Store
 from stepctl.errors import NonFiniteError, StepctlError, StoppedAtOnce
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.evaluate import Evaluate
+from stepctl.hooks.histograms import histograms_of
 from stepctl.hooks.log import Log
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
@@ -27,6 +28,7 @@ from stepctl.rundir import RunDirectory
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
 from stepctl.writers.base import Writer
+from stepctl.writers.beside import open_beside
 from stepctl.writers.evaluations import Evaluations
 from stepctl.writers.jsonl import JSONLines
 
@@ -99,14 +101,15 @@ class Segment:
         self.directory.cut_metrics(self.start)
         self._record_start()
         evaluations = Evaluations(self.directory.read_metrics())
-        writers = [JSONLines(self.directory.metrics), evaluations, *writers]
+        beside = self._writers_beside()
+        writers = [JSONLines(self.directory.metrics), evaluations, *beside, *writers]
         save = self._save_hook(writers, evaluations, signals)
         trainer = Trainer(
             self.assembly.task,
             self.assembly.training,
             self.state,
             stop=[StopAtStep(self.target), signals, *stop],
-            hooks=[*self._hooks(writers), save, *hooks],
+            hooks=[*self._hooks(writers), *histograms_of(self.config.log, beside), save, *hooks],
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
         )
         try:
@@ -129,9 +132,13 @@ class Segment:
                 writer.close()
         waits = {"waits": save.waits, "wait_seconds": round(save.wait_seconds, 3)} if save.waits else {}
         skipped = {"skipped_batches": trainer.skipped} if trainer.skipped else {}
-        self._record_end(reason.text, **waits, **skipped)
+        self._record_end(reason.text, done=reason.done, **waits, **skipped)
         step = self.state.counters.global_step
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
+
+    def _writers_beside(self) -> list[Writer]:
+        log, batch_size = self.config.log, self.config.data.batch_size
+        return open_beside(self.directory, log, segment=self._number, start=self.start, batch_size=batch_size)
 
     def _hooks(self, writers: Sequence[Writer]) -> list[Hook]:
         config, assembly = self.config, self.assembly
@@ -209,7 +216,7 @@ class Segment:
             **self.facts,
         )
 
-    def _record_end(self, reason: str, **facts: Any) -> None:
+    def _record_end(self, reason: str, *, done: bool = False, **facts: Any) -> None:
         step = self.state.counters.global_step
-        local = step - self.start
-        self.directory.append_ledger("end", segment=self._number, step=step, local_step=local, reason=reason, **facts)
+        facts = {"step": step, "local_step": step - self.start, "reason": reason, "done": done, **facts}
+        self.directory.append_ledger("end", segment=self._number, **facts)

@@ -205,6 +205,9 @@ POLICIES = {
     "stop.num_steps": "live",
     "log.every": "live",
     "log.offset": "live",
+    "log.csv": "live",
+    "log.tensorboard": "live",
+    "log.histograms": "live",
     "evaluate.every": "live",
     "evaluate.offset": "live",
     "checkpoint.every": "live",
@@ -340,7 +343,7 @@ def test_defaults_are_written_out() -> None:
             "epsilon": 1e-08,
         },
         "stop": {"last_step": 100, "num_steps": None},
-        "log": {"every": 10, "offset": 0},
+        "log": {"every": 10, "offset": 0, "csv": False, "tensorboard": False, "histograms": None},
         "evaluate": {"every": None, "offset": 0},
         "checkpoint": {
             "every": 100,

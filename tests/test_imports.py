@@ -15,7 +15,7 @@ import stepctl
 
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
-    {"errors", "arena", "files", "sandbox"},
+    {"errors", "arena", "extras", "files", "sandbox"},
     {"state", "rng", "problems", "registry", "schedules", "losses", "optimizers"}
     | {"yamlio", "config", "numerics", "rundir"},
     {"layers", "models", "data", "writers", "checkpoint"},
@@ -26,6 +26,7 @@ LEVELS = [
 ]
 # Within a level, and between families, only this.
 ALLOWED = {
+    ("extras", "errors"),
     ("sandbox", "errors"),
     ("schedules", "registry"),
     ("optimizers", "registry"),

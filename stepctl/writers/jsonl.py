@@ -20,7 +20,7 @@ class JSONLines(Writer):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def write(self, row: Row) -> None:
-        line = json.dumps({key: _value(item) for key, item in row.items()}).encode() + b"\n"
+        line = json.dumps({key: json_value(item) for key, item in row.items()}).encode() + b"\n"
         with writing(self._path):
             write_all(self._descriptor, line)
 
@@ -33,7 +33,8 @@ class JSONLines(Writer):
             os.close(self._descriptor)
 
 
-def _value(item: object) -> object:
+def json_value(item: object) -> object:
+    """Return a value as JSON can hold it."""
     if isinstance(item, float) and not math.isfinite(item):
         return "NaN" if math.isnan(item) else "Infinity" if item > 0 else "-Infinity"
     return item
