@@ -15,6 +15,7 @@ from typing import Any
 
 from stepctl import yamlio
 from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
+from stepctl.files import open_regular
 
 # Each event of the ledger, and what a line of it must hold.
 _EVENTS: dict[str, dict[str, type]] = {
@@ -123,6 +124,12 @@ class RunDirectory:
             _HELD.discard(descriptor)
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+    def holder(self) -> str | None:
+        """Return who holds the run, by what the lock says alone: nothing is locked, so no trainer can fail by it."""
+        found = _parsed(_content(self.path / "lock")) or {}
+        restarted = found.get("host") == socket.gethostname() and found.get("boot_id") != _boot_id()
+        return _described(found) if found and not restarted and _may_live(found) else None
 
     def _take(self, descriptor: int) -> None:
         holder: dict[str, Any] | None = None
@@ -300,7 +307,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_regular(str(path)) as file:
+            return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:
@@ -310,7 +318,7 @@ def _content(path: Path) -> bytes:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -21,7 +21,7 @@ LEVELS = [
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "replay", "plan", "report", "compare", "verify", "prune"},
+    {"assembly", "segment", "run", "replay", "plan", "report", "compare", "verify", "prune", "runs"},
     {"cli"},
 ]
 # Within a level, and between families, only this.
@@ -47,6 +47,7 @@ ALLOWED = {
     ("run", "assembly"),
     ("run", "segment"),
     ("segment", "assembly"),
+    ("runs", "verify"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

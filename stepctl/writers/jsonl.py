@@ -4,10 +4,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from stepctl.rundir import write_all, writing
 from stepctl.writers.base import Row, Writer
+
+_NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 @final
@@ -38,3 +40,13 @@ def json_value(item: object) -> object:
     if isinstance(item, float) and not math.isfinite(item):
         return "NaN" if math.isnan(item) else "Infinity" if item > 0 else "-Infinity"
     return item
+
+
+def as_number(item: Any) -> float | None:
+    """Return a value of a row that was read again as a number, None if it is none."""
+    if isinstance(item, bool) or not (isinstance(item, int | float) or item in _NON_FINITE):
+        return None
+    try:
+        return float(item)
+    except OverflowError:
+        return None
