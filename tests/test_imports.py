@@ -21,7 +21,7 @@ LEVELS = [
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "replay", "plan", "report", "compare", "verify", "prune", "runs"},
+    {"assembly", "segment", "run", "replay", "plan", "report", "compare", "verify", "prune", "runs", "curves"},
     {"cli"},
 ]
 # Within a level, and between families, only this.
