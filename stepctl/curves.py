@@ -124,7 +124,7 @@ def as_text(found: Sequence[Curves], metric: str, *, width: int, height: int, co
         shade = _COLORS[number % len(_COLORS)]
         line = "braille" if color or len(found) == 1 else _LETTERS[number % len(_LETTERS)]
         legend.append(_draw_text(plotext, each, line, shade))
-    text = plotext.build() + "\n" + "\n".join(legend)
+    text = plotext.build().rstrip("\n") + "\n" + "\n".join(legend)
     return str(text if color else plotext.uncolorize(text))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from stepctl import yamlio
 from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, userblock
+from stepctl.config import Cadence
 from stepctl.rundir import RunDirectory
 
 _SHOWN = 8  # steps listed of a cadence before the rest is left out
@@ -37,10 +38,14 @@ def plan(assembly: Assembly, directory: RunDirectory) -> dict[str, Any]:
             "checkpoint": userblock.SIZE + image.n_bytes,
         },
         "steps": [first, last],
-        "log": [step for step in steps if step in (first + 1, last) or config.log.fires(step)],
-        "evaluate": [step for step in steps if assembly.validation and (step == last or config.evaluate.fires(step))],
-        "save": [first, *(step for step in steps if step == last or config.checkpoint.fires(step))],
+        "log": [step for step in steps if step in (first + 1, last) or _fires(config.log, step)],
+        "evaluate": [step for step in steps if assembly.validation and (step == last or _fires(config.evaluate, step))],
+        "save": [first, *(step for step in steps if step == last or _fires(config.checkpoint, step))],
     }
+
+
+def _fires(cadence: Cadence, step: int) -> bool:
+    return cadence.every is not None and step % cadence.every == cadence.offset
 
 
 def abbreviate(steps: list[int]) -> str:

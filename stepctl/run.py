@@ -18,6 +18,7 @@ from stepctl.errors import CheckpointError, ConfigError, NumericsError
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, Segment, silent
+from stepctl.state import GLOBAL_STEP
 from stepctl.writers import beside
 
 
@@ -80,10 +81,12 @@ def resume(
         _check_data(assembly, ledger, options)
         assembly.trial()
         step = header.global_step
-        stop_changed = any(change["key"].startswith("stop.") for change in changed)
+        for name in assembly.forget([change["key"] for change in changed]):
+            say(f"note: {name} goes by something else from here on, and begins anew")
+        stop_changed = any(change["key"] in ("stop.last_step", "stop.num_steps") for change in changed)
         target = _target(config, options, ledger, step, stop_changed)
         segment = Segment(directory, assembly, say, target=target, restored=name)
-        _say_horizon(config, segment.target, say)
+        _say_horizon(config, assembly, segment.target, say)
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
@@ -102,7 +105,7 @@ def _changed_config(base: Config, options: ResumeOptions, directory: RunDirector
     config = configs.parse(document)
     # what was left open when the run started was decided then
     open_keys = [key for key, value in yamlio.flatten(config.numerics.model_dump()).items() if value == "auto"]
-    decided = [f"numerics.{key}" for key in open_keys] + config.horizon_keys()
+    decided = [f"numerics.{key}" for key in open_keys] + list(config.horizon_keys())
     decided += ["data.n_classes"] if config.data.n_classes is None else []
     before = yamlio.flatten(base.plain())
     for key in config.horizon_keys():
@@ -137,13 +140,18 @@ def _target(config: Config, options: ResumeOptions, ledger: list[dict[str, Any]]
     return config.target(step) if changed or recorded is None else recorded
 
 
-def _say_horizon(config: Config, target: int, say: Say) -> None:
-    rate = config.optimizer.spec().get("learning_rate", {})
-    horizon = rate.get("decay_steps") if rate.get("name") in ("cosine", "polynomial") else None
-    if horizon is not None and target > horizon:
-        key = "optimizer.learning_rate.decay_steps"
-        remedy = f"to stretch it: --set {key}={target} --allow-change {key}"
-        say(f"note: the learning rate's decay ends at step {horizon}, and from there to {target} it stays ({remedy})")
+def _say_horizon(config: Config, assembly: Assembly, target: int, say: Say) -> None:
+    for rate_key, rate in config.rates().items():
+        horizon = rate.get("decay_steps") if rate["name"] in ("cosine", "polynomial") else None
+        start, counter = config.initial_step, rate.get("counter", GLOBAL_STEP)
+        there = assembly.task.count_at(counter, target - start, initial_step=start, batch_size=config.data.batch_size)
+        if horizon is not None and there > horizon:
+            key = f"{rate_key}.decay_steps"
+            remedy = f"to stretch it: --set {key}={there} --allow-change {key}"
+            of = "step" if counter == GLOBAL_STEP else counter
+            say(
+                f"note: the learning rate's decay ends at {of} {horizon}, and from there to {there} it stays ({remedy})"
+            )
 
 
 def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:

@@ -41,6 +41,7 @@ class RunDirectory:
         self.csv = self.path / "metrics.csv"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
 
     @property
     def name(self) -> str:
@@ -73,7 +74,7 @@ class RunDirectory:
     def refuse_strangers(self) -> None:
         """Raise ConfigError if the directory holds what no run made."""
         ours = {path.name for path in (self.config, self.ledger, self.metrics, self.csv, self.checkpoints)}
-        ours |= {"lock", "tensorboard", "samples", "STOP"}
+        ours |= {self.tensorboard.name, self.samples.name, "STOP", "lock"}
         try:
             names = sorted(os.listdir(self.path)) if self.path.exists() else []
         except OSError as error:

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepctl import __version__, yamlio
+from stepctl.arena import Array
 from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
 from stepctl.checkpoint.store import Store
 from stepctl.errors import NonFiniteError, StepctlError, StoppedAtOnce
 from stepctl.hooks.base import Hook, StopReason
-from stepctl.hooks.evaluate import Evaluate
 from stepctl.hooks.histograms import histograms_of
-from stepctl.hooks.log import Log
+from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
 from stepctl.hooks.stop import StopAtStep
-from stepctl.rundir import RunDirectory
+from stepctl.rundir import RunDirectory, publish
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
 from stepctl.writers.base import Writer
@@ -102,14 +102,15 @@ class Segment:
         self._record_start()
         evaluations = Evaluations(self.directory.read_metrics())
         beside = self._writers_beside()
-        writers = [JSONLines(self.directory.metrics), evaluations, *beside, *writers]
-        save = self._save_hook(writers, evaluations, signals)
+        rows = self.assembly.rows
+        rows.writers = [JSONLines(self.directory.metrics), evaluations, *beside, *writers]
+        save = self._save_hook(evaluations, signals)
         trainer = Trainer(
             self.assembly.task,
             self.assembly.training,
             self.state,
-            stop=[StopAtStep(self.target), signals, *stop],
-            hooks=[*self._hooks(writers), *histograms_of(self.config.log, beside), save, *hooks],
+            stop=[StopAtStep(self.target), signals, *self.assembly.stop_rules(), *stop],
+            hooks=[*self.assembly.hooks, *histograms_of(self.config.log, beside), *self._samples(), save, *hooks],
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
         )
         try:
@@ -128,8 +129,8 @@ class Segment:
         finally:
             self._background.close()
             self._report_saved()
-            for writer in writers:
-                writer.close()
+            rows.close()
+            rows.writers = []
         waits = {"waits": save.waits, "wait_seconds": round(save.wait_seconds, 3)} if save.waits else {}
         skipped = {"skipped_batches": trainer.skipped} if trainer.skipped else {}
         self._record_end(reason.text, done=reason.done, **waits, **skipped)
@@ -137,22 +138,26 @@ class Segment:
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
 
     def _writers_beside(self) -> list[Writer]:
-        log, batch_size = self.config.log, self.config.data.batch_size
+        log, batch_size = self.config.log, self.assembly.training.batch_size
         return open_beside(self.directory, log, segment=self._number, start=self.start, batch_size=batch_size)
 
-    def _hooks(self, writers: Sequence[Writer]) -> list[Hook]:
-        config, assembly = self.config, self.assembly
-        n_samples = assembly.training.part.n
-        hooks: list[Hook] = [Log(config.log, writers, first_step=config.initial_step + 1, n_samples=n_samples)]
-        if assembly.validation is not None:
-            hooks.append(Evaluate(config.evaluate, assembly.task, assembly.validation, writers))
-        return hooks + assembly.hooks
+    def _samples(self) -> list[Hook]:
+        if self.config.samples is None:
+            return []
+        task, average = self.assembly.task, self.config.ema is not None
 
-    def _save_hook(self, writers: Sequence[Writer], evaluations: Evaluations, signals: Signals) -> Save:
-        def publish(state: TrainState) -> None:
+        def generate(state: TrainState, n: int) -> Array:
+            made = task.generate(state, n, average=average)
+            assert made is not None
+            return made
+
+        folder, shape = self.directory.samples, self.assembly.sources[0].sample_shape
+        return [Samples(self.config.samples, generate, folder, publish, sample_shape=shape)]
+
+    def _save_hook(self, evaluations: Evaluations, signals: Signals) -> Save:
+        def save(state: TrainState) -> None:
             # rows up to this step must survive whatever the checkpoint survives
-            for writer in writers:
-                writer.sync()
+            self.assembly.rows.sync()
             self._publish(state, evaluations)
 
         def requested() -> bool:
@@ -161,7 +166,7 @@ class Segment:
 
         return Save(
             self.config.checkpoint,
-            publish,
+            save,
             background=self._background,
             requested=requested,
             say=self.say,

@@ -229,13 +229,13 @@ def odd_checkpoint() -> dict[str, Any]:
     """Write odd.h5, and return its arrays by path."""
     generator = np.random.default_rng(3)
     params = Arena({"wide/weight": (3, 5), "wide/bias": (5,), "scalar": (), "empty": (0, 2)}, "float32")
-    slots = {"momentum": params.like()}
-    for view in (*params.values(), *slots["momentum"].values()):
+    arenas = {"params": params, "optimizers/model/momentum": params.like()}
+    for view in (view for arena in arenas.values() for view in arena.values()):
         view[...] = generator.normal(100, 3, view.shape)
     params["wide/bias"][:2] = np.nan, -np.inf
     hooks = {"best": {"steps": np.array([5, 2**40]), "flags": np.array([0, 255], np.uint8), "none": np.array([np.nan])}}
     counters = Counters({"global_step": 7, "samples_seen": 56, "model": 7})
-    state = TrainState(counters, params, {"model": slots}, Arena({}, "float32"), hooks)
+    state = TrainState(counters, arenas, hooks=hooks)
     data = file_bytes(codec.encode(state, run="moon", config="seed: 3\n", numerics='{"threads": 1}'))
     Path("odd.h5").write_bytes(data)
     return state.arrays()

@@ -16,8 +16,8 @@ import stepctl
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
     {"errors", "arena", "extras", "files", "sandbox"},
-    {"state", "rng", "problems", "registry", "schedules", "losses", "optimizers"}
-    | {"yamlio", "config", "numerics", "rundir"},
+    {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
+    | {"yamlio", "config", "schema", "numerics", "rundir"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
@@ -33,9 +33,12 @@ ALLOWED = {
     ("optimizers", "schedules"),
     ("registry", "problems"),
     ("config", "problems"),
+    ("config", "state"),
     ("config", "registry"),
     ("config", "yamlio"),
     ("rundir", "yamlio"),
+    ("schema", "config"),
+    ("schema", "registry"),
     ("yamlio", "problems"),
     ("models", "layers"),
     ("hooks", "tasks"),

@@ -11,6 +11,8 @@ from stepctl.tasks.base import Metrics
 from stepctl.writers.base import Writer
 from stepctl.writers.tensorboard import TensorBoard
 
+_PARAMS = "params/"  # what their paths begin with
+
 
 class Histograms(Hook):
     """Writes the histogram of every parameter array where `every` divides the step."""
@@ -23,7 +25,9 @@ class Histograms(Hook):
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         step = state.counters.global_step
         if step % self._every == 0:
-            self._writer.histograms(step, state.params)
+            arrays = state.arrays().items()
+            params = {path.removeprefix(_PARAMS): array for path, array in arrays if path.startswith(_PARAMS)}
+            self._writer.histograms(step, params)
 
 
 def histograms_of(config: LogConfig, writers: Sequence[Writer]) -> list[Hook]:
