@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from stepctl import config as configs
-from stepctl import numerics, registry, yamlio
+from stepctl import extras, numerics, registry, yamlio
 from stepctl.arena import Shape
 from stepctl.checkpoint import codec
 from stepctl.config import Config, Samples
@@ -31,6 +31,7 @@ from stepctl.problems import did_you_mean, in_one_line, reason
 from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, TrainState
 from stepctl.tasks.base import Mode, Task
 from stepctl.tasks.learner import Learner
+from stepctl.writers import beside
 from stepctl.writers.rows import Rows
 
 
@@ -166,6 +167,7 @@ def _check_samples(config: Samples, task: Task, state: TrainState, sample_shape:
     if task.generate(state, 1) is None:
         raise ConfigError("samples: this task makes none; leave the section out")
     picture_shape(config, sample_shape)
+    extras.require("matplotlib.image", "plot")
 
 
 def _with_horizons(config: Config, task: Task) -> Config:
@@ -287,6 +289,7 @@ def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
         raise ConfigError(f"stop.last_step: {target} is below initial_step {config.initial_step}; raise it")
     if target >= 1 << 62:
         raise ConfigError(f"stop: {target} is more steps than can be counted; lower stop or initial_step")
+    beside.check(config.log)
     assembly = assemble(config, hooks)
     here, asked = assembly.numerics, config.numerics
     if asked.threads != "auto" and asked.threads != here["threads"]:

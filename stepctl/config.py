@@ -125,14 +125,24 @@ class Cadence(Section):
 
 
 class Log(Cadence):
-    """When to write a training row; also at the run's first step. What else to write, beside the batch's metrics.
+    """When to write a training row; also at the run's first step. What else to write, and where.
 
     `means`: the mean of each metric over the steps since the row before. `norms`: of gradients and parameters.
+    Beside metrics.jsonl: `csv`, `tensorboard`, and there every `histograms` steps those of the parameters.
     """
 
     every: PositiveInt = 10
     means: bool = False
     norms: bool = False
+    csv: bool = False
+    tensorboard: bool = False
+    histograms: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _histograms_have_a_place(self) -> Log:
+        if self.histograms is not None and not self.tensorboard:
+            raise ValueError("histograms are written to tensorboard/; set tensorboard: true too, or leave them out")
+        return self
 
 
 class Evaluate(Cadence):

@@ -19,6 +19,7 @@ from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, Segment, silent
 from stepctl.state import GLOBAL_STEP
+from stepctl.writers import beside
 
 
 @contextlib.contextmanager
@@ -61,6 +62,7 @@ def resume(
         changed = configs.changes(base, config)
         configs.refuse_unknown(options.allow_change, base, config)
         configs.refuse_locked(changed, options.allow_change)
+        beside.check(config.log)
         assembly = assemble(config, hooks)
         store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
         excused = {change["key"] for row in ledger for change in row.get("changes", ())}

@@ -19,6 +19,7 @@ from stepctl.checkpoint.background import Background
 from stepctl.checkpoint.store import Store
 from stepctl.errors import NonFiniteError, StepctlError, StoppedAtOnce
 from stepctl.hooks.base import Hook, StopReason
+from stepctl.hooks.histograms import histograms_of
 from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
@@ -27,6 +28,7 @@ from stepctl.rundir import RunDirectory, publish
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
 from stepctl.writers.base import Writer
+from stepctl.writers.beside import open_beside
 from stepctl.writers.evaluations import Evaluations
 from stepctl.writers.jsonl import JSONLines
 
@@ -99,15 +101,16 @@ class Segment:
         self.directory.cut_metrics(self.start)
         self._record_start()
         evaluations = Evaluations(self.directory.read_metrics())
+        beside = self._writers_beside()
         rows = self.assembly.rows
-        rows.writers = [JSONLines(self.directory.metrics), evaluations, *writers]
+        rows.writers = [JSONLines(self.directory.metrics), evaluations, *beside, *writers]
         save = self._save_hook(evaluations, signals)
         trainer = Trainer(
             self.assembly.task,
             self.assembly.training,
             self.state,
             stop=[StopAtStep(self.target), signals, *self.assembly.stop_rules(), *stop],
-            hooks=[*self.assembly.hooks, *self._samples(), save, *hooks],
+            hooks=[*self.assembly.hooks, *histograms_of(self.config.log, beside), *self._samples(), save, *hooks],
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
         )
         try:
@@ -130,9 +133,13 @@ class Segment:
             rows.writers = []
         waits = {"waits": save.waits, "wait_seconds": round(save.wait_seconds, 3)} if save.waits else {}
         skipped = {"skipped_batches": trainer.skipped} if trainer.skipped else {}
-        self._record_end(reason.text, **waits, **skipped)
+        self._record_end(reason.text, done=reason.done, **waits, **skipped)
         step = self.state.counters.global_step
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
+
+    def _writers_beside(self) -> list[Writer]:
+        log, batch_size = self.config.log, self.assembly.training.batch_size
+        return open_beside(self.directory, log, segment=self._number, start=self.start, batch_size=batch_size)
 
     def _samples(self) -> list[Hook]:
         if self.config.samples is None:
@@ -214,7 +221,7 @@ class Segment:
             **self.facts,
         )
 
-    def _record_end(self, reason: str, **facts: Any) -> None:
+    def _record_end(self, reason: str, *, done: bool = False, **facts: Any) -> None:
         step = self.state.counters.global_step
-        local = step - self.start
-        self.directory.append_ledger("end", segment=self._number, step=step, local_step=local, reason=reason, **facts)
+        facts = {"step": step, "local_step": step - self.start, "reason": reason, "done": done, **facts}
+        self.directory.append_ledger("end", segment=self._number, **facts)

@@ -15,17 +15,18 @@ import stepctl
 
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
-    {"errors", "arena", "files", "sandbox"},
+    {"errors", "arena", "extras", "files", "sandbox"},
     {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
     | {"yamlio", "config", "schema", "numerics", "rundir"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "replay", "plan", "report", "compare", "verify", "prune"},
+    {"assembly", "segment", "run", "replay", "plan", "report", "compare", "verify", "prune", "runs", "curves"},
     {"cli"},
 ]
 # Within a level, and between families, only this.
 ALLOWED = {
+    ("extras", "errors"),
     ("sandbox", "errors"),
     ("schedules", "registry"),
     ("optimizers", "registry"),
@@ -49,6 +50,7 @@ ALLOWED = {
     ("run", "assembly"),
     ("run", "segment"),
     ("segment", "assembly"),
+    ("runs", "verify"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -12,8 +12,10 @@ from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.inspect import inspect
 from stepctl.cli.options import WHOLE_PROCESS
+from stepctl.cli.plot import plot
 from stepctl.cli.prune import prune
 from stepctl.cli.resume import resume
+from stepctl.cli.runs import runs
 from stepctl.cli.train import train
 from stepctl.cli.verify import verify
 from stepctl.errors import Exit, StepctlError
@@ -75,7 +77,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, resume, inspect, verify, diff, prune, config):
+for command in (train, resume, inspect, verify, diff, prune, runs, plot, config):
     cli.add_command(command)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from stepctl.arena import Array, Shape
 from stepctl.config import Samples as SamplesConfig
 from stepctl.errors import ConfigError
+from stepctl.extras import require
 from stepctl.hooks.base import Hook
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics
@@ -76,8 +77,7 @@ def grid(samples: Array) -> Array:
 
 def png(picture: Array) -> bytes:
     """Return a picture: (height, width[, 3]) of values 0..1 as a PNG file."""
-    from matplotlib import image
-
+    image = require("matplotlib.image", "plot")
     file = io.BytesIO()
     image.imsave(file, picture, cmap="gray", vmin=0, vmax=1, format="png")
     return file.getvalue()
