@@ -43,6 +43,11 @@ class Assembly:
         """Try the first step without taking it, so that a model that breaks its protocol is refused before it."""
         self.task.trial(self.state, self.training.batch(self.state.counters.samples_seen))
 
+    def check_data(self) -> None:
+        """Look through all data once; DataError if they are not what the task can learn from."""
+        for source in self.sources:
+            source.check(self.config.data.n_classes)
+
     def data_fingerprint(self) -> str:
         """Return a text that changes when the data do."""
         return "; ".join(source.fingerprint() for source in self.sources)
@@ -178,22 +183,35 @@ def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
     target = config.target(config.initial_step)
     if target < config.initial_step:
         raise ConfigError(f"stop.last_step: {target} is below initial_step {config.initial_step}; raise it")
+    assembly = assemble(with_horizon(config, target), hooks)
+    settle_numerics(assembly)
+    check_size(assembly.config)
+    assembly.check_data()
+    assembly.trial()
+    return assembly
+
+
+def with_horizon(config: Config, target: int) -> Config:
+    """Write a run's first target where the horizon of a decay was left open; ConfigError if it is out of reach."""
     if target >= 1 << 62:
         raise ConfigError(f"stop: {target} is more steps than can be counted; lower stop or initial_step")
-    config = config.with_values(dict.fromkeys(config.horizon_keys(), max(target, 1)))
-    assembly = assemble(config, hooks)
-    here, asked = assembly.numerics, config.numerics
+    return config.with_values(dict.fromkeys(config.horizon_keys(), max(target, 1)))
+
+
+def settle_numerics(assembly: Assembly) -> None:
+    """Write threads and kernel as they are into the config; ConfigError if it asks for others."""
+    here, asked = assembly.numerics, assembly.config.numerics
     if asked.threads != "auto" and asked.threads != here["threads"]:
         raise ConfigError(f"numerics.threads: this BLAS runs {here['threads']}, not {asked.threads}; use auto")
     if asked.blas_kernel != "auto" and asked.blas_kernel.lower() != here["blas_kernel"].lower():
         raise ConfigError(f"numerics.blas_kernel: NumPy was loaded with {here['blas_kernel']}, not "
                           f"{asked.blas_kernel}; use auto, or a kernel of this CPU")  # fmt: skip
-    n_bytes = len(yamlio.dumps(assembly.config.plain()))
-    if n_bytes > yamlio.MAX_BYTES // 2:
-        raise ConfigError(f"config: {n_bytes} bytes with its defaults; at most {yamlio.MAX_BYTES // 2} can be kept")
-    for source in assembly.sources:
-        source.check(assembly.config.data.n_classes)
-    assembly.trial()
     resolved = {"numerics.threads": here["threads"], "numerics.blas_kernel": here["blas_kernel"]}
     assembly.config = assembly.config.with_values(resolved)
-    return assembly
+
+
+def check_size(config: Config) -> None:
+    """Raise ConfigError if a config is longer than what can be read back."""
+    n_bytes = len(yamlio.dumps(config.plain()))
+    if n_bytes > yamlio.MAX_BYTES // 2:
+        raise ConfigError(f"config: {n_bytes} bytes with its defaults; at most {yamlio.MAX_BYTES // 2} can be kept")

@@ -30,10 +30,26 @@ def open_path(path: str, report: Callable[[str], None]) -> codec.Reader:
 
 
 def inspect_path(path: str, pattern: str) -> dict[str, Any]:
-    """Return "facts", what `inspect` says of a checkpoint or a run's newest good one, and "said", what it skipped."""
+    """Return "facts", what `inspect` says of a checkpoint or a run's newest good one, and "said", what it skipped.
+
+    Of a run the facts have "parent" too: the run's own and step that it was forked from, None if it was not.
+    """
     said: list[str] = []
     with open_path(path, said.append) as reader:
-        return {"facts": inspect(reader, pattern), "said": said}
+        facts = inspect(reader, pattern)
+    if os.path.isdir(path):
+        facts["parent"] = parent(RunDirectory(path).read_ledger())
+    return {"facts": facts, "said": said}
+
+
+def parent(ledger: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return where a run was forked from, {"run", "step", "sha256", "changes"}; None if it began by itself."""
+    for row in ledger:
+        if row["event"] == "fork" and isinstance(row.get("parent"), str):
+            given = row.get("changes")
+            changes = [change for change in given if isinstance(change, dict)] if isinstance(given, list) else []
+            return {"run": row["parent"], "step": row["step"], "sha256": row["sha256"], "changes": changes}
+    return None
 
 
 def inspect(reader: codec.Reader, pattern: str = "*") -> dict[str, Any]:

@@ -26,13 +26,20 @@ def create(config: Config, directory: RunDirectory, say: Say = silent, hooks: Se
     directory.refuse_run()
     assembly = prepare(config, hooks)
     config = assembly.config
+    with founded(directory, config, say):
+        yield Segment(directory, assembly, say, target=config.target(config.initial_step), restored=None)
+
+
+@contextlib.contextmanager
+def founded(directory: RunDirectory, config: Config, say: Say) -> Iterator[None]:
+    """Make the directory of a new run with its frozen config, and hold it; RunExistsError if one began since."""
     directory.make()
     with directory.lock(say):
         directory.refuse_run()
         directory.clear_temporaries()
         directory.clear_stillborn()
         directory.freeze_config(config.plain())
-        yield Segment(directory, assembly, say, target=config.target(config.initial_step), restored=None)
+        yield
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def resume(
         configs.refuse_locked(changed, options.allow_change)
         assembly = assemble(config, hooks)
         store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
-        excused = {change["key"] for row in ledger for change in row.get("changes", ())}
+        excused = {change["key"] for row in ledger if row["event"] == "start" for change in row.get("changes", ())}
         excused |= {change["key"] for change in changed} | set(options.allow_change)
 
         def accept(reader: codec.Reader) -> None:
@@ -81,7 +88,8 @@ def resume(
         stop_changed = any(change["key"].startswith("stop.") for change in changed)
         target = _target(config, options, ledger, step, stop_changed)
         segment = Segment(directory, assembly, say, target=target, restored=name)
-        _say_horizon(config, segment.target, say)
+        if (note := horizon_note(config, segment.target, locked=True)) is not None:
+            say(note)
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
@@ -135,18 +143,21 @@ def _target(config: Config, options: ResumeOptions, ledger: list[dict[str, Any]]
     return config.target(step) if changed or recorded is None else recorded
 
 
-def _say_horizon(config: Config, target: int, say: Say) -> None:
+def horizon_note(config: Config, target: int, *, locked: bool) -> str | None:
+    """Return what to say of a decay that ends before the target; where the key is `locked`, with what unlocks it."""
     rate = config.optimizer.spec().get("learning_rate", {})
     horizon = rate.get("decay_steps") if rate.get("name") in ("cosine", "polynomial") else None
-    if horizon is not None and target > horizon:
-        key = "optimizer.learning_rate.decay_steps"
-        remedy = f"to stretch it: --set {key}={target} --allow-change {key}"
-        say(f"note: the learning rate's decay ends at step {horizon}, and from there to {target} it stays ({remedy})")
+    if horizon is None or target <= horizon:
+        return None
+    key = "optimizer.learning_rate.decay_steps"
+    remedy = f"--set {key}={target}" + (f" --allow-change {key}" if locked else "")
+    stays = f"from there to {target} it stays (to stretch it: {remedy})"
+    return f"note: the learning rate's decay ends at step {horizon}, and {stays}"
 
 
 def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:
-    recorded = [row["data"] for row in ledger if row["event"] == "start"]
-    if recorded and recorded[-1] != assembly.data_fingerprint() and "data" not in options.allow_change:
+    recorded = rundir.newest_data(ledger)
+    if recorded not in (None, assembly.data_fingerprint()) and "data" not in options.allow_change:
         origins = ", ".join(source.origin for source in assembly.sources)
         raise ConfigError(
             f"{origins}: the data are not those that the run was trained on; a resume would not be exact; "

@@ -7,11 +7,11 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepctl import __version__, yamlio
+from stepctl import __version__, rundir, yamlio
 from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
@@ -64,6 +64,7 @@ class Segment:
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
         self._background, self._saved, self._number = Background(), deque[str](), 0  # anew for each `train`
+        self._forked: Collection[int] = ()  # steps that forks began at
         self._texts = {
             "run": directory.name,
             "config": yamlio.dumps(self.config.plain()),
@@ -173,7 +174,7 @@ class Segment:
         if (bad := state.first_non_finite()) is not None:
             raise NonFiniteError(f"step {step}: /{bad} holds NaN or infinity; not saved: lower the learning rate")
         digest = self.store.publish(step, codec.encode(state, **self._texts), self._background.abandoned)
-        pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows)
+        pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows, self._forked)
         name = names.file_name(step)
         self.directory.append_ledger("checkpoint", step=step, file=name, sha256=digest, pruned=pruned)
         self._saved.append(name)
@@ -195,7 +196,9 @@ class Segment:
         self.say(f"{why}; this batch is skipped")
 
     def _record_start(self) -> None:
-        self._number = 1 + sum(row["event"] == "start" for row in self.directory.read_ledger())
+        ledger = self.directory.read_ledger()
+        self._number = 1 + sum(row["event"] == "start" for row in ledger)
+        self._forked = rundir.forks(ledger).keys()  # none can come while this process holds the run
         holder = {"host": os.uname().nodename, "pid": os.getpid(), "argv": sys.argv, "version": __version__}
         self.directory.append_ledger(
             "start",

@@ -21,7 +21,7 @@ LEVELS = [
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "replay", "plan", "report", "compare", "verify", "prune"},
+    {"assembly", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"},
     {"cli"},
 ]
 # Within a level, and between families, only this.
@@ -38,6 +38,9 @@ ALLOWED = {
     ("yamlio", "problems"),
     ("models", "layers"),
     ("hooks", "tasks"),
+    ("fork", "assembly"),
+    ("fork", "run"),
+    ("fork", "segment"),
     ("plan", "assembly"),
     ("replay", "assembly"),
     ("compare", "report"),
