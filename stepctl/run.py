@@ -93,8 +93,8 @@ def resume(
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
-        if options.from_step is not None:
-            segment.facts["set_aside"] = _set_aside_later(store, step, segment.target, say)
+        if options.from_step is not None and segment.nothing_to_do() is None:
+            segment.facts["set_aside"] = _set_aside_later(store, step, say)
         yield segment
 
 
@@ -176,9 +176,7 @@ def _numerics_facts(recorded: str, here: dict[str, Any], strict: bool, say: Say)
     return {"exact": False, "inexact_because": differences}
 
 
-def _set_aside_later(store: Store, step: int, target: int, say: Say) -> list[str]:
-    if step >= target:
-        return []
+def _set_aside_later(store: Store, step: int, say: Say) -> list[str]:
     aside = [store.set_aside(later).name for later in store.steps() if later > step]
     if aside:
         say(f"going back to step {step}: later checkpoints are kept as {', '.join(aside)}")

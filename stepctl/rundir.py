@@ -39,6 +39,7 @@ class RunDirectory:
         self.ledger = self.path / "ledger.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.stop = self.path / "STOP"  # made by whoever wants the run to stop
 
     @property
     def name(self) -> str:
@@ -70,7 +71,8 @@ class RunDirectory:
 
     def refuse_strangers(self) -> None:
         """Raise ConfigError if the directory holds what no run made."""
-        ours = {path.name for path in (self.config, self.ledger, self.metrics, self.checkpoints)} | {"lock"}
+        ours = {path.name for path in (self.config, self.ledger, self.metrics, self.checkpoints, self.stop)}
+        ours.add("lock")
         try:
             names = sorted(os.listdir(self.path)) if self.path.exists() else []
         except OSError as error:

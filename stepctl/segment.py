@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from stepctl.hooks.evaluate import Evaluate
 from stepctl.hooks.log import Log
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
-from stepctl.hooks.stop import StopAtStep
+from stepctl.hooks.stop import StopAtStep, StopFile
 from stepctl.rundir import RunDirectory
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
@@ -60,6 +61,7 @@ class Segment:
         self.start = assembly.state.counters.global_step
         self.store = Store(directory.checkpoints)
         self.restored = restored
+        self.rules: list[StopRule] = [StopAtStep(target), StopFile(directory.stop)]
         self.facts: dict[str, Any] = {}  # for the ledger
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
@@ -70,6 +72,20 @@ class Segment:
             "config": yamlio.dumps(self.config.plain()),
             "numerics": json.dumps(assembly.numerics),
         }
+
+    def nothing_to_do(self) -> str | None:
+        """Return how to go on all the same, if a stop rule lets this segment make no step; None if it has work.
+
+        The rules are asked once, so that all who ask hear the same. A fresh run has its first checkpoint to make.
+        """
+        return self._nothing_to_do
+
+    @functools.cached_property
+    def _nothing_to_do(self) -> str | None:
+        if self.restored is None:
+            return None
+        reasons = (rule.reason(self.state.counters) for rule in self.rules)
+        return next((reason.remedy or reason.text for reason in reasons if reason is not None), None)
 
     def train(
         self, writers: Sequence[Writer] = (), hooks: Sequence[Hook] = (), stop: Sequence[StopRule] = ()
@@ -106,7 +122,7 @@ class Segment:
             self.assembly.task,
             self.assembly.training,
             self.state,
-            stop=[StopAtStep(self.target), signals, *stop],
+            stop=[*self.rules, signals, *stop],
             hooks=[*self._hooks(writers), save, *hooks],
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
         )
