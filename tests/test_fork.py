@@ -178,7 +178,7 @@ def test_inspect_shows_where_a_run_was_forked_from(run: Path, tmp_path: Path) ->
     assert (parent["run"], parent["step"]) == (str(run), 6)
     assert inspect_path(str(run), "-")["facts"]["parent"] is None
     told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "child")]).stdout
-    assert f"forked from {run} at step 6  sha256 {parent['sha256']}\n            seed: 1 -> 7\n" in told
+    assert f"forked from {run}  at step 6  sha256 {parent['sha256']}\n            seed: 1 -> 7\n" in told
     path = tmp_path / "child" / "ledger.jsonl"
     path.write_text(path.read_text().replace('"seed"', json.dumps("\x1b[2J\n")))
     assert "\x1b" not in CliRunner().invoke(cli, ["inspect", str(tmp_path / "child")]).stdout

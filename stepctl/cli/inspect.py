@@ -19,7 +19,11 @@ _NONE = "-"  # a pattern that no path matches
 @click.option("--path", "pattern", default="*", metavar="PATTERN", help="Only arrays such as 'params/*'.")
 @click.option("--step", "step_only", is_flag=True, help="Print the global step alone.")
 def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
-    """Show what a checkpoint holds; of a run, its newest good one, and the run and step that it was forked from."""
+    """Show what a checkpoint holds.
+
+    Of a run: its newest good checkpoint, its newest segment (one train or resume: from which global step to which,
+    and why it ended), and the run and step that it was forked from.
+    """
     from stepctl.sandbox import Sandbox
 
     with Sandbox() as sandbox:
@@ -61,8 +65,12 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 
 def _print_run(facts: dict[str, Any]) -> None:
+    if (segment := facts.get("segment")) is not None:
+        steps = f"from step {segment['from']} to {segment['to']}, target {segment['target']}"
+        how = "running or killed" if segment["reason"] is None else f"ended {segment['ended']}: {segment['reason']}"
+        click.echo(printable(f"segment     {segment['number']}  {steps}  {how}"))
     if (parent := facts.get("parent")) is not None:
-        click.echo(printable(f"forked from {parent['run']} at step {parent['step']}  sha256 {parent['sha256']}"))
+        click.echo(printable(f"forked from {parent['run']}  at step {parent['step']}  sha256 {parent['sha256']}"))
         for change in parent["changes"]:
             click.echo(printable(f"            {change.get('key')}: {change.get('old')} -> {change.get('new')}"))
 
