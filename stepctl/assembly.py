@@ -66,23 +66,36 @@ class Assembly:
             watch.forget()
         return [watch.name for watch in gone]
 
+    def count_at(self, counter: str, step: int) -> int:
+        """Return what a counter stands at at a global step, if nothing disturbs the run."""
+        start = self.config.initial_step
+        known = {"initial_step": start, "batch_size": self.config.data.batch_size}
+        return self.task.count_at(counter, step - start, **known)
+
+    def check_data(self) -> None:
+        """Look through all data once; DataError if they are not what the task can learn from."""
+        for source in self.sources:
+            source.check(self.config.data.n_classes)
+
     def data_fingerprint(self) -> str:
         """Return a text that changes when the data do."""
         return "; ".join(source.fingerprint() for source in self.sources)
 
 
-def assemble(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
+def assemble(config: Config, hooks: Sequence[Hook] = (), *, target: int | None = None) -> Assembly:
     """Build data, model, optimizer, task and initial state. ConfigError or DataError if they do not fit.
 
-    `hooks` are the caller's own; what they remember becomes part of the state.
+    `hooks` are the caller's own; what they remember becomes part of the state. A decay's horizon that was left open
+    becomes `target`, a global step (None: the config's own, from the initial step).
     """
     try:
-        return _assemble(config, hooks)
+        return _assemble(config, hooks, config.target(config.initial_step) if target is None else target)
     except (MemoryError, OverflowError) as error:
         raise ConfigError(f"model and batch do not fit in memory ({error}); make them smaller") from error
 
 
-def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
+def _assemble(config: Config, hooks: Sequence[Hook], target: int) -> Assembly:
+    beside.check(config.log)
     task = _task(config)
     train, validation = _build("data", config.data.spec(), targets=task.targets, dtype=config.dtype)
     sources = [train, validation] if validation is not None else [train]
@@ -93,7 +106,7 @@ def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
     training_part, validation_part = _parts(config, train, validation)
     _check_metrics(config, task)
     _check_counters(config, task)
-    config = _with_horizons(config, task)
+    config = _with_horizons(config, task, target)
     batch_size = config.data.batch_size
     learners, here = _learners(config, task, task.ends(config.data.n_classes, train.sample_shape, train.target_shape))
     task.learners = learners
@@ -136,7 +149,12 @@ def _learners(config: Config, task: Task, ends: dict[str, Ends]) -> tuple[dict[s
         _check_rate(optimizer, config.initial_step if optimizer.learning_rate.counter == GLOBAL_STEP else 0, name)
     here = numerics.settle(_threads(config, list(built.values())))
     average = MovingAverage(config.ema.decay, config.ema.warmup) if config.ema else None
-    common = {"seed": config.seed, "dtype": config.dtype, "threads": here["threads"], "norms": config.log.norms}
+    common = {
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "threads": here["threads"],
+        "norms": config.log.norms or config.log.tensorboard,
+    }
     return {
         name: Learner(name, built[name], trained[name], ends[name], average=average, **common) for name in task.models
     }, here
@@ -170,14 +188,11 @@ def _check_samples(config: Samples, task: Task, state: TrainState, sample_shape:
     extras.require("matplotlib.image", "plot")
 
 
-def _with_horizons(config: Config, task: Task) -> Config:
+def _with_horizons(config: Config, task: Task, target: int) -> Config:
     """Write what was left open of a schedule's horizon: what its counter stands at at the first target."""
-    start, open_keys = config.initial_step, config.horizon_keys()
-    steps = max(config.target(start) - start, 0)
-    values = {
-        key: max(1, task.count_at(counter, steps, initial_step=start, batch_size=config.data.batch_size))
-        for key, counter in open_keys.items()
-    }
+    steps, open_keys = max(target - config.initial_step, 0), config.horizon_keys()
+    known = {"initial_step": config.initial_step, "batch_size": config.data.batch_size}
+    values = {key: max(1, task.count_at(counter, steps, **known)) for key, counter in open_keys.items()}
     return config.with_values(values) if values else config
 
 
@@ -289,20 +304,28 @@ def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
         raise ConfigError(f"stop.last_step: {target} is below initial_step {config.initial_step}; raise it")
     if target >= 1 << 62:
         raise ConfigError(f"stop: {target} is more steps than can be counted; lower stop or initial_step")
-    beside.check(config.log)
     assembly = assemble(config, hooks)
-    here, asked = assembly.numerics, config.numerics
+    settle_numerics(assembly)
+    check_size(assembly.config)
+    assembly.check_data()
+    assembly.trial()
+    return assembly
+
+
+def settle_numerics(assembly: Assembly) -> None:
+    """Write threads and kernel as they are into the config; ConfigError if it asks for others."""
+    here, asked = assembly.numerics, assembly.config.numerics
     if asked.threads != "auto" and asked.threads != here["threads"]:
         raise ConfigError(f"numerics.threads: this BLAS runs {here['threads']}, not {asked.threads}; use auto")
     if asked.blas_kernel != "auto" and asked.blas_kernel.lower() != here["blas_kernel"].lower():
         raise ConfigError(f"numerics.blas_kernel: NumPy was loaded with {here['blas_kernel']}, not "
                           f"{asked.blas_kernel}; use auto, or a kernel of this CPU")  # fmt: skip
-    n_bytes = len(yamlio.dumps(assembly.config.plain()))
-    if n_bytes > yamlio.MAX_BYTES // 2:
-        raise ConfigError(f"config: {n_bytes} bytes with its defaults; at most {yamlio.MAX_BYTES // 2} can be kept")
-    for source in assembly.sources:
-        source.check(assembly.config.data.n_classes)
-    assembly.trial()
     resolved = {"numerics.threads": here["threads"], "numerics.blas_kernel": here["blas_kernel"]}
     assembly.config = assembly.config.with_values(resolved)
-    return assembly
+
+
+def check_size(config: Config) -> None:
+    """Raise ConfigError if a config is longer than what can be read back."""
+    n_bytes = len(yamlio.dumps(config.plain()))
+    if n_bytes > yamlio.MAX_BYTES // 2:
+        raise ConfigError(f"config: {n_bytes} bytes with its defaults; at most {yamlio.MAX_BYTES // 2} can be kept")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from stepctl.checkpoint import retention, userblock
+from stepctl import rundir
+from stepctl.checkpoint import names, retention, userblock
 from stepctl.checkpoint.store import Store
 from stepctl.config import Checkpoint
-from stepctl.errors import CheckpointError, ConfigError
+from stepctl.errors import CheckpointError, ConfigError, printable
 from stepctl.rundir import RunDirectory
 from stepctl.writers.evaluations import Evaluations
 
@@ -16,8 +17,8 @@ from stepctl.writers.evaluations import Evaluations
 def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None], *, dry_run: bool) -> list[int]:
     """Remove the good checkpoints that `keep` does not keep; return their steps.
 
-    The newest good one stays. Damaged files are reported, left in place, and count for nothing. CheckpointError
-    if none is good, RunInUseError if a process trains the run.
+    The newest good one stays, and those that forks began at, which is said. Damaged files are reported, left in
+    place, and count for nothing. CheckpointError if none is good, RunInUseError if a process trains the run.
     """
     with contextlib.nullcontext() if dry_run else directory.lock(say):
         store = Store(directory.checkpoints, directory.acknowledged())
@@ -27,7 +28,11 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
         newest = store.newest(say)
         newest.close()
         good = [step for step in store.steps() if step <= newest.header.global_step and _is_whole(store, step, say)]
-        pruned = retention.to_prune(good, keep, evaluations.rows)
+        forks = rundir.forks(directory.read_ledger())
+        pruned = retention.to_prune(good, keep, evaluations.rows, forks)
+        for step in sorted({*retention.to_prune(good, keep, evaluations.rows)} - {*pruned}):
+            children = printable(", ".join(dict.fromkeys(forks[step])))
+            say(f"{names.file_name(step)} is kept for what was forked from it: {children}")
         if pruned and not dry_run:
             directory.mend_ledger()
             directory.append_ledger("prune", steps=pruned)

@@ -30,10 +30,54 @@ def open_path(path: str, report: Callable[[str], None]) -> codec.Reader:
 
 
 def inspect_path(path: str, pattern: str) -> dict[str, Any]:
-    """Return "facts", what `inspect` says of a checkpoint or a run's newest good one, and "said", what it skipped."""
+    """Return "facts", what `inspect` says of a checkpoint or a run's newest good one, and "said", what it skipped.
+
+    Of a run the facts have "segment" and "parent" too, see there.
+    """
     said: list[str] = []
     with open_path(path, said.append) as reader:
-        return {"facts": inspect(reader, pattern), "said": said}
+        facts = inspect(reader, pattern)
+    if os.path.isdir(path):
+        ledger = RunDirectory(path).read_ledger()
+        facts |= {"segment": segment(ledger), "parent": parent(ledger)}
+    return {"facts": facts, "said": said}
+
+
+def segment(ledger: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the newest segment: "number", "target", the steps "from" and "to", times, and why it ended.
+
+    Without a line of its end ("ended" and "reason" are None) it runs or was killed, and "to" is its newest
+    checkpoint's step. None if the run was never trained.
+    """
+    starts = [index for index, row in enumerate(ledger) if row["event"] == "start"]
+    if not starts:
+        return None
+    start, *rest = ledger[starts[-1] :]
+    end = next((row for row in rest if row["event"] == "end"), None)
+    saved = [row["step"] for row in rest if row["event"] == "checkpoint"]
+    return {
+        "number": start["segment"],
+        "from": start["step"],
+        "to": end["step"] if end else max(saved, default=start["step"]),
+        "target": start["target"],
+        "started": _text(start.get("time")),
+        "ended": _text(end.get("time")) if end else None,
+        "reason": end["reason"] if end else None,
+    }
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else "?"
+
+
+def parent(ledger: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return where a run was forked from, {"run", "step", "sha256", "changes"}; None if it began by itself."""
+    for row in ledger:
+        if row["event"] == "fork" and isinstance(row.get("parent"), str):
+            given = row.get("changes")
+            changes = [change for change in given if isinstance(change, dict)] if isinstance(given, list) else []
+            return {"run": row["parent"], "step": row["step"], "sha256": row["sha256"], "changes": changes}
+    return None
 
 
 def inspect(reader: codec.Reader, pattern: str = "*") -> dict[str, Any]:

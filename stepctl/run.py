@@ -19,7 +19,6 @@ from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, Segment, silent
 from stepctl.state import GLOBAL_STEP
-from stepctl.writers import beside
 
 
 @contextlib.contextmanager
@@ -28,13 +27,20 @@ def create(config: Config, directory: RunDirectory, say: Say = silent, hooks: Se
     directory.refuse_run()
     assembly = prepare(config, hooks)
     config = assembly.config
+    with founded(directory, config, say):
+        yield Segment(directory, assembly, say, target=config.target(config.initial_step), restored=None)
+
+
+@contextlib.contextmanager
+def founded(directory: RunDirectory, config: Config, say: Say) -> Iterator[None]:
+    """Make the directory of a new run with its frozen config, and hold it; RunExistsError if one began since."""
     directory.make()
     with directory.lock(say):
         directory.refuse_run()
         directory.clear_temporaries()
         directory.clear_stillborn()
         directory.freeze_config(config.plain())
-        yield Segment(directory, assembly, say, target=config.target(config.initial_step), restored=None)
+        yield
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,9 @@ def resume(
         changed = configs.changes(base, config)
         configs.refuse_unknown(options.allow_change, base, config)
         configs.refuse_locked(changed, options.allow_change)
-        beside.check(config.log)
         assembly = assemble(config, hooks)
         store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
-        excused = {change["key"] for row in ledger for change in row.get("changes", ())}
+        excused = {change["key"] for row in ledger if row["event"] == "start" for change in row.get("changes", ())}
         excused |= {change["key"] for change in changed} | set(options.allow_change)
 
         def accept(reader: codec.Reader) -> None:
@@ -87,12 +92,13 @@ def resume(
         stop_changed = any(change["key"] in ("stop.last_step", "stop.num_steps") for change in changed)
         target = _target(config, options, ledger, step, stop_changed)
         segment = Segment(directory, assembly, say, target=target, restored=name)
-        _say_horizon(config, assembly, segment.target, say)
+        for note in horizon_notes(assembly, segment.target, locked=True):
+            say(note)
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
-        if options.from_step is not None:
-            segment.facts["set_aside"] = _set_aside_later(store, step, segment.target, say)
+        if options.from_step is not None and segment.nothing_to_do() is None:
+            segment.facts["set_aside"] = _set_aside_later(store, step, say)
         yield segment
 
 
@@ -141,23 +147,23 @@ def _target(config: Config, options: ResumeOptions, ledger: list[dict[str, Any]]
     return config.target(step) if changed or recorded is None else recorded
 
 
-def _say_horizon(config: Config, assembly: Assembly, target: int, say: Say) -> None:
-    for rate_key, rate in config.rates().items():
+def horizon_notes(assembly: Assembly, target: int, *, locked: bool) -> Iterator[str]:
+    """Yield what to say of a decay that ends before the target; where the key is `locked`, with what unlocks it."""
+    for rate_key, rate in assembly.config.rates().items():
         horizon = rate.get("decay_steps") if rate["name"] in ("cosine", "polynomial") else None
-        start, counter = config.initial_step, rate.get("counter", GLOBAL_STEP)
-        there = assembly.task.count_at(counter, target - start, initial_step=start, batch_size=config.data.batch_size)
+        counter = rate.get("counter", GLOBAL_STEP)
+        there = assembly.count_at(counter, target)
         if horizon is not None and there > horizon:
             key = f"{rate_key}.decay_steps"
-            remedy = f"to stretch it: --set {key}={there} --allow-change {key}"
+            remedy = f"--set {key}={there}" + (f" --allow-change {key}" if locked else "")
             of = "step" if counter == GLOBAL_STEP else counter
-            say(
-                f"note: the learning rate's decay ends at {of} {horizon}, and from there to {there} it stays ({remedy})"
-            )
+            stays = f"from there to {there} it stays (to stretch it: {remedy})"
+            yield f"note: the learning rate's decay ends at {of} {horizon}, and {stays}"
 
 
 def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:
-    recorded = [row["data"] for row in ledger if row["event"] == "start"]
-    if recorded and recorded[-1] != assembly.data_fingerprint() and "data" not in options.allow_change:
+    recorded = rundir.newest_data(ledger)
+    if recorded not in (None, assembly.data_fingerprint()) and "data" not in options.allow_change:
         origins = ", ".join(source.origin for source in assembly.sources)
         raise ConfigError(
             f"{origins}: the data are not those that the run was trained on; a resume would not be exact; "
@@ -176,9 +182,7 @@ def _numerics_facts(recorded: str, here: dict[str, Any], strict: bool, say: Say)
     return {"exact": False, "inexact_because": differences}
 
 
-def _set_aside_later(store: Store, step: int, target: int, say: Say) -> list[str]:
-    if step >= target:
-        return []
+def _set_aside_later(store: Store, step: int, say: Say) -> list[str]:
     aside = [store.set_aside(later).name for later in store.steps() if later > step]
     if aside:
         say(f"going back to step {step}: later checkpoints are kept as {', '.join(aside)}")

@@ -23,6 +23,7 @@ _EVENTS: dict[str, dict[str, type]] = {
     "checkpoint": {"step": int, "sha256": str},
     "end": {"segment": int, "step": int, "reason": str},
     "prune": {"steps": list},
+    "fork": {"step": int, "sha256": str},  # and "parent" in the fork's own ledger, "child" in its parent's
 }
 _TEMPORARY = ".tmp-"  # ends in the writer's pid
 _HELD: set[int] = set()  # descriptors of this process's locks; a forked child that kept one would hold the run
@@ -42,6 +43,7 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.stop = self.path / "STOP"  # made by whoever wants the run to stop
 
     @property
     def name(self) -> str:
@@ -73,8 +75,8 @@ class RunDirectory:
 
     def refuse_strangers(self) -> None:
         """Raise ConfigError if the directory holds what no run made."""
-        ours = {path.name for path in (self.config, self.ledger, self.metrics, self.csv, self.checkpoints)}
-        ours |= {self.tensorboard.name, self.samples.name, "STOP", "lock"}
+        files = (self.config, self.ledger, self.metrics, self.csv, self.checkpoints, self.tensorboard, self.samples)
+        ours = {path.name for path in (*files, self.stop)} | {"lock"}
         try:
             names = sorted(os.listdir(self.path)) if self.path.exists() else []
         except OSError as error:
@@ -234,6 +236,21 @@ def _is_event(row: dict[str, Any]) -> bool:
 def _stands(line: bytes, step: int) -> bool:
     row = _parsed(line) if line.endswith(b"\n") else None
     return row is not None and isinstance(row.get("step"), int) and row["step"] <= step and not row.get("extra")
+
+
+def newest_data(ledger: list[dict[str, Any]]) -> str | None:
+    """Return the fingerprint of the data that the run was last trained on, or that its fork was made with."""
+    found = [row["data"] for row in ledger if row["event"] in ("start", "fork") and isinstance(row.get("data"), str)]
+    return found[-1] if found else None
+
+
+def forks(ledger: list[dict[str, Any]]) -> dict[int, list[str]]:
+    """Return step -> the forks that began at that step of this run: checkpoints that must stay."""
+    found: dict[int, list[str]] = {}
+    for row in ledger:
+        if row["event"] == "fork" and isinstance(row.get("child"), str):
+            found.setdefault(row["step"], []).append(row["child"])
+    return found
 
 
 def newest_target(ledger: list[dict[str, Any]]) -> int | None:

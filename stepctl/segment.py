@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepctl import __version__, yamlio
+from stepctl import __version__, rundir, yamlio
 from stepctl.arena import Array
 from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
@@ -23,7 +24,7 @@ from stepctl.hooks.histograms import histograms_of
 from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
-from stepctl.hooks.stop import StopAtStep
+from stepctl.hooks.stop import StopAtStep, StopFile
 from stepctl.rundir import RunDirectory, publish
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
@@ -62,15 +63,31 @@ class Segment:
         self.start = assembly.state.counters.global_step
         self.store = Store(directory.checkpoints)
         self.restored = restored
+        self.rules: list[StopRule] = [StopAtStep(target), StopFile(directory.stop), *assembly.stop_rules()]
         self.facts: dict[str, Any] = {}  # for the ledger
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
         self._background, self._saved, self._number = Background(), deque[str](), 0  # anew for each `train`
+        self._forked: Collection[int] = ()  # steps that forks began at
         self._texts = {
             "run": directory.name,
             "config": yamlio.dumps(self.config.plain()),
             "numerics": json.dumps(assembly.numerics),
         }
+
+    def nothing_to_do(self) -> str | None:
+        """Return how to go on all the same, if a stop rule lets this segment make no step; None if it has work.
+
+        The rules are asked once, so that all who ask hear the same. A fresh run has its first checkpoint to make.
+        """
+        return self._nothing_to_do
+
+    @functools.cached_property
+    def _nothing_to_do(self) -> str | None:
+        if self.restored is None:
+            return None
+        reasons = (rule.reason(self.state.counters) for rule in self.rules)
+        return next((reason.remedy or reason.text for reason in reasons if reason is not None), None)
 
     def train(
         self, writers: Sequence[Writer] = (), hooks: Sequence[Hook] = (), stop: Sequence[StopRule] = ()
@@ -109,7 +126,7 @@ class Segment:
             self.assembly.task,
             self.assembly.training,
             self.state,
-            stop=[StopAtStep(self.target), signals, *self.assembly.stop_rules(), *stop],
+            stop=[*self.rules, signals, *stop],
             hooks=[*self.assembly.hooks, *histograms_of(self.config.log, beside), *self._samples(), save, *hooks],
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
         )
@@ -185,7 +202,7 @@ class Segment:
         if (bad := state.first_non_finite()) is not None:
             raise NonFiniteError(f"step {step}: /{bad} holds NaN or infinity; not saved: lower the learning rate")
         digest = self.store.publish(step, codec.encode(state, **self._texts), self._background.abandoned)
-        pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows)
+        pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows, self._forked)
         name = names.file_name(step)
         self.directory.append_ledger("checkpoint", step=step, file=name, sha256=digest, pruned=pruned)
         self._saved.append(name)
@@ -207,7 +224,9 @@ class Segment:
         self.say(f"{why}; this batch is skipped")
 
     def _record_start(self) -> None:
-        self._number = 1 + sum(row["event"] == "start" for row in self.directory.read_ledger())
+        ledger = self.directory.read_ledger()
+        self._number = 1 + sum(row["event"] == "start" for row in ledger)
+        self._forked = rundir.forks(ledger).keys()  # none can come while this process holds the run
         holder = {"host": os.uname().nodename, "pid": os.getpid(), "argv": sys.argv, "version": __version__}
         self.directory.append_ledger(
             "start",

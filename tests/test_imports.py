@@ -21,7 +21,8 @@ LEVELS = [
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "replay", "plan", "report", "compare", "verify", "prune", "runs", "curves"},
+    {"assembly", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"}
+    | {"runs", "curves"},
     {"cli"},
 ]
 # Within a level, and between families, only this.
@@ -42,6 +43,9 @@ ALLOWED = {
     ("yamlio", "problems"),
     ("models", "layers"),
     ("hooks", "tasks"),
+    ("fork", "assembly"),
+    ("fork", "run"),
+    ("fork", "segment"),
     ("plan", "assembly"),
     ("replay", "assembly"),
     ("compare", "report"),

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepctl.config import Checkpoint
 
 
-def to_prune(steps: Iterable[int], keep: Checkpoint, metrics: Mapping[int, Mapping[str, Any]]) -> list[int]:
+def to_prune(
+    steps: Iterable[int],
+    keep: Checkpoint,
+    metrics: Mapping[int, Mapping[str, Any]],
+    protected: Collection[int] = (),
+) -> list[int]:
     """Return the steps to remove, rising; the newest never is one.
 
-    Kept are the `keep_last` newest (None: all), every multiple of `keep_every`, and the `keep_best.n` best of
-    those whose metric is known (step -> metrics; of equals the earlier).
+    Kept are the `keep_last` newest (None: all), every multiple of `keep_every`, the `keep_best.n` best of those
+    whose metric is known (step -> metrics; of equals the earlier), and beside these the `protected` ones.
     """
     ordered = sorted(steps)
     if keep.keep_last is None:
@@ -28,4 +33,4 @@ def to_prune(steps: Iterable[int], keep: Checkpoint, metrics: Mapping[int, Mappi
         known = {step: value for step, value in values.items() if isinstance(value, int | float)}
         finite = [step for step, value in known.items() if math.isfinite(value)]
         kept |= set(sorted(finite, key=lambda step: (sign * known[step], step))[: best.n])
-    return [step for step in ordered if step not in kept]
+    return [step for step in ordered if step not in kept and step not in protected]

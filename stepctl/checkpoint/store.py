@@ -129,12 +129,18 @@ class Store:
             rundir.sync_directory(self.path)
         return aside
 
-    def to_prune(self, published: int, keep: Checkpoint, metrics: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    def to_prune(
+        self,
+        published: int,
+        keep: Checkpoint,
+        metrics: Mapping[int, Mapping[str, Any]],
+        protected: Collection[int] = (),
+    ) -> list[int]:
         """Return the steps, up to the one just published, that retention does not keep.
 
         A file of a later step was passed over by the resume that led here: it is damaged, and counts for nothing.
         """
-        return retention.to_prune((step for step in self.steps() if step <= published), keep, metrics)
+        return retention.to_prune((step for step in self.steps() if step <= published), keep, metrics, protected)
 
     def remove(self, steps: Iterable[int]) -> None:
         """Remove checkpoints that retention does not keep."""

@@ -19,7 +19,11 @@ _NONE = "-"  # a pattern that no path matches
 @click.option("--path", "pattern", default="*", metavar="PATTERN", help="Only arrays such as 'params/*'.")
 @click.option("--step", "step_only", is_flag=True, help="Print the global step alone.")
 def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
-    """Show what a checkpoint holds; of a run, its newest good one."""
+    """Show what a checkpoint holds.
+
+    Of a run: its newest good checkpoint, its newest segment (one train or resume: from which global step to which,
+    and why it ended), and the run and step that it was forked from.
+    """
     from stepctl.sandbox import Sandbox
 
     with Sandbox() as sandbox:
@@ -47,7 +51,9 @@ def print_facts(facts: dict[str, Any]) -> None:
     click.echo(f"sha256      {facts['sha256']}")
     click.echo(f"counters    {'  '.join(f'{name} {value}' for name, value in facts['counters'].items())}")
     click.echo(f"numerics    {printable('  '.join(f'{name} {value}' for name, value in facts['numerics'].items()))}")
-    click.echo(f"parameters  {facts['parameters']:,}\n")
+    click.echo(f"parameters  {facts['parameters']:,}")
+    _print_run(facts)
+    click.echo()
     heads = ("path", "shape", "dtype", "count", "min", "max", "mean", "std", "non_finite")
     rows = [heads, *([_cell(array[head]) for head in heads] for array in facts["arrays"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
@@ -56,6 +62,17 @@ def print_facts(facts: dict[str, Any]) -> None:
         click.echo("  ".join(cells))
     click.echo("\nconfig")
     click.echo("".join(f"  {printable(line)}\n" for line in yamlio.dumps(facts["config"]).splitlines()), nl=False)
+
+
+def _print_run(facts: dict[str, Any]) -> None:
+    if (segment := facts.get("segment")) is not None:
+        steps = f"from step {segment['from']} to {segment['to']}, target {segment['target']}"
+        how = "running or killed" if segment["reason"] is None else f"ended {segment['ended']}: {segment['reason']}"
+        click.echo(printable(f"segment     {segment['number']}  {steps}  {how}"))
+    if (parent := facts.get("parent")) is not None:
+        click.echo(printable(f"forked from {parent['run']}  at step {parent['step']}  sha256 {parent['sha256']}"))
+        for change in parent["changes"]:
+            click.echo(printable(f"            {change.get('key')}: {change.get('old')} -> {change.get('new')}"))
 
 
 def _cell(value: object) -> str:

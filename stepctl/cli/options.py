@@ -125,8 +125,8 @@ def train_segment(segment: Segment, *, began: float, max_time: float | None, qui
     from stepctl.hooks.stop import TimeLimit
 
     run = segment.directory.path
-    if segment.restored and segment.start >= segment.target:
-        say(f"{run}: at global step {segment.start}, target {segment.target}: nothing to do (more: --num-steps N)")
+    if (remedy := segment.nothing_to_do()) is not None:
+        say(f"{run}: at global step {segment.start}, target {segment.target}: nothing to do ({remedy})")
         raise click.exceptions.Exit(Exit.DONE)
     if not quiet:
         say(f"{run}: global step {segment.start} to {segment.target}, from {segment.restored or 'a fresh start'}")
@@ -135,9 +135,10 @@ def train_segment(segment: Segment, *, began: float, max_time: float | None, qui
     if outcome.waits and not quiet:
         seconds, saves = outcome.wait_seconds, outcome.saves
         say(f"{run}: training waited {seconds:.1f} s in all, at {outcome.waits} of {saves} saves, for the save before")
-    if outcome.reason.done:
+    if outcome.reason.done and outcome.step >= segment.target:
         if not quiet:
             say(f"{run}: done at global step {outcome.step} (local {outcome.step - outcome.start})")
         raise click.exceptions.Exit(Exit.DONE)
-    say(f"{run}: stopped at global step {outcome.step} ({outcome.reason.text}); go on with: stepctl resume {run}")
-    raise click.exceptions.Exit(Exit.STOPPED)
+    remedy = outcome.reason.remedy or f"go on with: stepctl resume {run}"
+    say(f"{run}: stopped at global step {outcome.step} ({outcome.reason.text}); {remedy}")
+    raise click.exceptions.Exit(Exit.DONE if outcome.reason.done else Exit.STOPPED)

@@ -11,10 +11,11 @@ from stepctl.tasks.base import Metrics
 
 
 class StopReason(NamedTuple):
-    """Why a segment ends, and whether its target was reached."""
+    """Why a segment ends, whether that is its end (or an interruption), and how to go on all the same."""
 
     text: str
     done: bool
+    remedy: str = ""
 
 
 class Hook(ABC):

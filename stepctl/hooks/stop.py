@@ -1,12 +1,16 @@
-"""Why a segment stops: its target, or its time."""
+"""Why a segment stops: its target, its time, or a file."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from stepctl.hooks.base import StopReason
 from stepctl.state import Counters
+
+_LOOK = 1.0  # seconds between two looks at the file system
 
 
 class StopAtStep:
@@ -18,7 +22,7 @@ class StopAtStep:
     def reason(self, counters: Counters) -> StopReason | None:
         """Return why to stop now, or None."""
         if counters.global_step >= self.last_step:
-            return StopReason(f"last_step {self.last_step}", done=True)
+            return StopReason(f"last_step {self.last_step}", done=True, remedy="more: --num-steps N")
         return None
 
 
@@ -33,3 +37,21 @@ class TimeLimit:
         if self._clock() - self._began >= self.seconds:
             return StopReason(f"max_time {self.seconds:g} s", done=False)
         return None
+
+
+class StopFile:
+    """Asked before a step: while a file stands at `path`, none is made; looked for at once, then once a second."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path, self._clock = path, clock
+        self._next, self._stands = float("-inf"), False
+
+    def reason(self, counters: Counters) -> StopReason | None:
+        """Return why to stop now, or None."""
+        now = self._clock()
+        if now >= self._next:
+            # a file system that does not answer for once is no reason to stop
+            self._next, self._stands = now + _LOOK, os.path.lexists(self.path)
+        if not self._stands:
+            return None
+        return StopReason(f"file {self.path.name}", done=True, remedy=f"remove {self.path} to go on")

@@ -93,7 +93,8 @@ class EarlyStopping(Watch):
         if self._config is None or waited < self._config.patience:
             return None
         value = float(self._state["value"])
-        return StopReason(f"early stopping: {waited} evaluations without a better {self.metric} than {value:.6g}", True)
+        text = f"early stopping: {waited} evaluations without a better {self.metric} than {value:.6g}"
+        return StopReason(text, done=True, remedy=f"{text}; to go on: --set stop.early_stopping=null")
 
 
 class TargetMetric(Watch):
@@ -118,4 +119,5 @@ class TargetMetric(Watch):
         value = float(self._state["value"])
         if self._config is None or math.isnan(value) or self._better(self._config.value, value):
             return None
-        return StopReason(f"target metric: {self.metric} {value:.6g} reached {self._config.value:.6g}", done=True)
+        text = f"target metric: {self.metric} {value:.6g} reached {self._config.value:.6g}"
+        return StopReason(text, done=True, remedy=f"{text}; to go on: --set stop.target_metric=null")

@@ -1,0 +1,330 @@
+"""A fork: a new run from a step of an old one, exact where nothing changed, its parent's step never pruned."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from helpers import make_config, resume, rows, silent, train
+from stepctl import rundir
+from stepctl.checkpoint import codec
+from stepctl.checkpoint.retention import to_prune
+from stepctl.checkpoint.store import Store
+from stepctl.cli.main import cli
+from stepctl.config import Checkpoint
+from stepctl.errors import CheckpointError, ConfigError, DataError, RunExistsError, RunInUseError, StepctlError
+from stepctl.fork import Forked, ForkOptions, fork
+from stepctl.prune import prune
+from stepctl.report import inspect_path
+from stepctl.rundir import RunDirectory
+from stepctl.verify import verify
+
+SMALL: dict[str, Any] = {"stop": {"last_step": 12}, "checkpoint": {"every": 2, "keep_last": None}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with a checkpoint at every second, and the data that it names."""
+    folder = tmp_path_factory.mktemp("trained")
+    generator = np.random.default_rng(0)
+    np.savez(folder / "a.npz", x=generator.normal(size=(60, 4)), y=generator.integers(0, 3, 60))
+    data = {"name": "arrays", "path": str(folder / "a.npz"), "batch_size": 8, "validation_fraction": 0.5}
+    model = {"name": "mlp", "hidden": [3], "dropout": 0.2}
+    train(make_config(data=data, model=model, log={"every": 1}, evaluate={"every": 4}, **SMALL), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A run of its own to fork from."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def forked(parent: Path, child: Path, at: int | None = None, *assignments: str, say: Any = silent) -> Forked:
+    return fork(RunDirectory(parent), RunDirectory(child), ForkOptions(at, assignments), say)
+
+
+def stored(path: Path, step: int) -> dict[str, Any]:
+    """Return counters and arrays of a step's checkpoint."""
+    with codec.Reader(Store(RunDirectory(path).checkpoints).file(step)) as reader:
+        arrays = {name: np.concatenate([*reader.parts(name)]).tobytes() for name in reader.array_shapes()}
+        return {**reader.header.counters, **arrays}
+
+
+def steps(path: Path) -> list[int]:
+    return Store(RunDirectory(path).checkpoints).steps()
+
+
+def ledger(path: Path, event: str) -> list[dict[str, Any]]:
+    return [row for row in RunDirectory(path).read_ledger() if row["event"] == event]
+
+
+# --- exact
+
+
+def test_a_fork_with_no_change_ends_with_its_parents_bits_and_rows(run: Path, tmp_path: Path) -> None:
+    assert forked(run, tmp_path / "child", 6) == Forked(6, 12, [])
+    assert stored(tmp_path / "child", 6) == stored(run, 6)
+    resume(tmp_path / "child")
+    assert stored(tmp_path / "child", 12) == stored(run, 12)
+    assert rows(tmp_path / "child") == [row for row in rows(run) if row["step"] > 6]
+
+
+def test_a_fork_of_a_fork_of_a_fork_ends_with_the_first_ones_bits(run: Path, tmp_path: Path) -> None:
+    paths = [run, *(tmp_path / name for name in "abc")]
+    for (parent, child), at, last in zip(itertools.pairwise(paths), (2, None, None), (5, 8, 11), strict=True):
+        forked(parent, child, at)
+        resume(child, last_step=last)
+    assert [steps(path)[-1] for path in paths] == [12, 5, 8, 11]
+    resume(paths[-1], last_step=12)
+    assert stored(paths[-1], 12) == stored(run, 12)
+    assert [row["parent"] for path in paths[1:] for row in ledger(path, "fork") if "parent" in row] == [
+        str(path) for path in paths[:-1]
+    ]
+    for path in paths:
+        assert verify(str(path))[1] == []
+
+
+def test_what_is_set_is_trained_with_and_the_rest_stays(run: Path, tmp_path: Path) -> None:
+    made = forked(run, tmp_path / "child", 6, "optimizer.learning_rate=0.5", "seed=7", "stop.last_step=8")
+    changed = [("seed", 1, 7), ("optimizer.learning_rate.value", 0.01, 0.5), ("stop.last_step", 12, 8)]
+    assert [(change["key"], change["old"], change["new"]) for change in made.changes] == changed
+    resume(tmp_path / "child")
+    assert steps(tmp_path / "child") == [6, 8]
+    assert [row["learning_rate"] for row in rows(tmp_path / "child") if row["kind"] == "train"] == [0.5, 0.5]
+    assert stored(tmp_path / "child", 8) != stored(run, 8)
+    assert verify(str(tmp_path / "child"))[1] == []
+
+
+def test_without_a_step_the_newest_good_one_is_taken(run: Path, tmp_path: Path) -> None:
+    damage(run, 12)
+    said: list[str] = []
+    assert forked(run, tmp_path / "child", say=said.append).step == 10
+    assert said == ["step-00000012.h5: damaged (sha256 differs); using step-00000010.h5"]
+
+
+def test_a_horizon_left_open_is_the_forks_own_target(run: Path, tmp_path: Path) -> None:
+    cosine = "optimizer.learning_rate={name: cosine, peak: 0.1}"
+    forked(run, tmp_path / "child", 6, cosine, "stop={num_steps: 4}")
+    rate = RunDirectory(tmp_path / "child").newest_config().value["optimizer"]["learning_rate"]
+    assert rate["decay_steps"] == 10
+    with pytest.raises(ConfigError, match=r"decay_steps: is missing, and the target 6 is not past step 6; give one"):
+        forked(run, tmp_path / "other", 6, cosine, "stop.last_step=6")
+    said: list[str] = []
+    forked(tmp_path / "child", tmp_path / "further", None, "stop={last_step: 20}", say=said.append)
+    assert said[-1].endswith("(to stretch it: --set optimizer.learning_rate.decay_steps=20)")
+
+
+# --- lineage
+
+
+def test_both_ledgers_know_before_the_child_has_its_checkpoint(run: Path, tmp_path: Path) -> None:
+    digest = {row["step"]: row["sha256"] for row in ledger(run, "checkpoint")}[6]
+    forked(run, tmp_path / "child", 6, "seed=7")
+    mine, checkpoint = RunDirectory(tmp_path / "child").read_ledger()
+    assert (mine["event"], mine["parent"], mine["step"], mine["sha256"]) == ("fork", str(run), 6, digest)
+    assert mine["changes"] == [{"key": "seed", "old": 1, "new": 7}]
+    assert (checkpoint["event"], checkpoint["step"], checkpoint["pruned"]) == ("checkpoint", 6, [])
+    (parents,) = ledger(run, "fork")
+    assert {key: parents[key] for key in ("child", "step", "sha256")} == {
+        "child": str(tmp_path / "child"),
+        "step": 6,
+        "sha256": digest,
+    }
+    for path in (run, tmp_path / "child"):
+        assert verify(str(path))[1] == []
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_a_child_with_a_checkpoint_has_a_parent_that_knows_it(
+    last: int, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [last]
+
+    def dies(function: Any) -> Any:
+        def called(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise StepctlError("the power is gone")
+            return function(*arguments, **options)
+
+        return called
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "append_ledger", dies(RunDirectory.append_ledger))
+        patched.setattr(Store, "publish", dies(Store.publish))
+        with pytest.raises(StepctlError, match="the power is gone"):
+            forked(run, tmp_path / "child", 6)
+    known = 6 in rundir.forks(RunDirectory(run).read_ledger())
+    assert known or not steps(tmp_path / "child")
+    assert known == (last >= 2)
+    if not steps(tmp_path / "child"):  # nothing began: the same command again does it
+        assert forked(run, tmp_path / "child", 6).step == 6
+        assert verify(str(tmp_path / "child"))[1] == []
+
+
+def test_inspect_shows_where_a_run_was_forked_from(run: Path, tmp_path: Path) -> None:
+    forked(run, tmp_path / "child", 6, "seed=7")
+    parent = inspect_path(str(tmp_path / "child"), "-")["facts"]["parent"]
+    assert (parent["run"], parent["step"]) == (str(run), 6)
+    assert inspect_path(str(run), "-")["facts"]["parent"] is None
+    told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "child")]).stdout
+    assert f"forked from {run}  at step 6  sha256 {parent['sha256']}\n            seed: 1 -> 7\n" in told
+    path = tmp_path / "child" / "ledger.jsonl"
+    path.write_text(path.read_text().replace('"seed"', json.dumps("\x1b[2J\n")))
+    assert "\x1b" not in CliRunner().invoke(cli, ["inspect", str(tmp_path / "child")]).stdout
+
+
+# --- retention
+
+
+def test_protected_steps_stay_beside_what_is_kept_anyway() -> None:
+    assert to_prune([0, 10, 20, 30], Checkpoint(keep_last=1), {}, {10}) == [0, 20]
+    assert to_prune([0, 10, 20, 30], Checkpoint(keep_last=2), {}, {30}) == [0, 10], "they take nobody's place"
+
+
+def test_training_on_never_removes_the_step_of_a_fork(run: Path, tmp_path: Path) -> None:
+    for number, step in enumerate((2, 6, 6)):
+        forked(run, tmp_path / f"child{number}", step)
+    resume(run, last_step=16, assignments=("checkpoint.keep_last=1",))
+    assert steps(run) == [2, 6, 16]
+    resume(tmp_path / "child1", assignments=("checkpoint.keep_last=1",))
+    forked(tmp_path / "child1", tmp_path / "grandchild")
+    resume(tmp_path / "child1", last_step=16)
+    assert steps(tmp_path / "child1") == [12, 16]
+    for path in (run, tmp_path / "child1"):
+        assert verify(str(path))[1] == []
+
+
+def test_prune_keeps_the_step_of_a_fork_and_says_for_whom(run: Path, tmp_path: Path) -> None:
+    forked(run, tmp_path / "child", 6)
+    for dry_run in (True, False):
+        said: list[str] = []
+        assert prune(RunDirectory(run), Checkpoint(keep_last=2), said.append, dry_run=dry_run) == [0, 2, 4, 8]
+        assert said == [f"step-00000006.h5 is kept for what was forked from it: {tmp_path / 'child'}"]
+    assert steps(run) == [6, 10, 12]
+    assert verify(str(run))[1] == []
+
+
+# --- refused
+
+
+def damage(path: Path, step: int) -> None:
+    file = Store(RunDirectory(path).checkpoints).file(step)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def untouched(run: Path, tmp_path: Path) -> Iterator[None]:
+    """What is refused leaves no child, and the parent as it was."""
+    damage(run, 6)
+    before = contents(run)
+    yield
+    assert contents(run) == before
+    assert not (tmp_path / "child").exists()
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    ("at", "assignments", "kind", "message"),
+    [
+        (5, [], CheckpointError, r"no checkpoint of step 5; there are: 0, 2, 4, 6, 8, 10, 12"),
+        (6, [], CheckpointError, r"step-00000006.h5: damaged .*; other steps there are: 0, 2, 4, 8, 10, 12"),
+        (8, ["model.hidden=[5]"], CheckpointError, r"step-00000008.h5: does not fit this config\n  /params/dense0/"),
+        (8, ["dtype=float64"], CheckpointError, r"expected float64 .*, found float32"),
+        (8, ["initial_step=3"], CheckpointError, r"8 updates of the model, but global step 8 with initial_step 3"),
+        (8, ["sed=3"], ConfigError, r"sed: unknown key; did you mean 'seed'"),
+        (8, ["data.path=none.npz"], DataError, r"none.npz"),
+        (8, ["data.n_classes=2"], CheckpointError, r"dense1/bias: expected float32 \(2,\), found float32 \(3,\)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_forked_is_refused_in_plain_words(
+    at: int, assignments: list[str], kind: Any, message: str, run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=message):
+        forked(run, tmp_path / "child", at, *assignments)
+
+
+def test_a_fork_goes_nowhere_where_something_is(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match=r"holds 'letter\.txt', which no run made"):
+        forked(run, tmp_path / "mine", 6)
+    forked(run, tmp_path / "child", 6)
+    for path in (run, tmp_path / "child"):
+        with pytest.raises(RunExistsError):
+            forked(run, path, 6)
+
+
+def test_a_run_in_use_is_not_forked(run: Path, tmp_path: Path) -> None:
+    with RunDirectory(run).lock(), pytest.raises(RunInUseError):
+        forked(run, tmp_path / "child", 6)
+    assert not (tmp_path / "child").exists()
+
+
+def test_other_data_under_the_same_name_are_said_and_then_held_to(run: Path, tmp_path: Path) -> None:
+    config = RunDirectory(run).newest_config().value
+    path = tmp_path / "b.npz"
+    shutil.copy(config["data"]["path"], path)
+    forked(run, tmp_path / "child", 6, f"data.path={path}")
+    with np.load(path) as old:
+        np.savez(path, x=old["x"] + 1, y=old["y"])
+    with pytest.raises(ConfigError, match="not those that the run was trained on"):
+        resume(tmp_path / "child")
+    said: list[str] = []
+    forked(tmp_path / "child", tmp_path / "other", say=said.append)
+    assert said == [
+        f"warning: {path}: not the data that {tmp_path / 'child'} was trained on; the fork goes on with these"
+    ]
+    resume(tmp_path / "other")
+
+
+# --- the command
+
+
+def test_the_command_says_how_to_go_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(cli, arguments)
+        return result.exit_code, result.output
+
+    line = "child: global step 6, forked from run; go on with: stepctl resume child\n"
+    assert call("fork", "run", "--at", "6", "--run-dir", "child", "--num-steps", "3") == (0, line)
+    assert call("resume", "child", "-q")[0] == 0
+    assert steps(tmp_path / "child") == [6, 8, 9]
+    line = "late: global step 12, forked from run; go on with: stepctl resume late"
+    reached = " --num-steps N (its target, step 12, is reached)\n"
+    assert call("fork", "run", "--run-dir", "late") == (0, line + reached)
+    assert call("fork", "run", "--run-dir", "late")[0] == 2
+    assert call("fork", "run", "--at", "7", "--run-dir", "none")[0] == 3
+    assert call("fork", "nowhere", "--run-dir", "none")[0] == 2
+    with RunDirectory("run").lock():
+        assert call("fork", "run", "--run-dir", "none")[0] == 4
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_fork_keeps_the_numerics_of_its_parent_until_others_are_asked_for(run: Path, tmp_path: Path) -> None:
+    def numerics(path: Path) -> dict[str, Any]:
+        with codec.Reader(Store(RunDirectory(path).checkpoints).file(6)) as reader:
+            found: dict[str, Any] = json.loads(reader.header.numerics)
+            return found
+
+    forked(run, tmp_path / "child", 6)
+    assert numerics(tmp_path / "child") == numerics(run)
+    forked(run, tmp_path / "auto", 6, "numerics.threads=auto", "numerics.blas_kernel=auto")
+    settled = RunDirectory(tmp_path / "auto").newest_config().value["numerics"]
+    assert settled == {key: numerics(tmp_path / "auto")[key] for key in ("threads", "blas_kernel")}
