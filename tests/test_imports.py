@@ -23,7 +23,7 @@ LEVELS = [
     {"trainer"},
     {"assembly", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"}
     | {"runs", "curves"},
-    {"cli"},
+    {"library", "cli"},
 ]
 # Within a level, and between families, only this.
 ALLOWED = {
