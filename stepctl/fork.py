@@ -16,7 +16,7 @@ from stepctl.checkpoint.store import Store
 from stepctl.config import Config
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.hooks.base import Hook
-from stepctl.run import check_same_run, founded, horizon_note
+from stepctl.run import check_same_run, founded, horizon_notes
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, silent
 
@@ -72,8 +72,8 @@ def fork(
             "numerics": json.dumps(assembly.numerics) if settled else header.numerics,
         }
         target = config.target(header.global_step)
-        if (note := horizon_note(config, target, locked=False)) is not None:
-            say(note)
+        for note in horizon_notes(config, target, locked=False):
+            say(f"note: {note}")
         with founded(child, config, say):
             _record(parent, child, header, changes, assembly.data_fingerprint())
             _publish(child, codec.encode(assembly.state, **texts), header.global_step)

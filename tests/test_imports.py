@@ -21,7 +21,7 @@ LEVELS = [
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"},
+    {"assembly", "segment", "run", "fork", "replay", "plan", "plot", "report", "compare", "verify", "prune"},
     {"cli"},
 ]
 # Within a level, and between families, only this.
@@ -42,6 +42,8 @@ ALLOWED = {
     ("fork", "run"),
     ("fork", "segment"),
     ("plan", "assembly"),
+    ("plan", "run"),
+    ("plot", "plan"),
     ("replay", "assembly"),
     ("compare", "report"),
     ("replay", "compare"),

@@ -13,6 +13,7 @@ from stepctl.cli.diff import diff
 from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
 from stepctl.cli.options import WHOLE_PROCESS
+from stepctl.cli.plan import plan
 from stepctl.cli.prune import prune
 from stepctl.cli.resume import resume
 from stepctl.cli.train import train
@@ -76,7 +77,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, resume, fork, inspect, verify, diff, prune, config):
+for command in (train, resume, fork, plan, inspect, verify, diff, prune, config):
     cli.add_command(command)
 
 
