@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -11,18 +12,27 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from stepctl import config as configs
-from stepctl import numerics, registry, yamlio
+from stepctl import extras, numerics, registry, yamlio
+from stepctl.arena import Shape
 from stepctl.checkpoint import codec
-from stepctl.config import Config
+from stepctl.config import Config, Samples
 from stepctl.data.base import Source, Targets, count_classes
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
+from stepctl.ema import MovingAverage
 from stepctl.errors import ConfigError, StepctlError
 from stepctl.hooks.base import Hook
-from stepctl.models.base import Model
+from stepctl.hooks.evaluate import Evaluate
+from stepctl.hooks.log import Log
+from stepctl.hooks.samples import picture_shape
+from stepctl.hooks.watch import Best, EarlyStopping, TargetMetric, Watch
+from stepctl.models.base import Ends, Model
 from stepctl.optimizers.base import Optimizer
-from stepctl.problems import in_one_line, reason
-from stepctl.state import TrainState
-from stepctl.tasks.base import Task
+from stepctl.problems import did_you_mean, in_one_line, reason
+from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, TrainState
+from stepctl.tasks.base import Mode, Task
+from stepctl.tasks.learner import Learner
+from stepctl.writers import beside
+from stepctl.writers.rows import Rows
 
 
 @dataclass
@@ -35,6 +45,8 @@ class Assembly:
     sources: list[Source]
     training: TrainingBatches
     validation: EvaluationBatches | None
+    rows: Rows  # where the hooks' rows go
+    watches: list[Watch]
     hooks: list[Hook]
     state: TrainState
 
@@ -42,6 +54,23 @@ class Assembly:
     def trial(self) -> None:
         """Try the first step without taking it, so that a model that breaks its protocol is refused before it."""
         self.task.trial(self.state, self.training.batch(self.state.counters.samples_seen))
+
+    def stop_rules(self) -> list[EarlyStopping | TargetMetric]:
+        """Return what stops a run on account of its evaluations."""
+        return [watch for watch in self.watches if isinstance(watch, EarlyStopping | TargetMetric)]
+
+    def forget(self, changed: Sequence[str]) -> list[str]:
+        """Let watches begin anew whose keys are among those that a resume changed; return their names."""
+        gone = [watch for watch in self.watches if any(re.match(watch.watched, key) for key in changed)]
+        for watch in gone:
+            watch.forget()
+        return [watch.name for watch in gone]
+
+    def count_at(self, counter: str, step: int) -> int:
+        """Return what a counter stands at at a global step, if nothing disturbs the run."""
+        start = self.config.initial_step
+        known = {"initial_step": start, "batch_size": self.config.data.batch_size}
+        return self.task.count_at(counter, step - start, **known)
 
     def check_data(self) -> None:
         """Look through all data once; DataError if they are not what the task can learn from."""
@@ -53,87 +82,188 @@ class Assembly:
         return "; ".join(source.fingerprint() for source in self.sources)
 
 
-def assemble(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
+def assemble(config: Config, hooks: Sequence[Hook] = (), *, target: int | None = None) -> Assembly:
     """Build data, model, optimizer, task and initial state. ConfigError or DataError if they do not fit.
 
-    `hooks` are the caller's own; what they remember becomes part of the state.
+    `hooks` are the caller's own; what they remember becomes part of the state. A decay's horizon that was left open
+    becomes `target`, a global step (None: the config's own, from the initial step).
     """
     try:
-        return _assemble(config, hooks)
+        return _assemble(config, hooks, config.target(config.initial_step) if target is None else target)
     except (MemoryError, OverflowError) as error:
         raise ConfigError(f"model and batch do not fit in memory ({error}); make them smaller") from error
 
 
-def _assemble(config: Config, hooks: Sequence[Hook]) -> Assembly:
-    task_class = _task_class(config.task.name)
-    train, validation = _build("data", config.data.spec(), targets=task_class.targets, dtype=config.dtype)
+def _assemble(config: Config, hooks: Sequence[Hook], target: int) -> Assembly:
+    beside.check(config.log)
+    task = _task(config)
+    train, validation = _build("data", config.data.spec(), targets=task.targets, dtype=config.dtype)
     sources = [train, validation] if validation is not None else [train]
-    if task_class.targets != "classes" and config.data.n_classes is not None:
+    if task.targets != "classes" and config.data.n_classes is not None:
         raise ConfigError(f"data.n_classes: the targets of {config.task.name} are numbers, not classes; leave it out")
-    if task_class.targets == "classes" and config.data.n_classes is None:
+    if task.targets == "classes" and config.data.n_classes is None:
         config = config.with_values({"data.n_classes": count_classes(sources)})
     training_part, validation_part = _parts(config, train, validation)
-    _check_keep_best(config, task_class)
+    _check_metrics(config, task)
+    _check_counters(config, task)
+    config = _with_horizons(config, task, target)
     batch_size = config.data.batch_size
-    n_outputs = task_class.n_outputs(config.data.n_classes, train.target_shape)
-    model = _build("model", config.model.spec(), input_shape=train.sample_shape, n_outputs=n_outputs)
-    optimizer = _build("optimizer", config.optimizer.spec())
-    _check_rate(optimizer, config.initial_step)
-    here = numerics.settle(_threads(config, model))
-    task = _build(
-        "task",
-        config.task.spec(),
-        model=model,
-        optimizer=optimizer,
-        n_outputs=n_outputs,
-        seed=config.seed,
-        dtype=config.dtype,
-        shards=config.data.shards,
-        threads=here["threads"],
-    )
+    learners, here = _learners(config, task, task.ends(config.data.n_classes, train.sample_shape, train.target_shape))
+    task.learners = learners
     try:
         state = task.initial_state(config.initial_step)
     except ValueError as error:
-        raise ConfigError(f"model: {config.model.name}: {error}") from error
+        names = ", ".join(spec["name"] for spec in config.model.specs().values())
+        raise ConfigError(f"model: {names}: {error}") from error
+    training = TrainingBatches(
+        training_part, seed=config.seed, batch_size=batch_size * task.batches_per_step, dtype=config.dtype
+    )
+    evaluation = None
+    if validation_part is not None:
+        evaluation = EvaluationBatches(validation_part, batch_size=batch_size, dtype=config.dtype)
+    rows, watches = Rows(), _watches(config, task) if evaluation else []
+    own = _own_hooks(config, task, rows, watches, training, evaluation)
+    all_hooks = [*own, *watches, *hooks]
+    _check_hooks(all_hooks)
+    state.hooks = {hook.name: remembered for hook in all_hooks if (remembered := hook.state())}
+    codec.check_storable(state)
+    if config.samples is not None:
+        _check_samples(config.samples, task, state, train.sample_shape)
+    return Assembly(config, here, task, sources, training, evaluation, rows, watches, all_hooks, state)
+
+
+def _task(config: Config) -> Task:
+    found = cast(type[Task], registry.resolve("tasks", config.task.name))
+    if getattr(found, "targets", None) not in get_args(Targets):
+        known = ", ".join(get_args(Targets))
+        raise ConfigError(f"task.name: {config.task.name} does not say its targets: one of {known}")
+    spec = config.task.spec()
+    return cast(Task, _build("task", spec, seed=config.seed, dtype=config.dtype, shards=config.data.shards))
+
+
+def _learners(config: Config, task: Task, ends: dict[str, Ends]) -> tuple[dict[str, Learner], dict[str, Any]]:
+    models, optimizers = config.model.specs(), config.optimizer.specs()
+    built = {name: _build("model", models[name], **ends[name]._asdict()) for name in task.models}
+    trained = {name: _build("optimizer", optimizers[name]) for name in task.models}
+    for name, optimizer in trained.items():
+        _check_rate(optimizer, config.initial_step if optimizer.learning_rate.counter == GLOBAL_STEP else 0, name)
+    here = numerics.settle(_threads(config, list(built.values())))
+    average = MovingAverage(config.ema.decay, config.ema.warmup) if config.ema else None
+    common = {
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "threads": here["threads"],
+        "norms": config.log.norms or config.log.tensorboard,
+    }
+    return {
+        name: Learner(name, built[name], trained[name], ends[name], average=average, **common) for name in task.models
+    }, here
+
+
+def _own_hooks(
+    config: Config,
+    task: Task,
+    rows: Rows,
+    watches: list[Watch],
+    training: TrainingBatches,
+    evaluation: EvaluationBatches | None,
+) -> list[Hook]:
+    names = [*task.training_metrics, *(name for learner in task.learners.values() for name in learner.measured())]
+    first_step = config.initial_step + 1
+    hooks: list[Hook] = [Log(config.log, rows, names, first_step=first_step, n_samples=training.part.n)]
+    if evaluation is not None:
+        hooks.append(Evaluate(config.evaluate, task, evaluation, rows, watches))
+    return hooks
+
+
+def _check_hooks(hooks: list[Hook]) -> None:
     if len({hook.name for hook in hooks}) < len(hooks):
         raise ConfigError(f"hooks: two have one name; they are called {', '.join(hook.name for hook in hooks)}")
-    state.hooks = {hook.name: remembered for hook in hooks if (remembered := hook.state())}
-    codec.check_storable(state)
-    return Assembly(
-        config=config,
-        numerics=here,
-        task=task,
-        sources=sources,
-        training=TrainingBatches(training_part, seed=config.seed, batch_size=batch_size, dtype=config.dtype),
-        validation=EvaluationBatches(validation_part, batch_size=batch_size, dtype=config.dtype)
-        if validation_part is not None
-        else None,
-        hooks=list(hooks),
-        state=state,
-    )
 
 
-def _task_class(name: str) -> type[Task]:
-    found = cast(type[Task], registry.resolve("tasks", name))
-    if getattr(found, "targets", None) not in get_args(Targets):
-        raise ConfigError(f"task.name: {name} does not say its targets: one of {', '.join(get_args(Targets))}")
-    return found
+def _check_samples(config: Samples, task: Task, state: TrainState, sample_shape: Shape) -> None:
+    if task.generate(state, 1) is None:
+        raise ConfigError("samples: this task makes none; leave the section out")
+    picture_shape(config, sample_shape)
+    extras.require("matplotlib.image", "plot")
 
 
-def _check_rate(optimizer: Optimizer, step: int) -> None:
+def _with_horizons(config: Config, task: Task, target: int) -> Config:
+    """Write what was left open of a schedule's horizon: what its counter stands at at the first target."""
+    steps, open_keys = max(target - config.initial_step, 0), config.horizon_keys()
+    known = {"initial_step": config.initial_step, "batch_size": config.data.batch_size}
+    values = {key: max(1, task.count_at(counter, steps, **known)) for key, counter in open_keys.items()}
+    return config.with_values(values) if values else config
+
+
+def _check_counters(config: Config, task: Task) -> None:
+    """Raise ConfigError if a schedule or a cadence names a counter that the task does not have."""
+    named = {f"{section}.counter": cadence.counter for section, cadence in config.cadences().items()}
+    named |= {f"{key}.counter": rate["counter"] for key, rate in config.rates().items() if "counter" in rate}
+    known = [GLOBAL_STEP, SAMPLES_SEEN, *task.models]
+    wrong = [
+        f"{key}: there is no counter {name!r}{did_you_mean(name, known)}; there are: {', '.join(known)}"
+        for key, name in named.items()
+        if name not in known
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _metric(config: Config, task: Task, key: str, asked: Any) -> tuple[str, Mode]:
+    """Return the metric that a section of the config goes by, and which value of it is the better one."""
+    modes = dict(task.metrics)
+    if config.evaluate.ema:
+        modes |= {f"ema_{name}": mode for name, mode in task.metrics.items()}
+    default = config.evaluate.metric if config.evaluate.metric in modes else next(iter(task.metrics))
+    name = getattr(asked, "metric", None) or default
+    if name not in modes:
+        raise ConfigError(f"{key}.metric: no evaluation gives {name!r}{did_you_mean(name, list(modes))}; "
+                          f"allowed: {', '.join(modes)}")  # fmt: skip
+    return name, getattr(asked, "mode", None) or modes[name]
+
+
+def _check_metrics(config: Config, task: Task) -> None:
+    """Raise ConfigError if a section goes by a metric that no evaluation gives."""
+    asked = {
+        "evaluate": config.evaluate if config.evaluate.metric else None,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "stop.early_stopping": config.stop.early_stopping,
+        "stop.target_metric": config.stop.target_metric,
+    }
+    if config.evaluate.ema and config.ema is None:
+        raise ConfigError("evaluate.ema: there is no moving average; set ema: {decay: 0.999}, or leave it out")
+    for key, section in asked.items():
+        if section is not None:
+            _metric(config, task, key, section)
+            if config.evaluate.every is None and key != "evaluate":
+                raise ConfigError(f"{key}: nothing is evaluated; set evaluate.every")
+
+
+def _watches(config: Config, task: Task) -> list[Watch]:
+    early, target = config.stop.early_stopping, config.stop.target_metric
+    return [
+        Best(*_metric(config, task, "evaluate", config.evaluate)),
+        EarlyStopping(*_metric(config, task, "stop.early_stopping", early), early),
+        TargetMetric(*_metric(config, task, "stop.target_metric", target), target),
+    ]
+
+
+def _check_rate(optimizer: Optimizer, step: int, name: str) -> None:
+    key = "optimizer.learning_rate" if name == configs.MODEL else f"optimizer.{name}.learning_rate"
     try:
         rate: object = optimizer.learning_rate(step)
     except registry.FOREIGN as error:
-        raise ConfigError(in_one_line(f"optimizer.learning_rate: fails at step {step}: {reason(error)}")) from error
+        raise ConfigError(in_one_line(f"{key}: fails at step {step}: {reason(error)}")) from error
     if not isinstance(rate, numbers.Real) or not 0 <= float(rate) < math.inf:
         text = in_one_line(repr(rate), 60)
-        raise ConfigError(f"optimizer.learning_rate: gives {text} at step {step}; a number from 0 on is needed")
+        raise ConfigError(f"{key}: gives {text} at step {step}; a number from 0 on is needed")
 
 
-def _threads(config: Config, model: Model) -> int:
+def _threads(config: Config, models: list[Model]) -> int:
     if config.numerics.threads != numerics.AUTO:
         return config.numerics.threads
-    n_parameters = sum(math.prod(shape) for shape in model.parameter_shapes().values())
+    n_parameters = sum(math.prod(shape) for model in models for shape in model.parameter_shapes().values())
     return numerics.threads_for(config.data.batch_size // config.data.shards * n_parameters)
 
 
@@ -167,35 +297,19 @@ def _parts(config: Config, train: Source, validation: Source | None) -> tuple[Pa
     return Part(train, train.n), Part(validation, validation.n)
 
 
-def _check_keep_best(config: Config, task: type[Task]) -> None:
-    best = config.checkpoint.keep_best
-    if best is None:
-        return
-    if best.metric not in task.metrics:
-        known = ", ".join(task.metrics)
-        raise ConfigError(f"checkpoint.keep_best.metric: no evaluation gives {best.metric!r}; allowed: {known}")
-    if config.evaluate.every is None:
-        raise ConfigError("checkpoint.keep_best: nothing is evaluated; set evaluate.every")
-
-
 def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
     """Assemble a fresh run: check the data, and write into the config what this machine and the target decide."""
     target = config.target(config.initial_step)
     if target < config.initial_step:
         raise ConfigError(f"stop.last_step: {target} is below initial_step {config.initial_step}; raise it")
-    assembly = assemble(with_horizon(config, target), hooks)
+    if target >= 1 << 62:
+        raise ConfigError(f"stop: {target} is more steps than can be counted; lower stop or initial_step")
+    assembly = assemble(config, hooks)
     settle_numerics(assembly)
     check_size(assembly.config)
     assembly.check_data()
     assembly.trial()
     return assembly
-
-
-def with_horizon(config: Config, target: int) -> Config:
-    """Write a run's first target where the horizon of a decay was left open; ConfigError if it is out of reach."""
-    if target >= 1 << 62:
-        raise ConfigError(f"stop: {target} is more steps than can be counted; lower stop or initial_step")
-    return config.with_values(dict.fromkeys(config.horizon_keys(), max(target, 1)))
 
 
 def settle_numerics(assembly: Assembly) -> None:

@@ -10,11 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from stepctl import registry
 from stepctl.errors import ConfigError
 from stepctl.problems import Problem, did_you_mean, in_lines, problems_of, unknown_key
-from stepctl.registry import NonNegativeInt, Positive, PositiveInt
+from stepctl.registry import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+from stepctl.state import GLOBAL_STEP, Counters
 from stepctl.yamlio import Document, flatten
 
 # Each section that is a component, and its family.
 FAMILIES = {"data": "data", "model": "models", "task": "tasks", "optimizer": "optimizers"}
+SEVERAL = ("model", "optimizer")  # or one component for each of the task's models, by its name
+MODEL = "model"  # the name of the one model of a task that has one
 
 LIVE: dict[str, JsonValue] = {"resume": "live"}  # may change on resume
 LOCKED: dict[str, JsonValue] = {"resume": "locked"}  # refused on resume, unless --allow-change names it
@@ -38,6 +41,19 @@ class Named(Section):
         return {"name": self.name, **(self.model_extra or {})}
 
 
+class Components(Section):
+    """A component, or several by name: {critic: {name: mlp, ...}, generator: {name: mlp, ...}}."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = None
+
+    def specs(self) -> dict[str, dict[str, Any]]:
+        """Return each component's name and arguments; a single one is called "model"."""
+        found = dict(self.model_extra or {})
+        return found if self.name is None else {MODEL: {"name": self.name, **found}}
+
+
 class Data(Named):
     """The data component, and how its samples are dealt out."""
 
@@ -55,11 +71,30 @@ class Data(Named):
         return self
 
 
+class EarlyStopping(Section):
+    """Stop after `patience` evaluations in a row that did not better the best by more than `min_delta`."""
+
+    patience: PositiveInt
+    metric: str | None = None
+    mode: Literal["min", "max"] | None = None
+    min_delta: NonNegative = 0.0
+
+
+class TargetMetric(Section):
+    """Stop once an evaluation's `metric` is `value` or better."""
+
+    value: float
+    metric: str | None = None
+    mode: Literal["min", "max"] | None = None
+
+
 class Stop(Section):
-    """When to stop: at an absolute step, or so many steps after the segment's start."""
+    """When to stop: at an absolute step, or so many steps after the segment's start; or before that."""
 
     last_step: NonNegativeInt | None = None
     num_steps: NonNegativeInt | None = None
+    early_stopping: EarlyStopping | None = None
+    target_metric: TargetMetric | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Stop:
@@ -69,10 +104,14 @@ class Stop(Section):
 
 
 class Cadence(Section):
-    """Fires where step % every == offset."""
+    """Fires where counter % every == offset; the counter is the global step, or one that is named.
+
+    A counter that rises by more than one at a step fires where it comes to such a value or passes it.
+    """
 
     every: PositiveInt | None
     offset: NonNegativeInt = 0
+    counter: str = GLOBAL_STEP
 
     @model_validator(mode="after")
     def _can_fire(self) -> Cadence:
@@ -80,21 +119,61 @@ class Cadence(Section):
             raise ValueError(f"offset {self.offset} never comes with every {self.every}; it must be below it")
         return self
 
-    def fires(self, step: int) -> bool:
-        """Tell whether this step is on the grid."""
-        return self.every is not None and step % self.every == self.offset
+    def fires(self, counters: Counters) -> bool:
+        """Tell whether the last update came to the grid."""
+        return self.every is not None and counters.crossed(self.counter, self.every, self.offset)
 
 
 class Log(Cadence):
-    """When to write a training row; also at the run's first step."""
+    """When to write a training row; also at the run's first step. What else to write, and where.
+
+    `means`: the mean of each metric over the steps since the row before. `norms`: of gradients and parameters.
+    Beside metrics.jsonl: `csv`, `tensorboard`, and there every `histograms` steps those of the parameters.
+    """
 
     every: PositiveInt = 10
+    means: bool = False
+    norms: bool = False
+    csv: bool = False
+    tensorboard: bool = False
+    histograms: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _histograms_have_a_place(self) -> Log:
+        if self.histograms is not None and not self.tensorboard:
+            raise ValueError("histograms are written to tensorboard/; set tensorboard: true too, or leave them out")
+        return self
 
 
 class Evaluate(Cadence):
-    """When to evaluate on the validation part; without `every`, at the end of a segment only."""
+    """When to evaluate on the validation part; without `every`, at the end of a segment only.
+
+    `metric` is the one whose best value is kept (the task's first if not given); `mode` tells which value is the
+    better one. With `ema`, the moving average's weights are evaluated too: ema_loss, ...
+    """
 
     every: PositiveInt | None = None
+    metric: str | None = None
+    mode: Literal["min", "max"] | None = None
+    ema: bool = False
+
+
+class Samples(Cadence):
+    """When to write a picture of `n` samples that a generator makes, always of the same noise.
+
+    `shape` is that of a sample, (height, width) or (height, width, 3); a square one is found.
+    """
+
+    every: PositiveInt
+    n: PositiveInt = 64
+    shape: list[PositiveInt] | None = Field(None, min_length=2, max_length=3)
+
+
+class Average(Section):
+    """A moving average of the weights: a <- decay a + (1 - decay) p, with `warmup` of a lesser decay at first."""
+
+    decay: Fraction
+    warmup: bool = False
 
 
 class KeepBest(Section):
@@ -105,10 +184,10 @@ class KeepBest(Section):
     n: PositiveInt = 1
 
 
-class Checkpoint(Section):
+class Checkpoint(Cadence):
     """When to save, beside the start, the end and a signal, and what to keep.
 
-    Saved is on steps that `every` divides, and when `every_seconds` have passed. Kept are the `keep_last` newest
+    Saved is on the grid, and when `every_seconds` have passed. Kept are the `keep_last` newest
     (null: all), the steps that `keep_every` divides, and the best. After a save that failed, `on_error` says.
     """
 
@@ -118,10 +197,6 @@ class Checkpoint(Section):
     keep_every: PositiveInt | None = None
     keep_best: KeepBest | None = None
     on_error: Literal["stop", "continue"] = "stop"
-
-    def fires(self, step: int) -> bool:
-        """Tell whether this step is on the grid."""
-        return self.every is not None and step % self.every == 0
 
 
 class Numerics(Section):
@@ -138,12 +213,14 @@ class Config(Section):
     dtype: Literal["float32", "float64"] = Field("float32", json_schema_extra=LOCKED)
     initial_step: NonNegativeInt = Field(0, json_schema_extra=LOCKED)
     data: Data = Field(json_schema_extra=LOCKED)
-    model: Named = Field(json_schema_extra=LOCKED)
+    model: Components = Field(json_schema_extra=LOCKED)
     task: Named = Field(json_schema_extra=LOCKED)
-    optimizer: Named = Field(json_schema_extra=LOCKED)
+    optimizer: Components = Field(json_schema_extra=LOCKED)
+    ema: Average | None = Field(None, json_schema_extra=LOCKED)
     stop: Stop = Field(json_schema_extra=LIVE)
     log: Log = Field(default_factory=Log, json_schema_extra=LIVE)
     evaluate: Evaluate = Field(default_factory=Evaluate, json_schema_extra=LIVE)
+    samples: Samples | None = Field(None, json_schema_extra=LIVE)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, json_schema_extra=LIVE)
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="what to do with a batch whose loss or gradient is not finite", json_schema_extra=LIVE
@@ -152,7 +229,11 @@ class Config(Section):
 
     def plain(self) -> dict[str, Any]:
         """Return plain values, every default written out."""
-        return self.model_dump(mode="python")
+        plain = self.model_dump(mode="python")
+        for section in SEVERAL:
+            if plain[section]["name"] is None:
+                del plain[section]["name"]
+        return plain
 
     def with_values(self, changes: Mapping[str, Any]) -> Config:
         """Return a copy with these dotted keys set to values that are known to be right."""
@@ -172,12 +253,29 @@ class Config(Section):
         assert self.stop.num_steps is not None
         return start + self.stop.num_steps
 
-    def horizon_keys(self) -> list[str]:
-        """Return the keys of decay horizons that were left open: a run writes its first target there."""
-        rate = self.optimizer.spec().get("learning_rate")
-        if isinstance(rate, dict) and "decay_steps" in registry.parameters(registry.resolve("schedules", rate["name"])):
-            return [] if rate.get("decay_steps") else ["optimizer.learning_rate.decay_steps"]
-        return []
+    def cadences(self) -> dict[str, Cadence]:
+        """Return what fires on a grid, by section."""
+        found = {"log": self.log, "evaluate": self.evaluate, "checkpoint": self.checkpoint, "samples": self.samples}
+        return {section: cadence for section, cadence in found.items() if cadence is not None}
+
+    def rates(self) -> dict[str, dict[str, Any]]:
+        """Return the schedule of each optimizer's learning rate by its key."""
+        one = self.optimizer.name is not None
+        keys = {name: "optimizer" if one else f"optimizer.{name}" for name in self.optimizer.specs()}
+        specs = self.optimizer.specs().items()
+        return {f"{keys[name]}.learning_rate": spec["learning_rate"] for name, spec in specs if "learning_rate" in spec}
+
+    def horizon_keys(self) -> dict[str, str]:
+        """Return the keys of decay horizons that were left open, each with its counter.
+
+        A run writes there what the counter stands at at its first target.
+        """
+        return {
+            f"{key}.decay_steps": rate["counter"]
+            for key, rate in self.rates().items()
+            if not rate.get("decay_steps")
+            and "decay_steps" in registry.parameters(registry.resolve("schedules", rate["name"]))
+        }
 
 
 def parse(document: Document) -> Config:
@@ -185,23 +283,51 @@ def parse(document: Document) -> Config:
     value = dict(document.value)
     problems: list[Problem] = []
     for section, family in FAMILIES.items():
-        spec = value.get(section)
-        if isinstance(spec, dict) and isinstance(spec.get("name"), str):
-            shared = set(Data.model_fields) if section == "data" else {"name"}
-            own = {key: item for key, item in spec.items() if key not in shared or key == "name"}
-            full, found = registry.check(family, own, tuple(sorted(shared - {"name"})))
-            value[section] = {key: item for key, item in spec.items() if key in shared} | full
-            problems += [Problem((section, *problem.path), problem.message) for problem in found]
+        value[section], found = _checked(section, family, value.get(section))
+        problems += [Problem((section, *problem.path), problem.message) for problem in found]
+        if section not in document.value:
+            del value[section]
     try:
         config = Config.model_validate(value)
     except ValidationError as error:
         unknown = {item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"}
         problems += [_named(problem, unknown) for problem in problems_of(error, value)]
+    problems += [] if problems else _wrong_models(config)
     if problems:
         order = {path: number for number, path in enumerate(document.places)}
         problems.sort(key=lambda problem: order.get(problem.path, -1))
         raise ConfigError(in_lines([_line(document, problem) for problem in problems]))
     return config
+
+
+def _checked(section: str, family: str, spec: Any) -> tuple[Any, list[Problem]]:
+    """Return a section with the defaults of its components written out, and what is wrong with it."""
+    if not isinstance(spec, dict):
+        return spec, []
+    if isinstance(spec.get("name"), str):
+        shared = set(Data.model_fields) if section == "data" else {"name"}
+        own = {key: item for key, item in spec.items() if key not in shared or key == "name"}
+        full, problems = registry.check(family, own, tuple(sorted(shared - {"name"})))
+        return {key: item for key, item in spec.items() if key in shared} | full, problems
+    if section not in SEVERAL or "name" in spec:
+        return spec, []
+    named = {key: item for key, item in spec.items() if isinstance(item, dict) and isinstance(item.get("name"), str)}
+    if not named or len(named) < len(spec):
+        return spec, [Problem((), "name is missing; give one component, {name: ...}, or one for each of the models")]
+    checked = {key: registry.check(family, item) for key, item in named.items()}
+    problems = [Problem((key, *each.path), each.message) for key, (_, found) in checked.items() for each in found]
+    return {key: full for key, (full, _) in checked.items()}, problems
+
+
+def _wrong_models(config: Config) -> Iterator[Problem]:
+    """Yield a problem for each section that does not have a component for each of the task's models."""
+    wanted = tuple(getattr(registry.resolve("tasks", config.task.name), "models", (MODEL,)))
+    for section in SEVERAL:
+        found = tuple(getattr(config, section).specs())
+        if sorted(found) != sorted(wanted):
+            form = "{name: ...}" if wanted == (MODEL,) else f"{{{', '.join(f'{name}: ...' for name in wanted)}}}"
+            has = "one component" if found == (MODEL,) else ", ".join(found)
+            yield Problem((section,), f"has {has}, and the task {config.task.name} needs {form}")
 
 
 def _named(problem: Problem, unknown: set[tuple[str | int, ...]]) -> Problem:
@@ -255,36 +381,3 @@ def policy(key: str) -> str:
     extra = Config.model_fields[key.partition(".")[0]].json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["resume"])
-
-
-def schema() -> dict[str, Any]:
-    """Return the JSON Schema of a config, every built-in component with its arguments."""
-    result = Config.model_json_schema()
-    result["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for section, family in FAMILIES.items():
-        shared = result["$defs"]["Data"]["properties"] if section == "data" else {}
-        own = result["properties"][section]
-        own.pop("$ref", None)
-        own["oneOf"] = list(_component_schemas(family, shared))
-    for unused in ("Data", "Named"):
-        del result["$defs"][unused]
-    return result
-
-
-def _component_schemas(family: str, shared: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for name in registry.names(family):
-        properties: dict[str, Any] = dict(shared) | {"name": {"const": name}}
-        required = ["name"]
-        for key, (parameter, hint) in registry.parameters(registry.resolve(family, name)).items():
-            mark = registry.nested(hint)
-            if mark is None:
-                properties[key] = registry.json_schema(hint)
-            else:
-                number = registry.parameters(registry.resolve(mark.family, mark.number))["value"][1]
-                properties[key] = {"anyOf": [registry.json_schema(number), *_component_schemas(mark.family, {})]}
-            if parameter.default is parameter.empty:
-                required.append(key)
-            else:
-                properties[key] = {**properties[key], "default": parameter.default}
-        yield {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    yield {"type": "object", "properties": {"name": {"type": "string", "pattern": ":"}}, "required": ["name"]}

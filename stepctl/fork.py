@@ -10,7 +10,7 @@ from typing import Any
 
 from stepctl import config as configs
 from stepctl import rundir, yamlio
-from stepctl.assembly import Assembly, assemble, check_size, settle_numerics, with_horizon
+from stepctl.assembly import Assembly, assemble, check_size, settle_numerics
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config
@@ -27,7 +27,6 @@ class ForkOptions:
 
     at: int | None = None
     assignments: tuple[str, ...] = ()
-    stop: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ def fork(
                 say(line)
             header = reader.header
         changes = configs.changes(base, config)
+        for watch in assembly.forget([change["key"] for change in changes]):
+            say(f"note: {watch} goes by something else in the fork, and begins anew")
         _check_data(assembly, parent, changes, say)
         assembly.trial()
         settled = config.numerics != base.numerics
@@ -72,7 +73,7 @@ def fork(
             "numerics": json.dumps(assembly.numerics) if settled else header.numerics,
         }
         target = config.target(header.global_step)
-        for note in horizon_notes(config, target, locked=False):
+        for note in horizon_notes(assembly, target, locked=False):
             say(f"note: {note}")
         with founded(child, config, say):
             _record(parent, child, header, changes, assembly.data_fingerprint())
@@ -83,8 +84,6 @@ def fork(
 def _configs(parent: RunDirectory, options: ForkOptions) -> tuple[Config, Config]:
     document = parent.newest_config()
     base = configs.parse(document)
-    if options.stop is not None:
-        document.put("stop", options.stop, "--num-steps" if "num_steps" in options.stop else "--last-step")
     document.set_all(options.assignments)
     return base, configs.parse(document)
 
@@ -100,10 +99,10 @@ def _open(store: Store, step: int) -> codec.Reader:
 
 
 def _assemble(base: Config, config: Config, step: int, hooks: Sequence[Hook]) -> Assembly:
-    target, open_keys = config.target(step), config.horizon_keys()
+    target, open_keys = config.target(step), list(config.horizon_keys())
     if open_keys and target <= step:
         raise ConfigError(f"{open_keys[0]}: is missing, and the target {target} is not past step {step}; give one")
-    assembly = assemble(with_horizon(config, target), hooks)
+    assembly = assemble(config, hooks, target=target)
     if config.numerics != base.numerics:
         settle_numerics(assembly)
     check_size(assembly.config)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 from stepctl import config as configs
-from stepctl import registry, rundir, yamlio
+from stepctl import rates, rundir, yamlio
 from stepctl.assembly import Assembly, assemble
 from stepctl.checkpoint import codec, userblock
 from stepctl.checkpoint.store import Store
-from stepctl.config import Checkpoint, Config
-from stepctl.errors import ConfigError
-from stepctl.problems import in_one_line, reason
+from stepctl.config import Cadence, Checkpoint, Config
 from stepctl.run import ResumeOptions, changed_config, check_same_run, excused_keys, horizon_notes, target_of
 from stepctl.rundir import RunDirectory
-from stepctl.schedules import Schedule
+from stepctl.state import GLOBAL_STEP
 
 _SHOWN = 8  # steps listed of an event before the rest is left out
-_BETWEEN = 5  # steps between the first and the last whose learning rate is shown
 
 
 class Span(NamedTuple):
@@ -36,16 +34,17 @@ def plan(assembly: Assembly, directory: RunDirectory) -> dict[str, Any]:
     """Return what a fresh run would do, without doing it: shapes, sizes in bytes, events, checkpoints, rates."""
     config = assembly.config
     span = Span(config.initial_step, config.target(config.initial_step), [])
-    notes = horizon_notes(config, span.last, locked=False)
-    return _plan(assembly, directory, span) | {"notes": notes + _notes(config)}
+    notes = horizon_notes(assembly, span.last, locked=False)
+    return _plan(assembly, directory, span) | {"notes": [*notes, *_notes(config)]}
 
 
 def plan_resume(
     directory: RunDirectory, options: ResumeOptions, say: Callable[[str], None]
-) -> tuple[dict[str, Any], Config]:
-    """Return what a resume of a run would do: as `plan`, with "from" (a file) and "plain_target" (a step); its config.
+) -> tuple[dict[str, Any], Assembly]:
+    """Return what a resume of a run would do, and the assembly, restored.
 
-    A locked key may be among what the options change: a note says what the resume needs then. Errors as in a resume.
+    As `plan`, with "from" (a file) and "plain_target" (a step). A locked key may be among what the options change: a
+    note says what the resume needs then. Otherwise errors as in a resume.
     """
     base, ledger = configs.parse(directory.newest_config()), directory.read_ledger()
     config = changed_config(base, options, directory)
@@ -60,13 +59,12 @@ def plan_resume(
 
     with store.newest(say, accept) as reader:
         start, name = reader.header.global_step, reader.name
-    stop_changed = any(change["key"].startswith("stop.") for change in changed)
-    target = target_of(config, options, ledger, start, stop_changed)
+    target = target_of(config, options, ledger, start, changed)
     saved = [step for step in store.steps() if step <= start]
     found = _plan(assembly, directory, Span(start, target, saved, rundir.forks(ledger)))
-    notes = horizon_notes(config, target, locked=True) + _notes(config) + _unlocking(changed, options.assignments)
-    plain = target_of(base, ResumeOptions(), ledger, start, False)
-    return found | {"from": name, "plain_target": plain, "notes": notes}, config
+    notes = [*horizon_notes(assembly, target, locked=True), *_notes(config), *_unlocking(changed, options.assignments)]
+    plain = target_of(base, ResumeOptions(), ledger, start, [])
+    return found | {"from": name, "plain_target": plain, "notes": notes}, assembly
 
 
 def _unlocking(changed: list[dict[str, Any]], assignments: Iterable[str]) -> list[str]:
@@ -79,7 +77,9 @@ def _unlocking(changed: list[dict[str, Any]], assignments: Iterable[str]) -> lis
 
 def _notes(config: Config) -> list[str]:
     seconds = config.checkpoint.every_seconds
-    return [] if seconds is None else [f"a checkpoint is also saved when {seconds:g} s have passed since the last"]
+    saves = [] if seconds is None else [f"a checkpoint is also saved when {seconds:g} s have passed since the last"]
+    watched = [key for key in ("early_stopping", "target_metric") if getattr(config.stop, key) is not None]
+    return saves + [f"the run may end before its target, by stop.{key}" for key in watched]
 
 
 def _plan(assembly: Assembly, directory: RunDirectory, span: Span) -> dict[str, Any]:
@@ -87,7 +87,11 @@ def _plan(assembly: Assembly, directory: RunDirectory, span: Span) -> dict[str, 
     image = codec.encode(
         state, run=directory.name, config=yamlio.dumps(config.plain()), numerics=json.dumps(assembly.numerics)
     )
-    size, n_sums = userblock.SIZE + image.n_bytes, config.data.shards.bit_length()
+    params = {folder: arena for folder, arena in state.arenas.items() if folder.partition("/")[0] == "params"}
+    shapes = {f"{folder}/{name}": shape for folder, arena in params.items() for name, shape in arena.shapes.items()}
+    n_bytes, n_sums = sum(arena.n_bytes for arena in params.values()), config.data.shards.bit_length()
+    size = userblock.SIZE + image.n_bytes
+    events = _events(assembly, span)
     return {
         "run_dir": str(directory.path),
         "samples": {
@@ -95,59 +99,105 @@ def _plan(assembly: Assembly, directory: RunDirectory, span: Span) -> dict[str, 
             "validation": assembly.validation.part.n if assembly.validation else 0,
             "shape": list(assembly.sources[0].sample_shape),
         },
-        "parameters": {name: list(shape) for name, shape in state.params.shapes.items()},
-        "n_parameters": state.params.n_elements,
-        "bytes": {"state": state.n_bytes, "gradients": state.params.n_bytes * n_sums, "checkpoint": size},
+        "parameters": {name.removeprefix("params/"): list(shape) for name, shape in shapes.items()},
+        "n_parameters": sum(arena.n_elements for arena in params.values()),
+        "bytes": {"state": state.n_bytes, "gradients": n_bytes * n_sums, "checkpoint": size},
         "steps": [span.start, span.last],
-        **_events(config, span, validated=assembly.validation is not None),
-        "checkpoints": _checkpoints(config, span, size),
-        "learning_rate": learning_rates(config, span.start, span.last),
+        "events": {name: event.facts() for name, event in events.items()},
+        "checkpoints": _checkpoints(config.checkpoint, span, events["save"].grid, size),
+        "learning_rate": rates.table(assembly, span.start, span.last),
     }
 
 
 # --- the steps of each event
 
 
-def firing(every: int | None, offset: int, start: int, last: int) -> range:
-    """Return the steps after `start`, up to `last`, where step % every == offset."""
-    if every is None:
+class Crossings:
+    """The steps after `start`, up to `last`, at which a count comes to value % every == offset, or past such a value.
+
+    The count rises with the step, by less than `every` at each. Found by bisection: nothing is listed.
+    """
+
+    def __init__(self, count: Callable[[int], int], every: int, offset: int, start: int, last: int) -> None:
+        self._count, self._every, self._offset = count, every, offset
+        self._steps = range(start + 1, max(start, last) + 1)
+        self._passed = self._number(start)
+
+    def _number(self, step: int) -> int:
+        return (self._count(step) - self._offset) // self._every
+
+    def __len__(self) -> int:
+        return self._number(self._steps[-1]) - self._passed if self._steps else 0
+
+    def __getitem__(self, index: int) -> int:
+        number = self._passed + 1 + (index if index >= 0 else len(self) + index)
+        value = self._offset + self._every * number
+        return self._steps[bisect.bisect_left(self._steps, value, key=self._count)]
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._steps and self._number(step) > self._number(step - 1)
+
+
+Grid = range | Crossings
+
+
+def firing(cadence: Cadence, count: Callable[[int], int], start: int, last: int) -> Grid:
+    """Return the steps after `start`, up to `last`, at which a cadence fires; `count` is its counter's at a step."""
+    if cadence.every is None or last <= start:
         return range(0)
-    return range(start + 1 + (offset - start - 1) % every, last + 1, every)
+    if cadence.counter == GLOBAL_STEP:
+        return range(start + 1 + (cadence.offset - start - 1) % cadence.every, last + 1, cadence.every)
+    if count(last) - count(start) >= cadence.every * (last - start):
+        return range(start + 1, last + 1)  # it rises by `every` or more at each step
+    return Crossings(count, cadence.every, cadence.offset, start, last)
 
 
-def _events(config: Config, span: Span, *, validated: bool) -> dict[str, dict[str, Any]]:
-    log, evaluate = config.log, config.evaluate
+class Event(NamedTuple):
+    """Something that is done on a grid, and on the steps of `also`, which are off it."""
+
+    cadence: Cadence
+    grid: Grid
+    also: list[int]
+
+    def facts(self) -> dict[str, Any]:
+        """Return "first", "count" and "last" on the grid, "every" (of its "counter"), "also", and all in "words"."""
+        there = bool(len(self.grid))
+        return {
+            "first": self.grid[0] if there else None,
+            "every": self.cadence.every if there else None,
+            "count": len(self.grid),
+            "last": self.grid[-1] if there else None,
+            "counter": self.cadence.counter,
+            "also": self.also,
+            "words": in_words(self.grid, self.also),
+        }
+
+
+def _events(assembly: Assembly, span: Span) -> dict[str, Event]:
+    config = assembly.config
     end = [span.last] if span.last > span.start else []
-    first = [config.initial_step + 1] if span.start == config.initial_step else []
-    saves, before = _saves(config.checkpoint, span), [] if span.saved else [span.start]
-    evaluations = firing(evaluate.every, evaluate.offset, span.start, span.last) if validated else range(0)
-    return {
-        "log": _event(firing(log.every, log.offset, span.start, span.last), [*first, *end] if end else []),
-        "evaluate": _event(evaluations, end if validated else []),
-        "save": _event(saves, [*before, *end]),
+    first = [config.initial_step + 1] if span.start == config.initial_step and end else []
+    asked = {
+        "log": (config.log, [*first, *end]),
+        "evaluate": (
+            config.evaluate if assembly.validation else Cadence(every=None),
+            end if assembly.validation else [],
+        ),
+        "save": (config.checkpoint, [*([] if span.saved else [span.start]), *end]),
     }
+    if config.samples is not None:
+        asked["samples"] = (config.samples, [])
+    events = {}
+    for name, (cadence, others) in asked.items():
+        grid = firing(cadence, rates.counting(assembly, cadence.counter), span.start, span.last)
+        events[name] = Event(cadence, grid, sorted({step for step in others if step not in grid}))
+    return events
 
 
-def _saves(keep: Checkpoint, span: Span) -> range:
-    return firing(keep.every, 0, span.start, span.last)
-
-
-def _event(grid: range, others: Iterable[int]) -> dict[str, Any]:
-    """Return the "first", "every", "count" and "last" of the steps on the grid; "also" are the others."""
-    first, every, last = (grid[0], grid.step, grid[-1]) if grid else (None, None, None)
-    also = sorted({step for step in others if step not in grid})
-    return {"first": first, "every": every, "count": len(grid), "last": last, "also": also}
-
-
-def steps_of(event: dict[str, Any]) -> range:
-    """Return the steps of an event that are on its grid."""
-    return range(event["first"], event["last"] + 1, event["every"]) if event["count"] else range(0)
-
-
-def abbreviate(event: dict[str, Any]) -> str:
-    """Return the steps of an event in few words: "1, 10, 20, ..., 100 (12 times)"."""
-    grid, also = steps_of(event), event["also"]
-    count, steps = len(grid) + len(also), sorted([*grid[:_SHOWN], *also])
+def in_words(grid: Grid, also: list[int]) -> str:
+    """Return steps in few words: "1, 10, 20, ..., 100 (12 times)"."""
+    count = len(grid) + len(also)
+    steps = sorted([*(grid[index] for index in range(min(len(grid), _SHOWN))), *also])
     if count <= _SHOWN:
         return ", ".join(map(str, steps)) or "never"
     return f"{', '.join(map(str, steps[: _SHOWN - 2]))}, ..., {max(grid[-1], *also, 0)} ({count:,} times)"
@@ -156,9 +206,8 @@ def abbreviate(event: dict[str, Any]) -> str:
 # --- the checkpoints that are kept
 
 
-def _checkpoints(config: Config, span: Span, size: int) -> dict[str, Any]:
-    keep = config.checkpoint
-    at_end, at_most = kept(span, keep)
+def _checkpoints(keep: Checkpoint, span: Span, grid: Grid, size: int) -> dict[str, Any]:
+    at_end, at_most = kept(span, keep, grid)
     return {
         "at_end": at_end,
         "at_most": at_most,
@@ -170,34 +219,40 @@ def _checkpoints(config: Config, span: Span, size: int) -> dict[str, Any]:
     }
 
 
-def kept(span: Span, keep: Checkpoint) -> tuple[int, int]:
-    """Return how many checkpoints are kept at the end, and how many are there at a time at most.
+def kept(span: Span, keep: Checkpoint, grid: Grid) -> tuple[int, int]:
+    """Return how many checkpoints are kept at the end, and how many are there at a time at most; `grid`: of the saves.
 
-    One goes only once the next is there. With `keep_best`, whose steps nobody knows yet, the first is an upper bound.
+    One goes only once the next is there. The first is an upper bound with `keep_best`, whose steps nobody knows yet,
+    and with `keep_every` where the saves follow another counter.
     """
-    before, grid = span.saved or [span.start], _saves(keep, span)
+    before = span.saved or [span.start]
     after = [span.last] if span.last > span.start and span.last not in grid else []
     total = len(before) + len(grid) + len(after)
-    if keep.keep_last is None or not (grid or after):
+    if keep.keep_last is None or not (len(grid) or after):
         return total, total
     newest = min(keep.keep_last, total)
     edge = _element(total - newest, before, grid, after)  # the oldest of the newest
-    older = {step for step in [*before, *after] if step < edge}
-    stay = older & set(span.forked)
+    older = {step for step in before if step < edge}
+    stay, on_grid = older & set(span.forked), 0
     if keep.keep_every is not None:
         stay |= {step for step in older if step % keep.keep_every == 0}
-        on_grid = multiples(range(grid.start, min(grid.stop, edge), grid.step), keep.keep_every)
-        newest += len(on_grid)
+        on_grid = _n_multiples(grid, keep.keep_every, span.start, edge)
     best = keep.keep_best.n if keep.keep_best else 0
-    at_end = min(total, newest + len(stay) + best)
+    at_end = min(total, newest + on_grid + len(stay) + best)
     return at_end, min(total, max(at_end, len(before)) + 1)
 
 
-def _element(index: int, before: list[int], grid: range, after: list[int]) -> int:
+def _element(index: int, before: list[int], grid: Grid, after: list[int]) -> int:
     if index < len(before):
         return before[index]
     index -= len(before)
     return grid[index] if index < len(grid) else after[index - len(grid)]
+
+
+def _n_multiples(grid: Grid, n: int, start: int, edge: int) -> int:
+    if isinstance(grid, range):
+        return len(multiples(range(grid.start, min(grid.stop, edge), grid.step), n))
+    return min(len(grid), len(multiples(range(start + 1, edge), n)))
 
 
 def multiples(grid: range, n: int) -> range:
@@ -208,51 +263,3 @@ def multiples(grid: range, n: int) -> range:
     period = n // common  # every so many of the grid's numbers is one, the first after `ahead` of them
     ahead = -(grid.start // common) * pow(grid.step // common, -1, period) % period
     return range(grid.start + ahead * grid.step, grid.stop, grid.step * period)
-
-
-# --- the learning rate
-
-
-def schedules(config: Config) -> dict[str, Schedule]:
-    """Return the schedule of each learning rate in the config by its key; an optimizer of one's own may have none."""
-    spec = config.optimizer.spec()
-    _, hint = registry.parameters(registry.resolve("optimizers", spec["name"])).get("learning_rate", (None, None))
-    mark = registry.nested(hint)
-    return {"optimizer.learning_rate": registry.build(mark.family, spec["learning_rate"])} if mark else {}
-
-
-def learning_rates(config: Config, start: int, last: int) -> dict[str, dict[str, Any]]:
-    """Return for each key "landmarks" (steps where the schedule turns) and "rates": some steps N, and the rate at N.
-
-    The rate at N is that of the update N -> N + 1, so the last one is at last - 1.
-    """
-    return {
-        key: {
-            "landmarks": schedule.landmarks(),
-            "rates": [{"step": step, "value": rate_at(key, schedule, step)} for step in _shown(schedule, start, last)],
-        }
-        for key, schedule in schedules(config).items()
-    }
-
-
-def _shown(schedule: Schedule, start: int, last: int) -> list[int]:
-    return sorted({*spread(start, last, _BETWEEN + 2), *inside(schedule.landmarks(), start, last)})
-
-
-def inside(steps: Iterable[int], start: int, last: int) -> list[int]:
-    """Return those steps that an update between `start` and `last` begins at."""
-    return [step for step in steps if start <= step < last]
-
-
-def spread(start: int, last: int, n: int) -> list[int]:
-    """Return up to n evenly spaced steps from `start` to last - 1; none if no update lies between."""
-    width = last - 1 - start
-    return sorted({start + width * i // (n - 1) for i in range(n)}) if width >= 0 else []
-
-
-def rate_at(key: str, schedule: Schedule, step: int) -> float:
-    """Return the learning rate of the update step -> step + 1; ConfigError if a schedule of one's own fails there."""
-    try:
-        return float(schedule(step))
-    except registry.FOREIGN as error:
-        raise ConfigError(in_one_line(f"{key}: fails at step {step}: {reason(error)}")) from error

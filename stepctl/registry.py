@@ -39,7 +39,7 @@ def _absolute(path: str) -> str:
 
 File = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 
-CONTEXT = frozenset({"input_shape", "n_outputs", "dtype", "targets", "model", "optimizer", "seed", "shards", "threads"})
+CONTEXT = frozenset({"input_shape", "n_outputs", "input_gradient", "dtype", "targets", "seed", "shards"})
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 # What a component of each family is a subclass of, or a function that returns.
 PROTOCOLS = {

@@ -18,6 +18,7 @@ from stepctl.errors import CheckpointError, ConfigError, NumericsError
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, Segment, silent
+from stepctl.state import GLOBAL_STEP
 
 
 @contextlib.contextmanager
@@ -74,7 +75,8 @@ def resume(
         def accept(reader: codec.Reader) -> None:
             words = check_same_run(reader, base, excused)
             codec.restore(reader, assembly.state)
-            assembly.task.check_counters(assembly.state.counters, config.initial_step)
+            if not any(key.partition(".")[0] in ("task", "initial_step") for key in excused):
+                assembly.task.check_counters(assembly.state.counters, config.initial_step)
             for line in words:
                 say(line)
 
@@ -84,10 +86,11 @@ def resume(
         _check_data(assembly, ledger, options)
         assembly.trial()
         step = header.global_step
-        stop_changed = any(change["key"].startswith("stop.") for change in changed)
-        target = target_of(config, options, ledger, step, stop_changed)
+        for watch in assembly.forget([change["key"] for change in changed]):
+            say(f"note: {watch} goes by something else from here on, and begins anew")
+        target = target_of(config, options, ledger, step, changed)
         segment = Segment(directory, assembly, say, target=target, restored=name)
-        for note in horizon_notes(config, segment.target, locked=True):
+        for note in horizon_notes(assembly, segment.target, locked=True):
             say(f"note: {note}")
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
@@ -107,7 +110,7 @@ def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory
         document.set(assignment)
     config = configs.parse(document)
     open_keys = [key for key, value in yamlio.flatten(config.numerics.model_dump()).items() if value == "auto"]
-    decided = [f"numerics.{key}" for key in open_keys] + config.horizon_keys()
+    decided = [f"numerics.{key}" for key in open_keys] + list(config.horizon_keys())
     decided += ["data.n_classes"] if config.data.n_classes is None else []
     before = yamlio.flatten(base.plain())
     for key in config.horizon_keys():
@@ -140,25 +143,30 @@ def excused_keys(ledger: list[dict[str, Any]], changed: list[dict[str, Any]]) ->
     return {change["key"] for changes in [*rows, changed] for change in changes}
 
 
-def target_of(config: Config, options: ResumeOptions, ledger: list[dict[str, Any]], step: int, changed: bool) -> int:
-    """Return the absolute step that a resume from `step` goes on to; `changed`: the config's stop section is new."""
+def target_of(
+    config: Config, options: ResumeOptions, ledger: list[dict[str, Any]], step: int, changed: list[dict[str, Any]]
+) -> int:
+    """Return the absolute step that a resume from `step` goes on to."""
     # 1. what this command asks for  2. a changed stop section  3. the newest recorded target
     if options.stop is not None:
         return options.stop.last_step if options.stop.last_step is not None else step + (options.stop.num_steps or 0)
     recorded = rundir.newest_target(ledger)
-    return config.target(step) if changed or recorded is None else recorded
+    stop_changed = any(change["key"] in ("stop.last_step", "stop.num_steps") for change in changed)
+    return config.target(step) if stop_changed or recorded is None else recorded
 
 
-def horizon_notes(config: Config, target: int, *, locked: bool) -> list[str]:
-    """Return what to say of a decay that ends before the target; where its key is `locked`, with what unlocks it."""
-    rate = config.optimizer.spec().get("learning_rate", {})
-    horizon = rate.get("decay_steps") if rate.get("name") in ("cosine", "polynomial") else None
-    if horizon is None or target <= horizon:
-        return []
-    key = "optimizer.learning_rate.decay_steps"
-    remedy = f"--set {key}={target}" + (f" --allow-change {key}" if locked else "")
-    stays = f"from there to {target} it stays (to stretch it: {remedy})"
-    return [f"the learning rate's decay ends at step {horizon}, and {stays}"]
+def horizon_notes(assembly: Assembly, target: int, *, locked: bool) -> Iterator[str]:
+    """Yield what to say of a decay that ends before the target; where the key is `locked`, with what unlocks it."""
+    for rate_key, rate in assembly.config.rates().items():
+        horizon = rate.get("decay_steps") if rate["name"] in ("cosine", "polynomial") else None
+        counter = rate.get("counter", GLOBAL_STEP)
+        there = assembly.count_at(counter, target)
+        if horizon is not None and there > horizon:
+            key = f"{rate_key}.decay_steps"
+            remedy = f"--set {key}={there}" + (f" --allow-change {key}" if locked else "")
+            of = "step" if counter == GLOBAL_STEP else counter
+            stays = f"from there to {there} it stays (to stretch it: {remedy})"
+            yield f"the learning rate's decay ends at {of} {horizon}, and {stays}"
 
 
 def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from stepctl import yamlio
 from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
+from stepctl.files import open_regular
 
 # Each event of the ledger, and what a line of it must hold.
 _EVENTS: dict[str, dict[str, type]] = {
@@ -38,7 +39,10 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.ledger = self.path / "ledger.jsonl"
         self.metrics = self.path / "metrics.jsonl"
+        self.csv = self.path / "metrics.csv"
+        self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
         self.stop = self.path / "STOP"  # made by whoever wants the run to stop
 
     @property
@@ -71,8 +75,8 @@ class RunDirectory:
 
     def refuse_strangers(self) -> None:
         """Raise ConfigError if the directory holds what no run made."""
-        ours = {path.name for path in (self.config, self.ledger, self.metrics, self.checkpoints, self.stop)}
-        ours.add("lock")
+        files = (self.config, self.ledger, self.metrics, self.csv, self.checkpoints, self.tensorboard, self.samples)
+        ours = {path.name for path in (*files, self.stop)} | {"lock"}
         try:
             names = sorted(os.listdir(self.path)) if self.path.exists() else []
         except OSError as error:
@@ -124,6 +128,12 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
+    def holder(self) -> str | None:
+        """Return who holds the run, by what the lock says alone: nothing is locked, so no trainer can fail by it."""
+        found = _parsed(_content(self.path / "lock")) or {}
+        restarted = found.get("host") == socket.gethostname() and found.get("boot_id") != _boot_id()
+        return _described(found) if found and not restarted and _may_live(found) else None
+
     def _take(self, descriptor: int) -> None:
         holder: dict[str, Any] | None = None
         for _ in range(_TRIES):
@@ -147,7 +157,8 @@ class RunDirectory:
 
     def clear_stillborn(self) -> None:
         """Remove what a start left that never came to its first checkpoint."""
-        for path in (self.config, self.ledger, self.metrics):
+        events = self.tensorboard.glob("*tfevents*")
+        for path in (self.config, self.ledger, self.metrics, self.csv, *events):
             path.unlink(missing_ok=True)
 
     def clear_temporaries(self) -> None:
@@ -314,7 +325,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_regular(str(path)) as file:
+            return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:
@@ -324,7 +336,7 @@ def _content(path: Path) -> bytes:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the global step.
+"""Learning-rate schedules: pure functions of the global step, or of the counter that they name.
 
 Every schedule can open with a linear warm-up (Goyal et al. 2017, section 2.2): for N < warmup_steps the rate is
 (N + 1) / warmup_steps times the schedule's value at the end of the warm-up.
@@ -28,9 +28,10 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """A pure function: global step N -> the learning rate of the update N -> N + 1."""
+    """A pure function: N -> the learning rate of the update N -> N + 1, N the global step or another counter."""
 
     warmup_steps: NonNegativeInt = 0
+    counter: str = "global_step"
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:

@@ -13,21 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepctl import __version__, rundir, yamlio
+from stepctl.arena import Array
 from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
 from stepctl.checkpoint.store import Store
 from stepctl.errors import NonFiniteError, StepctlError, StoppedAtOnce
 from stepctl.hooks.base import Hook, StopReason
-from stepctl.hooks.evaluate import Evaluate
-from stepctl.hooks.log import Log
+from stepctl.hooks.histograms import histograms_of
+from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
 from stepctl.hooks.stop import StopAtStep, StopFile
-from stepctl.rundir import RunDirectory
+from stepctl.rundir import RunDirectory, publish
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
 from stepctl.writers.base import Writer
+from stepctl.writers.beside import open_beside
 from stepctl.writers.evaluations import Evaluations
 from stepctl.writers.jsonl import JSONLines
 
@@ -61,7 +63,7 @@ class Segment:
         self.start = assembly.state.counters.global_step
         self.store = Store(directory.checkpoints)
         self.restored = restored
-        self.rules: list[StopRule] = [StopAtStep(target), StopFile(directory.stop)]
+        self.rules: list[StopRule] = [StopAtStep(target), StopFile(directory.stop), *assembly.stop_rules()]
         self.facts: dict[str, Any] = {}  # for the ledger
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
@@ -116,14 +118,16 @@ class Segment:
         self.directory.cut_metrics(self.start)
         self._record_start()
         evaluations = Evaluations(self.directory.read_metrics())
-        writers = [JSONLines(self.directory.metrics), evaluations, *writers]
-        save = self._save_hook(writers, evaluations, signals)
+        beside = self._writers_beside()
+        rows = self.assembly.rows
+        rows.writers = [JSONLines(self.directory.metrics), evaluations, *beside, *writers]
+        save = self._save_hook(evaluations, signals)
         trainer = Trainer(
             self.assembly.task,
             self.assembly.training,
             self.state,
             stop=[*self.rules, signals, *stop],
-            hooks=[*self._hooks(writers), save, *hooks],
+            hooks=[*self.assembly.hooks, *histograms_of(self.config.log, beside), *self._samples(), save, *hooks],
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
         )
         try:
@@ -142,27 +146,35 @@ class Segment:
         finally:
             self._background.close()
             self._report_saved()
-            for writer in writers:
-                writer.close()
+            rows.close()
+            rows.writers = []
         waits = {"waits": save.waits, "wait_seconds": round(save.wait_seconds, 3)} if save.waits else {}
         skipped = {"skipped_batches": trainer.skipped} if trainer.skipped else {}
-        self._record_end(reason.text, **waits, **skipped)
+        self._record_end(reason.text, done=reason.done, **waits, **skipped)
         step = self.state.counters.global_step
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
 
-    def _hooks(self, writers: Sequence[Writer]) -> list[Hook]:
-        config, assembly = self.config, self.assembly
-        n_samples = assembly.training.part.n
-        hooks: list[Hook] = [Log(config.log, writers, first_step=config.initial_step + 1, n_samples=n_samples)]
-        if assembly.validation is not None:
-            hooks.append(Evaluate(config.evaluate, assembly.task, assembly.validation, writers))
-        return hooks + assembly.hooks
+    def _writers_beside(self) -> list[Writer]:
+        log, batch_size = self.config.log, self.assembly.training.batch_size
+        return open_beside(self.directory, log, segment=self._number, start=self.start, batch_size=batch_size)
 
-    def _save_hook(self, writers: Sequence[Writer], evaluations: Evaluations, signals: Signals) -> Save:
-        def publish(state: TrainState) -> None:
+    def _samples(self) -> list[Hook]:
+        if self.config.samples is None:
+            return []
+        task, average = self.assembly.task, self.config.ema is not None
+
+        def generate(state: TrainState, n: int) -> Array:
+            made = task.generate(state, n, average=average)
+            assert made is not None
+            return made
+
+        folder, shape = self.directory.samples, self.assembly.sources[0].sample_shape
+        return [Samples(self.config.samples, generate, folder, publish, sample_shape=shape)]
+
+    def _save_hook(self, evaluations: Evaluations, signals: Signals) -> Save:
+        def save(state: TrainState) -> None:
             # rows up to this step must survive whatever the checkpoint survives
-            for writer in writers:
-                writer.sync()
+            self.assembly.rows.sync()
             self._publish(state, evaluations)
 
         def requested() -> bool:
@@ -171,7 +183,7 @@ class Segment:
 
         return Save(
             self.config.checkpoint,
-            publish,
+            save,
             background=self._background,
             requested=requested,
             say=self.say,
@@ -228,7 +240,7 @@ class Segment:
             **self.facts,
         )
 
-    def _record_end(self, reason: str, **facts: Any) -> None:
+    def _record_end(self, reason: str, *, done: bool = False, **facts: Any) -> None:
         step = self.state.counters.global_step
-        local = step - self.start
-        self.directory.append_ledger("end", segment=self._number, step=step, local_step=local, reason=reason, **facts)
+        facts = {"step": step, "local_step": step - self.start, "reason": reason, "done": done, **facts}
+        self.directory.append_ledger("end", segment=self._number, **facts)

@@ -28,6 +28,7 @@ class Counters(Mapping[str, int]):
             if not 0 <= value <= _LARGEST:
                 raise ValueError(f"counter {name!r} is {value}: outside 0..2^63-1")
         self._values = dict(values)
+        self._before = self._values  # the last update
 
     def __getitem__(self, name: str) -> int:
         return self._values[name]
@@ -56,34 +57,42 @@ class Counters(Mapping[str, int]):
         for name, increment in increments.items():
             if not 0 <= increment <= _LARGEST - self._values[name]:
                 raise ValueError(f"counter {name!r} cannot go from {self._values[name]} by {increment}")
+        self._before = dict(self._values)
         for name, increment in increments.items():
             self._values[name] += increment
+
+    def crossed(self, name: str, every: int, offset: int = 0) -> bool:
+        """Tell whether the last update took a counter to a value with value % every == offset, or past one.
+
+        One that rises by more than one at a time may pass such a value without ever standing there.
+        """
+        return (self._values[name] - offset) // every > (self._before[name] - offset) // every
 
 
 @dataclass
 class TrainState:
     """All that an update may change.
 
-    `optimizers` maps an optimizer's name to its slots (slot name -> arena of the parameters' layout);
-    `buffers` holds the model's non-trainable arrays; `hooks` what each hook remembers.
+    `arenas` holds by its folder in a checkpoint what optimizers update: the parameters in "params", slots in
+    "optimizers/<name>/<slot>", a moving average in "ema". With several models, each has a folder of its own there:
+    "params/<model>". `buffers` holds the models' non-trainable arrays; `hooks` what each hook remembers.
     """
 
     counters: Counters
-    params: Arena
-    optimizers: dict[str, dict[str, Arena]]
-    buffers: Arena
+    arenas: dict[str, Arena]
+    buffers: Arena = field(default_factory=lambda: Arena({}, np.float32))
     hooks: dict[str, dict[str, Array]] = field(default_factory=dict)
+
+    @property
+    def params(self) -> Arena:
+        """The parameters, where there is one model."""
+        return self.arenas["params"]
 
     def arrays(self) -> dict[str, Array]:
         """Return every array but the counters by its path in a checkpoint, as live views."""
-        found: dict[str, Array] = {f"params/{path}": array for path, array in self.params.items()}
-        for name, slots in self.optimizers.items():
-            for slot, arena in slots.items():
-                found |= {f"optimizers/{name}/{slot}/{path}": array for path, array in arena.items()}
-        found |= {f"buffers/{path}": array for path, array in self.buffers.items()}
-        for name, values in self.hooks.items():
-            found |= {f"hooks/{name}/{key}": array for key, array in values.items()}
-        return found
+        folders: dict[str, Mapping[str, Array]] = {**self.arenas, "buffers": self.buffers}
+        folders |= {f"hooks/{name}": values for name, values in self.hooks.items()}
+        return {f"{folder}/{path}": array for folder, arrays in folders.items() for path, array in arrays.items()}
 
     def hand_over(self) -> TrainState:
         """Return the state as it is now, which no update changes any more; only what is small is copied."""
@@ -91,11 +100,7 @@ class TrainState:
         buffers.copy_from(self.buffers)
         return TrainState(
             counters=Counters(dict(self.counters)),
-            params=self.params.hand_over(),
-            optimizers={
-                name: {slot: arena.hand_over() for slot, arena in slots.items()}
-                for name, slots in self.optimizers.items()
-            },
+            arenas={folder: arena.hand_over() for folder, arena in self.arenas.items()},
             buffers=buffers,
             hooks={name: {key: array.copy() for key, array in values.items()} for name, values in self.hooks.items()},
         )

@@ -19,6 +19,7 @@ from stepctl.state import SAMPLES_SEEN, Counters, TrainState
 from stepctl.tasks.base import Metrics, Task
 
 MAX_SKIPPED = 100  # batches in a row
+_quiet = np.errstate(all="ignore")  # the guard says what is wrong, and once
 
 
 class StopRule(Protocol):
@@ -32,8 +33,9 @@ class Trainer:
     """Moves a state forward, one update at a time; arrays and counters change in `step` and nowhere else.
 
     A batch whose loss or gradient is not finite makes no update and no step: with `skip` (it is told why) the
-    next batch is taken, and without it NonFiniteError is raised. `complete` tells whether the state, and what
-    the hooks remember, are those of a step that was made wholly.
+    next batch is taken, and without it NonFiniteError is raised. It counts as seen with the next step that is made,
+    so that the state of a step is the same wherever a run is stopped after it. `complete` tells whether the state,
+    and what the hooks remember, are those of a step that was made wholly.
     """
 
     def __init__(
@@ -48,33 +50,48 @@ class Trainer:
     ) -> None:
         self.task, self.batches, self.state = task, batches, state
         self.stop, self.hooks, self.skip = stop, hooks, skip
-        self.complete, self.skipped, self._in_a_row = False, 0, 0
+        self.complete, self.skipped = False, 0
+        self._in_a_row, self._passed_over = 0, 0  # batches, and their samples
 
-    @np.errstate(all="ignore")  # the guard says what is wrong, and once
     def run(self) -> StopReason:
         """Train until a stop rule says why to stop; return that reason."""
+        self.start()
+        metrics = None
+        while (reason := self.stop_reason()) is None:
+            metrics = self.advance() or metrics
+        self.end(metrics, reason)
+        return reason
+
+    @_quiet
+    def start(self) -> None:
+        """Begin: tell the hooks."""
         for hook in self.hooks:
             hook.start(self.state)
         self.complete = True
-        metrics = None
-        while (reason := self._stop_reason()) is None:
-            made = self.step()
-            if made is None:
-                continue
-            metrics = made
+
+    @_quiet
+    def advance(self) -> Metrics | None:
+        """Make one update, and tell the hooks; None if its batch was skipped."""
+        metrics = self.step()
+        if metrics is not None:
             self.complete = False
             for hook in self.hooks:
                 hook.after_step(self.state, metrics)
             self.complete = True
+        return metrics
+
+    @_quiet
+    def end(self, metrics: Metrics | None, reason: StopReason) -> None:
+        """Tell the hooks that it is over; `metrics` are the last step's."""
         self.complete = False
         for hook in self.hooks:
             hook.end(self.state, metrics, reason)
-        return reason
 
-    @np.errstate(all="ignore")
+    @_quiet
     def step(self) -> Metrics | None:
         """Make one update, and count it once it is complete; None if the batch was skipped."""
-        batch = self.batches.batch(self.state.counters.samples_seen)
+        counters = self.state.counters
+        batch = self.batches.batch(counters.samples_seen + self._passed_over)
         try:
             metrics = self.task.step(self.state, batch)
         except TornUpdate:
@@ -86,11 +103,14 @@ class Trainer:
             self.skip(str(error))
             self.skipped += 1
             self._in_a_row += 1
-            self.state.counters.advance({SAMPLES_SEEN: len(batch.x)})
+            self._passed_over += len(batch.x)
             return None
-        self._in_a_row = 0
-        self.state.counters.advance(self.task.increments(batch))
+        increments = self.task.increments(counters, batch)
+        increments[SAMPLES_SEEN] += self._passed_over
+        self._in_a_row = self._passed_over = 0
+        counters.advance(increments)
         return metrics
 
-    def _stop_reason(self) -> StopReason | None:
+    def stop_reason(self) -> StopReason | None:
+        """Return why to stop now, or None."""
         return next((why for rule in self.stop if (why := rule.reason(self.state.counters))), None)

@@ -61,17 +61,8 @@ def _steps(directory: RunDirectory) -> list[int]:
 
 def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Problem]:
     """Compare the ledger with the good files: what it acknowledges is there, and what is there it acknowledges."""
-    acknowledged: dict[int, str] = {}
-    for row in directory.read_ledger():
-        if row["event"] == "checkpoint":
-            acknowledged[row["step"]] = row["sha256"]
-        for step in [*_whole(row.get("pruned")), *(_whole(row.get("steps")) if row["event"] == "prune" else [])]:
-            acknowledged.pop(step, None)
-        for name in row.get("set_aside") or []:
-            aside = names.step_of(str(name).partition(".aside-")[0])
-            acknowledged.pop(-1 if aside is None else aside, None)
     present = set(_steps(directory))
-    for step, digest in sorted(acknowledged.items()):
+    for step, digest in sorted(acknowledged_files(directory).items()):
         file = names.file_name(step)
         if step not in present:
             yield Problem("lost", file, f"{file}: acknowledged in ledger.jsonl, but it is not there")
@@ -81,6 +72,20 @@ def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
     for good in found:
         if good.sha256 not in directory.acknowledged():
             yield Problem("unknown", good.file, f"{good.file}: whole, but ledger.jsonl does not know it")
+
+
+def acknowledged_files(directory: RunDirectory) -> dict[int, str]:
+    """Return step -> sha256 of the checkpoints that must be there: acknowledged, and neither pruned nor set aside."""
+    acknowledged: dict[int, str] = {}
+    for row in directory.read_ledger():
+        if row["event"] == "checkpoint":
+            acknowledged[row["step"]] = row["sha256"]
+        for step in [*_whole(row.get("pruned")), *(_whole(row.get("steps")) if row["event"] == "prune" else [])]:
+            acknowledged.pop(step, None)
+        for name in _listed(row.get("set_aside")):
+            aside = names.step_of(str(name).partition(".aside-")[0])
+            acknowledged.pop(-1 if aside is None else aside, None)
+    return acknowledged
 
 
 def check_metrics(directory: RunDirectory) -> Iterator[Problem]:
@@ -135,4 +140,8 @@ def _grid(cadence: dict[str, Any], first: int, last: int) -> range:
 
 
 def _whole(steps: Any) -> list[int]:
-    return [step for step in steps or [] if isinstance(step, int)]
+    return [step for step in _listed(steps) if isinstance(step, int)]
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else []

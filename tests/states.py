@@ -22,7 +22,7 @@ def small_state() -> TrainState:
     params = Arena({"weight": (2,)}, "float32")
     params["weight"][:] = 1, -2
     counters = Counters({"global_step": STEP, "samples_seen": 3 * STEP, "model": STEP})
-    return TrainState(counters, params, {"model": {}}, Arena({}, "float32"))
+    return TrainState(counters, {"params": params})
 
 
 def odd_values(dtype: str) -> Array:
@@ -37,8 +37,9 @@ def full_state(dtype: str = "float32", seed: int = 0, step: int = STEP) -> Train
     shapes = {"odd": (10,), "dense0/weight": (3, 5), "dense0/bias": (5,), "scalar": (), "empty": (0,), "hollow": (3, 0)}
     generator = np.random.default_rng(seed)
     params, mean = Arena(shapes, dtype), Arena({"norm/mean": (4,), "norm/count": ()}, dtype)
-    slots = {name: {"first": params.like(), "second": params.like()} for name in ("critic", "generator")}
-    for arena in (params, mean, *(arena for group in slots.values() for arena in group.values())):
+    slots = {f"optimizers/{name}/{slot}": params.like() for name in ("critic", "generator") for slot in ("m", "v")}
+    arenas = {"params": params, **slots, "ema": params.like()}
+    for arena in (mean, *arenas.values()):
         for view in arena.values():
             view[...] = generator.normal(size=view.shape)
     params["odd"][:] = odd_values(dtype) if seed == 0 else 0
@@ -47,7 +48,7 @@ def full_state(dtype: str = "float32", seed: int = 0, step: int = STEP) -> Train
         "seen": {"bits": generator.integers(0, 256, (2, 3), np.uint8), "sum": generator.normal(size=3)},
     }
     numbers = {"global_step": step, "samples_seen": 2**63 - 1 - seed, "critic": 5 * step, "generator": step}
-    return TrainState(Counters(numbers), params, slots, mean, hooks)
+    return TrainState(Counters(numbers), arenas, mean, hooks)
 
 
 def encoded(state: TrainState) -> bytes:

@@ -266,7 +266,7 @@ def test_all_that_does_not_fit_is_reported_together(tmp_path: Path) -> None:
         params = Arena(shapes, "float32")
         params.flat.fill(3)
         numbers = {"global_step": STEP, "samples_seen": 1} | counters
-        return TrainState(Counters(numbers), params, {}, Arena({}, "float32"), {"best": {"loss": hook}})
+        return TrainState(Counters(numbers), {"params": params}, hooks={"best": {"loss": hook}})
 
     found = state({"same": (2,), "wide": (3,), "old": (1, 2)}, np.zeros(1, np.int64), {"critic": 1})
     expected = state({"same": (2,), "wide": (4,), "new": ()}, np.zeros(1), {"model": 1})

@@ -26,7 +26,6 @@ from stepctl.arena import Arena
 from stepctl.checkpoint import codec, names
 from stepctl.cli.main import cli
 from stepctl.config import Config
-from stepctl.plan import steps_of
 from stepctl.rundir import RunDirectory
 from stepctl.state import Counters, TrainState
 
@@ -185,7 +184,7 @@ def test_a_run_of_no_steps_is_a_run() -> None:
 
 
 def all_steps(event: dict[str, Any]) -> list[int]:
-    return sorted([*steps_of(event), *event["also"]])
+    return sorted([*range(event["first"], event["last"] + 1, event["every"]), *event["also"]])
 
 
 def test_the_plan_of_a_dry_run_is_what_the_run_does() -> None:
@@ -207,8 +206,9 @@ def test_the_plan_of_a_dry_run_is_what_the_run_does() -> None:
     plan, state = json.loads(dry.stdout), train(config, Path("run"))
     assert plan["steps"] == [3, 33]
     for event, kind in (("log", "train"), ("evaluate", "eval")):
-        assert all_steps(plan[event]) == [row["step"] for row in rows(Path("run")) if row["kind"] == kind], event
-    assert all_steps(plan["save"]) == [line["step"] for line in ledger("run", "checkpoint")]
+        written = [row["step"] for row in rows(Path("run")) if row["kind"] == kind]
+        assert all_steps(plan["events"][event]) == written, event
+    assert all_steps(plan["events"]["save"]) == [line["step"] for line in ledger("run", "checkpoint")]
     sizes = {path.stat().st_size for path in Path("run/checkpoints").iterdir()}
     assert sizes == {plan["bytes"]["checkpoint"]}
     assert plan["parameters"] == {name: list(view.shape) for name, view in state.params.items()}
@@ -234,13 +234,13 @@ def odd_checkpoint() -> dict[str, Any]:
     """Write odd.h5, and return its arrays by path."""
     generator = np.random.default_rng(3)
     params = Arena({"wide/weight": (3, 5), "wide/bias": (5,), "scalar": (), "empty": (0, 2)}, "float32")
-    slots = {"momentum": params.like()}
-    for view in (*params.values(), *slots["momentum"].values()):
+    arenas = {"params": params, "optimizers/model/momentum": params.like()}
+    for view in (view for arena in arenas.values() for view in arena.values()):
         view[...] = generator.normal(100, 3, view.shape)
     params["wide/bias"][:2] = np.nan, -np.inf
     hooks = {"best": {"steps": np.array([5, 2**40]), "flags": np.array([0, 255], np.uint8), "none": np.array([np.nan])}}
     counters = Counters({"global_step": 7, "samples_seen": 56, "model": 7})
-    state = TrainState(counters, params, {"model": slots}, Arena({}, "float32"), hooks)
+    state = TrainState(counters, arenas, hooks=hooks)
     data = file_bytes(codec.encode(state, run="moon", config="seed: 3\n", numerics='{"threads": 1}'))
     Path("odd.h5").write_bytes(data)
     return state.arrays()

@@ -13,6 +13,7 @@ import pytest
 
 import stepctl
 from stepctl import config as configs
+from stepctl import schema as schemas
 from stepctl import yamlio
 from stepctl.config import Config
 from stepctl.errors import ConfigError
@@ -38,10 +39,10 @@ checkpoint: {keep_last: -1, every: null, keep_best: {metric: loss, mode: up, k: 
 numerics: {threads: some}
 sed: 1
 """
-SECTIONS = "seed, dtype, initial_step, data, model, task, optimizer, stop, log, evaluate, checkpoint, "
+SECTIONS = "seed, dtype, initial_step, data, model, task, optimizer, ema, stop, log, evaluate, samples, checkpoint, "
 SECTIONS += "on_nonfinite, numerics"
 SHARED = "batch_size, n_classes, shards, validation_fraction"
-COSINE = "warmup_steps, peak, end, decay_steps"
+COSINE = "warmup_steps, counter, peak, end, decay_steps"
 SCHEDULES = "constant, exponential, inverse_time, polynomial, piecewise_constant, cosine"
 OR_YOUR_OWN = "or your own as 'package.module:Name'"
 EITHER = "give either last_step (absolute) or num_steps (from the segment's start)"
@@ -89,7 +90,9 @@ WRONG: dict[str, list[str]] = {
         "should be 'relu', 'leaky_relu', 'gelu', 'tanh' or 'sigmoid'"
     ],
     "model={name: mlp}": ["model:1:1: model: hidden is missing; mlp needs it"],
-    "model={hidden: [3]}": ["model:1:1: model: name is missing"],
+    "model={hidden: [3]}": [
+        "model:1:1: model: name is missing; give one component, {name: ...}, or one for each of the models"
+    ],
     "model={name: 3}": ["model:1:8: model.name: 3 is wrong; text is needed"],
     "task.hidden=3": ["task.hidden: task.hidden: unknown key; allowed: none"],
     "optimizer={name: adam}": ["optimizer:1:1: optimizer: learning_rate is missing; adam needs it"],
@@ -118,7 +121,8 @@ WRONG: dict[str, list[str]] = {
     "stop.num_steps=3": [f"c.yaml:5:7: stop: {EITHER}"],
     "stop={}": [f"stop:1:1: stop: {EITHER}"],
     "stop.laststep=3": [
-        "stop.laststep: stop.laststep: unknown key; did you mean 'last_step'?; allowed: last_step, num_steps"
+        "stop.laststep: stop.laststep: unknown key; did you mean 'last_step'?; allowed: last_step, num_steps, "
+        "early_stopping, target_metric"
     ],
     "log={every: 3, offset: 3}": ["log:1:1: log: offset 3 never comes with every 3; it must be below it"],
     "evaluate={every: 1, offset: 2}": [
@@ -191,10 +195,12 @@ POLICIES = {
     "model.activation": "locked",
     "model.dropout": "locked",
     "model.layer_norm": "locked",
+    "model.output": "locked",
     "task.name": "locked",
     "optimizer.name": "locked",
     "optimizer.learning_rate.name": "locked",
     "optimizer.learning_rate.warmup_steps": "locked",
+    "optimizer.learning_rate.counter": "locked",
     "optimizer.learning_rate.value": "locked",
     "optimizer.weight_decay": "locked",
     "optimizer.clip_norm": "locked",
@@ -202,12 +208,28 @@ POLICIES = {
     "optimizer.beta2": "locked",
     "optimizer.epsilon": "locked",
     "stop.last_step": "live",
+    "ema": "locked",
     "stop.num_steps": "live",
+    "stop.early_stopping": "live",
+    "stop.target_metric": "live",
     "log.every": "live",
     "log.offset": "live",
+    "log.csv": "live",
+    "log.tensorboard": "live",
+    "log.histograms": "live",
+    "log.counter": "live",
+    "log.means": "live",
+    "log.norms": "live",
     "evaluate.every": "live",
     "evaluate.offset": "live",
+    "evaluate.counter": "live",
+    "evaluate.metric": "live",
+    "evaluate.mode": "live",
+    "evaluate.ema": "live",
+    "samples": "live",
     "checkpoint.every": "live",
+    "checkpoint.offset": "live",
+    "checkpoint.counter": "live",
     "checkpoint.every_seconds": "live",
     "checkpoint.keep_last": "live",
     "checkpoint.keep_every": "live",
@@ -288,8 +310,8 @@ def test_a_ruin_is_answered_at_once_and_in_part() -> None:
 
 def test_a_horizon_may_lie_as_far_as_a_target() -> None:
     config = parse(SMALL, f"stop.last_step={2**62 - 1}", "optimizer.learning_rate={name: cosine, peak: 1}")
-    again = parse(yamlio.dumps(config.with_values({config.horizon_keys()[0]: 2**62 - 1}).plain()))
-    assert again.horizon_keys() == []
+    again = parse(yamlio.dumps(config.with_values({next(iter(config.horizon_keys())): 2**62 - 1}).plain()))
+    assert again.horizon_keys() == {}
 
 
 def test_missing_sections() -> None:
@@ -309,17 +331,19 @@ def test_several_settings_are_refused_together() -> None:
 def test_a_bare_number_is_the_constant_schedule() -> None:
     short, long = parse(SMALL), parse(SMALL, "optimizer.learning_rate={name: constant, value: 3e-3}")
     assert short == long
-    assert short.optimizer.spec()["learning_rate"] == {"name": "constant", "warmup_steps": 0, "value": 0.003}
+    assert short.rates() == {
+        "optimizer.learning_rate": {"name": "constant", "warmup_steps": 0, "counter": "global_step", "value": 0.003}
+    }
 
 
 def test_a_whole_number_will_do_for_a_number() -> None:
-    assert parse(SMALL, "optimizer.learning_rate=1").optimizer.spec()["learning_rate"]["value"] == 1
+    assert parse(SMALL, "optimizer.learning_rate=1").rates()["optimizer.learning_rate"]["value"] == 1
     assert parse(SMALL, "data.validation_fraction=0").data.validation_fraction == 0
 
 
 def test_an_imported_component_is_checked_like_our_own() -> None:
     config = parse(SMALL, "model={name: 'user_model:TwoLayers'}")
-    assert config.model.spec() == {"name": "user_model:TwoLayers", "width": 8}
+    assert config.model.specs()["model"] == {"name": "user_model:TwoLayers", "width": 8}
 
 
 def test_defaults_are_written_out() -> None:
@@ -328,22 +352,49 @@ def test_defaults_are_written_out() -> None:
         "dtype": "float32",
         "initial_step": 0,
         "data": {"name": "digits", "batch_size": 64, "shards": 1, "validation_fraction": 0.0, "n_classes": None},
-        "model": {"name": "mlp", "hidden": [128], "activation": "relu", "dropout": 0.0, "layer_norm": False},
+        "model": {
+            "name": "mlp",
+            "hidden": [128],
+            "activation": "relu",
+            "dropout": 0.0,
+            "layer_norm": False,
+            "output": "linear",
+        },
         "task": {"name": "classification"},
         "optimizer": {
             "name": "adam",
-            "learning_rate": {"name": "constant", "warmup_steps": 0, "value": 0.003},
+            "learning_rate": {"name": "constant", "warmup_steps": 0, "counter": "global_step", "value": 0.003},
             "weight_decay": 0.0,
             "clip_norm": None,
             "beta1": 0.9,
             "beta2": 0.999,
             "epsilon": 1e-08,
         },
-        "stop": {"last_step": 100, "num_steps": None},
-        "log": {"every": 10, "offset": 0},
-        "evaluate": {"every": None, "offset": 0},
+        "ema": None,
+        "stop": {"last_step": 100, "num_steps": None, "early_stopping": None, "target_metric": None},
+        "log": {
+            "every": 10,
+            "offset": 0,
+            "counter": "global_step",
+            "means": False,
+            "norms": False,
+            "csv": False,
+            "tensorboard": False,
+            "histograms": None,
+        },
+        "evaluate": {
+            "every": None,
+            "offset": 0,
+            "counter": "global_step",
+            "metric": None,
+            "mode": None,
+            "ema": False,
+        },
+        "samples": None,
         "checkpoint": {
             "every": 100,
+            "offset": 0,
+            "counter": "global_step",
             "every_seconds": None,
             "keep_last": 3,
             "keep_every": None,
@@ -439,11 +490,11 @@ def test_a_target_is_absolute_or_from_the_start() -> None:
 def test_open_horizons() -> None:
     key = "optimizer.learning_rate.decay_steps"
     for rate, open_keys in {
-        "1": [],
-        "{name: cosine, peak: 1}": [key],
-        "{name: polynomial, peak: 1}": [key],
-        "{name: cosine, peak: 1, decay_steps: 5}": [],
-        "{name: exponential, peak: 1, decay_rate: 1, decay_steps: 3}": [],
+        "1": {},
+        "{name: cosine, peak: 1}": {key: "global_step"},
+        "{name: polynomial, peak: 1, counter: samples_seen}": {key: "samples_seen"},
+        "{name: cosine, peak: 1, decay_steps: 5}": {},
+        "{name: exponential, peak: 1, decay_rate: 1, decay_steps: 3}": {},
     }.items():
         assert parse(SMALL, f"optimizer.learning_rate={rate}").horizon_keys() == open_keys
 
@@ -481,7 +532,10 @@ def faults(schema: dict[str, Any], value: Any, root: dict[str, Any], path: str =
         "required": lambda given: set(given) <= value.keys(),
         "anyOf": lambda given: any(not list(faults(each, value, root)) for each in given),
         "oneOf": lambda given: sum(not list(faults(each, value, root)) for each in given) == 1,
-        "additionalProperties": lambda given: given or value.keys() <= schema["properties"].keys(),
+        "additionalProperties": lambda given: all(
+            given is True or (given and not list(faults(given, value[key], root)))
+            for key in value.keys() - schema.get("properties", {}).keys()
+        ),
     }
     yield from (f"{path} {word}" for word, holds in checks.items() if word in schema and not holds(schema[word]))
     for key, below in schema.get("properties", {}).items():
@@ -492,7 +546,7 @@ def faults(schema: dict[str, Any], value: Any, root: dict[str, Any], path: str =
 
 
 def test_the_schema_admits_what_the_loader_admits() -> None:
-    schema = configs.schema()
+    schema = schemas.schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     good = [yamlio.load(str(path)).value for path in Path(stepctl.__file__).parents[1].glob("configs/*.yaml")]
     assert good
@@ -527,7 +581,7 @@ SCHEMA_FAULTS = {
 
 @pytest.mark.parametrize("assignment", SCHEMA_FAULTS)
 def test_the_schema_refuses_what_the_loader_refuses(assignment: str) -> None:
-    document, schema = yamlio.loads(SMALL, "c.yaml"), configs.schema()
+    document, schema = yamlio.loads(SMALL, "c.yaml"), schemas.schema()
     document.set(assignment)
     assert list(faults(schema, document.value, schema)) == [SCHEMA_FAULTS[assignment]]
     with pytest.raises(ConfigError):
@@ -535,7 +589,7 @@ def test_the_schema_refuses_what_the_loader_refuses(assignment: str) -> None:
 
 
 def test_the_schema_tells_each_section_s_policy() -> None:
-    properties = configs.schema()["properties"]
+    properties = schemas.schema()["properties"]
     assert {key.partition(".")[0]: policy for key, policy in POLICIES.items()} == {
         key: properties[key]["resume"] for key in properties
     }

@@ -15,26 +15,31 @@ import stepctl
 
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
-    {"errors", "arena", "files", "sandbox"},
-    {"state", "rng", "problems", "registry", "schedules", "losses", "optimizers"}
-    | {"yamlio", "config", "numerics", "rundir"},
+    {"errors", "arena", "extras", "files", "sandbox"},
+    {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
+    | {"yamlio", "config", "schema", "numerics", "rundir"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "fork", "replay", "plan", "plot", "report", "compare", "verify", "prune"},
+    {"assembly", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"}
+    | {"runs", "curves", "rates"},
     {"cli"},
 ]
 # Within a level, and between families, only this.
 ALLOWED = {
+    ("extras", "errors"),
     ("sandbox", "errors"),
     ("schedules", "registry"),
     ("optimizers", "registry"),
     ("optimizers", "schedules"),
     ("registry", "problems"),
     ("config", "problems"),
+    ("config", "state"),
     ("config", "registry"),
     ("config", "yamlio"),
     ("rundir", "yamlio"),
+    ("schema", "config"),
+    ("schema", "registry"),
     ("yamlio", "problems"),
     ("models", "layers"),
     ("hooks", "tasks"),
@@ -42,8 +47,9 @@ ALLOWED = {
     ("fork", "run"),
     ("fork", "segment"),
     ("plan", "assembly"),
+    ("plan", "rates"),
     ("plan", "run"),
-    ("plot", "plan"),
+    ("rates", "assembly"),
     ("replay", "assembly"),
     ("compare", "report"),
     ("replay", "compare"),
@@ -51,6 +57,7 @@ ALLOWED = {
     ("run", "assembly"),
     ("run", "segment"),
     ("segment", "assembly"),
+    ("runs", "verify"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -22,10 +22,11 @@ from stepctl.layers.leaky_relu import LeakyReLU
 from stepctl.layers.relu import ReLU
 from stepctl.layers.sigmoid import Sigmoid
 from stepctl.layers.tanh import Tanh
-from stepctl.models.base import Model
+from stepctl.models.base import Ends, Model
 from stepctl.optimizers.sgd import SGD
 from stepctl.rng import rng
 from stepctl.schedules import Constant
+from stepctl.tasks.learner import MODEL, Learner
 from stepctl.tasks.supervised import Regression
 
 LAYERS: dict[str, Callable[[int], Layer]] = {
@@ -193,15 +194,10 @@ class Masks(Model):
 
 
 def task_of(model: Model, *, n_outputs: int, seed: int = 0, shards: int = 1) -> Regression:
-    return Regression(
-        model=model,
-        optimizer=SGD(learning_rate=Constant(value=0.1)),
-        n_outputs=n_outputs,
-        seed=seed,
-        dtype="float64",
-        shards=shards,
-        threads=1,
-    )
+    task = Regression(seed=seed, dtype="float64", shards=shards)
+    optimizer, ends = SGD(learning_rate=Constant(value=0.1)), Ends((20,), n_outputs)
+    task.learners = {MODEL: Learner(MODEL, model, optimizer, ends, seed=seed, dtype="float64", threads=1)}
+    return task
 
 
 def masks(seed: int, steps: range, shards: int) -> list[bytes]:

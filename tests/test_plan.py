@@ -18,12 +18,13 @@ from stepctl import yamlio
 from stepctl.checkpoint.retention import to_prune
 from stepctl.checkpoint.store import Store
 from stepctl.cli.main import cli
-from stepctl.config import Checkpoint, KeepBest
+from stepctl.config import Cadence, Checkpoint, KeepBest
 from stepctl.errors import Exit
 from stepctl.fork import ForkOptions, fork
-from stepctl.plan import Span, abbreviate, firing, kept, multiples, spread, steps_of
-from stepctl.plot import points
+from stepctl.plan import Span, firing, in_words, kept, multiples
+from stepctl.rates import points, spread
 from stepctl.rundir import RunDirectory
+from stepctl.state import Counters
 
 FAR = 10**12
 COSINE = {"name": "sgd", "learning_rate": {"name": "cosine", "peak": 0.1, "warmup_steps": 4}}
@@ -61,7 +62,22 @@ def planned(*arguments: object) -> dict[str, Any]:
 
 
 def all_steps(event: dict[str, Any]) -> list[int]:
-    return sorted([*steps_of(event), *event["also"]])
+    grid = range(event["first"], event["last"] + 1, event["every"]) if event["count"] else range(0)
+    assert len(grid) == event["count"]
+    return sorted([*grid, *event["also"]])
+
+
+def on_grid(event: dict[str, Any]) -> dict[str, Any]:
+    return {key: event[key] for key in ("first", "every", "count", "last", "also")}
+
+
+def turns(plan: dict[str, Any], key: str = "optimizer.learning_rate") -> list[int]:
+    return [at["step"] for at in plan["learning_rate"][key]["rates"] if at["turns"]]
+
+
+def written(kind: str) -> list[int]:
+    """Return the steps of the run's rows of one kind."""
+    return [row["step"] for row in rows(Path("run")) if row["kind"] == kind]
 
 
 # --- pure
@@ -70,7 +86,37 @@ def all_steps(event: dict[str, Any]) -> list[int]:
 @given(st.none() | st.integers(1, 30), st.integers(0, 29), st.integers(0, 50), st.integers(0, 90))
 def test_a_grid_is_the_steps_at_which_a_cadence_fires(every: int | None, offset: int, start: int, last: int) -> None:
     expected = [step for step in range(start + 1, last + 1) if every and step % every == offset % every]
-    assert [*firing(every, offset % (every or 1), start, last)] == expected
+    cadence = Cadence(every=every, offset=offset % (every or 1))
+    assert [*firing(cadence, lambda step: step, start, last)] == expected
+
+
+@given(
+    rise=st.integers(1, 30),
+    of=st.integers(1, 9),
+    ahead=st.integers(0, 50),
+    every=st.integers(1, 40),
+    offset=st.integers(0, 39),
+    start=st.integers(0, 20),
+    width=st.integers(0, 60),
+)
+def test_a_grid_on_another_counter_is_the_steps_at_which_it_fires(
+    rise: int, of: int, ahead: int, every: int, offset: int, start: int, width: int
+) -> None:
+    cadence = Cadence(every=every, offset=offset % every, counter="other")
+    of = of if rise == 1 else 1  # some counters rise at every fifth step, others by so many at each
+
+    def count(step: int) -> int:
+        return ahead + rise * step // of
+
+    expected = []
+    for step in range(start + 1, start + width + 1):
+        counters = Counters({"global_step": step - 1, "samples_seen": 0, "other": count(step - 1)})
+        counters.advance({"global_step": 1, "other": count(step) - count(step - 1)})
+        expected += [step] if cadence.fires(counters) else []
+    grid = firing(cadence, count, start, start + width)
+    assert [grid[index] for index in range(len(grid))] == expected
+    assert [step for step in range(start + width + 2) if step in grid] == expected
+    assert not expected or grid[-1] == expected[-1]
 
 
 @given(st.integers(0, 60), st.integers(0, 200), st.integers(1, 20), st.integers(1, 40))
@@ -109,14 +155,15 @@ def test_what_is_kept_is_what_training_keeps(
 ) -> None:
     before = sorted({*(step for step in saved if step <= start), start})
     span = Span(start, start + width, before, [step for step in forked if step in before])
-    at_end, at_most = kept(span, keep)
+    grid = firing(keep, lambda step: step, span.start, span.last)
+    at_end, at_most = kept(span, keep, grid)
     really, most = simulated(span, keep, {})
     assert at_end == really
     assert most <= at_most <= most + 1
     if n:
         better = keep.model_copy(update={"keep_best": KeepBest(metric="loss", mode="min", n=n)})
         really, most = simulated(span, better, {step: {"loss": step * 7 % 11} for step in range(start + width + 1)})
-        at_end, at_most = kept(span, better)
+        at_end, at_most = kept(span, better, grid)
         assert really <= at_end <= really + n
         assert most <= at_most
 
@@ -147,21 +194,23 @@ def test_a_plan_is_what_the_run_does_and_touches_nothing() -> None:
     plan = planned(name)
     assert sorted(Path().rglob("*")) == before
     assert plan["steps"] == [2, 12]
-    assert plan["log"] == {"first": 7, "every": 5, "count": 2, "last": 12, "also": [3]}
-    assert plan["save"] == {"first": 4, "every": 4, "count": 3, "last": 12, "also": [2]}
+    assert on_grid(plan["events"]["log"]) == {"first": 7, "every": 5, "count": 2, "last": 12, "also": [3]}
+    assert on_grid(plan["events"]["save"]) == {"first": 4, "every": 4, "count": 3, "last": 12, "also": [2]}
 
     directory = RunDirectory(run())
-    for event, kind in (("log", "train"), ("evaluate", "eval")):
-        assert all_steps(plan[event]) == [row["step"] for row in rows(Path("run")) if row["kind"] == kind], event
-    assert all_steps(plan["save"]) == [row["step"] for row in directory.read_ledger() if row["event"] == "checkpoint"]
+    assert all_steps(plan["events"]["log"]) == written("train")
+    assert all_steps(plan["events"]["evaluate"]) == written("eval")
+    saved = [row["step"] for row in directory.read_ledger() if row["event"] == "checkpoint"]
+    assert all_steps(plan["events"]["save"]) == saved
     used = [path.stat().st_size for path in directory.checkpoints.iterdir()]
     assert plan["checkpoints"]["at_end"] == len(used) == 2
     assert abs(plan["checkpoints"]["bytes_at_end"] - sum(used)) < 100, "the run's name is another"
     rates = {row["step"] - 1: row["learning_rate"] for row in rows(Path("run")) if row["kind"] == "train"}
-    told = {at["step"]: at["value"] for at in plan["learning_rate"]["optimizer.learning_rate"]["rates"]}
-    assert {2, 11, 4} <= told.keys(), "the first, the last, the end of the warm-up"
-    assert (told[2], told[11]) == (rates[2], rates[11])
-    assert plan["learning_rate"]["optimizer.learning_rate"]["landmarks"] == [4, 12]
+    ahead = plan["learning_rate"]["optimizer.learning_rate"]
+    values = {at["step"]: at["value"] for at in ahead["rates"]}
+    assert (values[2], values[11]) == (rates[2], rates[11]), "the first and the last"
+    assert turns(plan) == [4]
+    assert ahead["landmarks"] == [4, 12]
 
 
 def test_a_far_target_takes_no_time_and_no_list() -> None:
@@ -170,7 +219,8 @@ def test_a_far_target_takes_no_time_and_no_list() -> None:
     line = ("--last-step", FAR)
     plan = planned(name, *line)
     assert plan == json.loads(call("train", "--config", name, "--dry-run", "--json", *line)), "one and the same"
-    assert plan["log"] == {"first": 7, "every": 7, "count": FAR // 7, "last": FAR - FAR % 7, "also": [1, FAR]}
+    log = {"first": 7, "every": 7, "count": FAR // 7, "last": FAR - FAR % 7, "also": [1, FAR]}
+    assert on_grid(plan["events"]["log"]) == log
     assert plan["checkpoints"]["at_end"] == 10**6 + 1 + 1 + 1  # the multiples, the newest but one, the best, step 0
     text = call("plan", name, *line, "--png", "a.png")
     assert "save           0, 50, 100, 150, 200, 250, ..., 1000000000000 (20,000,000,001 times)\n" in text
@@ -181,8 +231,7 @@ def test_a_far_target_takes_no_time_and_no_list() -> None:
     ("count", "words"), [(0, "never"), (2, "10, 20"), (9, "10, 20, 30, 40, 50, 60, ..., 90 (9 times)")]
 )
 def test_steps_in_few_words(count: int, words: str) -> None:
-    grid = {"first": 10, "every": 10, "count": count, "last": 10 * count, "also": []}
-    assert abbreviate(grid if count else {**grid, "every": None}) == words
+    assert in_words(range(10, 10 * count + 1, 10), []) == words
 
 
 def test_what_is_also_saved_and_a_decay_that_ends_early_are_said() -> None:
@@ -210,11 +259,10 @@ def test_the_plan_of_a_run_is_what_its_resume_does() -> None:
     assert plan["notes"][0].endswith("decay_steps=26 --allow-change optimizer.learning_rate.decay_steps)")
     known = len(RunDirectory("run").read_ledger())
     resume(Path("run"), last_step=26)
-    for event, kind in (("log", "train"), ("evaluate", "eval")):
-        found = [row["step"] for row in rows(Path("run")) if row["kind"] == kind and row["step"] > 12]
-        assert all_steps(plan[event]) == found
+    assert all_steps(plan["events"]["log"]) == [step for step in written("train") if step > 12]
+    assert all_steps(plan["events"]["evaluate"]) == [step for step in written("eval") if step > 12]
     saved = [row["step"] for row in RunDirectory("run").read_ledger()[known:] if row["event"] == "checkpoint"]
-    assert all_steps(plan["save"]) == saved
+    assert all_steps(plan["events"]["save"]) == saved
     assert Store(Path("run/checkpoints")).steps() == [0, 8, 16, 24, 26]
     assert plan["checkpoints"]["at_end"] == 5
 
@@ -264,11 +312,12 @@ def test_what_cannot_be_planned_is_refused_in_plain_words(arguments: list[str], 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    message = "stepctl: --png: matplotlib is missing; install it with: pip install 'stepctl[plot]'\n"
-    assert call("plan", write(), "--png", "a.png", code=Exit.USAGE) == message
+    message = call("plan", write(), "--png", "a.png", code=Exit.USAGE)
+    assert message.startswith("stepctl: matplotlib is needed")
+    assert message.endswith("; install it with: pip install 'stepctl[plot]'\n")
 
 
-def test_an_optimizer_of_ones_own_may_have_no_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_of_an_optimizer_of_ones_own_is_shown_too(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("own.py").write_text(
         "from stepctl.optimizers.sgd import SGD\nfrom stepctl.schedules import Constant\n"
         "class Own(SGD):\n    def __init__(self):\n        super().__init__(learning_rate=Constant(value=0.5))\n"
@@ -276,4 +325,57 @@ def test_an_optimizer_of_ones_own_may_have_no_learning_rate(monkeypatch: pytest.
     monkeypatch.syspath_prepend(Path().absolute())
     name = write(optimizer={"name": "own:Own"})
     monkeypatch.delitem(sys.modules, "own")
-    assert planned(name)["learning_rate"] == {}
+    assert {at["value"] for at in planned(name)["learning_rate"]["optimizer.learning_rate"]["rates"]} == {0.5}
+
+
+# --- counters
+
+
+def test_schedules_and_cadences_follow_their_counters() -> None:
+    learning_rate = {"name": "cosine", "peak": 0.1, "warmup_steps": 20, "counter": "samples_seen"}
+    cadence = {"every": 20, "counter": "samples_seen"}
+    write(optimizer={"name": "sgd", "learning_rate": learning_rate}, log=cadence, evaluate=cadence, checkpoint=cadence)
+    for arguments in (("c.yaml",), ("run", "--last-step", 19)):
+        plan = planned(*arguments)
+        start, _ = plan["steps"]
+        if start:
+            resume(Path("run"), last_step=19)
+        else:
+            run()
+        found = [step for step in written("train") if step > start]
+        told = plan["events"]["log"]
+        assert told["words"].split(", ")[:3] == [str(step) for step in found[:3]]
+        assert (told["count"] + len(told["also"]), told["last"]) == (len(found), found[-2])
+        rates = {row["step"] - 1: row["learning_rate"] for row in rows(Path("run")) if row["kind"] == "train"}
+        ahead = plan["learning_rate"]["optimizer.learning_rate"]
+        known = {at["step"]: at["value"] for at in ahead["rates"] if at["step"] in rates}
+        assert known == {step: rates[step] for step in known}
+        assert len(known) > 1
+    assert ahead["counter"] == "samples_seen"
+    assert ahead["landmarks"] == [20, 96]
+    assert turns(planned("c.yaml")) == [3]
+
+
+def test_a_task_of_several_models_is_planned() -> None:
+    rate = {"name": "cosine", "peak": 0.1, "decay_steps": 50}
+    sections: dict[str, Any] = {
+        "model": {"critic": {"name": "mlp", "hidden": [6]}, "generator": {"name": "mlp", "hidden": [5]}},
+        "optimizer": {
+            "critic": {"name": "sgd", "learning_rate": {**rate, "counter": "critic"}},
+            "generator": {"name": "sgd", "learning_rate": {**rate, "counter": "generator"}},
+        },
+        "task": {"name": "wgan", "n_critic": 5, "latent": 4, "weight_clip": 0.1},
+        "log": {"every": 10, "counter": "critic"},
+        "checkpoint": {"every": 10, "counter": "generator"},
+        "evaluate": {"every": None},
+    }
+    plan = planned(write(**sections), "--last-step", FAR)
+    critic, generator = (f"optimizer.{name}.learning_rate" for name in ("critic", "generator"))
+    assert (turns(plan, critic), turns(plan, generator)) == ([10], [50])
+    assert plan["n_parameters"] == 4 * 6 + 6 + 6 + 1 + 4 * 5 + 5 + 5 * 4 + 4
+    assert plan["events"]["log"]["words"].startswith("1, 2, 4, 6, 8, 10, ..., ")
+    assert plan["events"]["save"]["words"].startswith("0, 10, 20, 30, 40, 50, ..., ")
+    assert [note.rpartition(" ")[2] for note in plan["notes"]] == [
+        f"{critic}.decay_steps={5 * FAR})",
+        f"{generator}.decay_steps={FAR})",
+    ]

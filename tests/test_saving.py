@@ -95,7 +95,9 @@ def test_a_state_handed_over_is_not_changed_by_anything_that_training_does() -> 
     hook = {"best": {"loss": np.ones(2)}}
     params, slots = Arena({"w": (2,)}, "float32"), Arena({"w": (2,)}, "float32")
     buffers = Arena({"mean": (2,)}, "float32")
-    state = TrainState(Counters({"global_step": 3, "samples_seen": 9}), params, {"m": {"v": slots}}, buffers, hook)
+    state = TrainState(
+        Counters({"global_step": 3, "samples_seen": 9}), {"params": params, "optimizers/m/v": slots}, buffers, hook
+    )
     handed = state.hand_over()
     before = {path: array.copy() for path, array in handed.arrays().items()}
     for arena in (params, slots):
@@ -165,7 +167,7 @@ def test_a_wait_is_counted_said_once_and_in_the_ledger(tmp_path: Path, monkeypat
 def test_the_file_is_streamed(tmp_path: Path) -> None:
     """No part of it is a copy of a large array."""
     params = Arena({"w": (3 << 20,)}, "float32")
-    state = TrainState(Counters({"global_step": 0, "samples_seen": 0}), params, {}, Arena({}, "float32"))
+    state = TrainState(Counters({"global_step": 0, "samples_seen": 0}), {"params": params})
     image = codec.encode(state, run="moon", config="seed: 0\n", numerics="{}")
     large = [chunk for chunk in image if len(chunk) > 1 << 20]
     assert sum(map(len, large)) == params.n_bytes
@@ -309,7 +311,7 @@ def test_a_failed_update_out_of_place_costs_nothing(tmp_path: Path, monkeypatch:
 def saved_by(config: Checkpoint, times: list[float]) -> list[int]:
     """Return the steps saved by a hook whose clock shows these times, one a step."""
     published: list[int] = []
-    state = TrainState(Counters({"global_step": 0, "samples_seen": 0}), Arena({}, "float32"), {}, Arena({}, "float32"))
+    state = TrainState(Counters({"global_step": 0, "samples_seen": 0}), {})
     hook = Save(
         config,
         lambda state: published.append(state.counters.global_step),

@@ -13,6 +13,7 @@ import pytest
 from helpers import file_bytes, make_config, resume, rows, silent, train
 from stepctl import config as configs
 from stepctl import run
+from stepctl.arena import same_bits
 from stepctl.assembly import assemble
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.background import Background
@@ -126,7 +127,7 @@ def test_row_n_holds_the_loss_of_the_batch_that_produced_n(small: Any, tmp_path:
         measured = again.task.evaluate(again.state, [batch])  # before the update, on the batch it will use
         assert losses[step] == pytest.approx(measured["loss"], rel=1e-6)
         again.task.step(again.state, batch)
-        again.state.counters.advance(again.task.increments(batch))
+        again.state.counters.advance(again.task.increments(again.state.counters, batch))
     assert len(set(losses)) == len(losses) == 12
 
 
@@ -323,7 +324,11 @@ GRIDS: list[tuple[int | None, int, list[int]]] = [
 @pytest.mark.parametrize(("every", "offset", "expected"), GRIDS)
 def test_the_grid(every: int | None, offset: int, expected: list[int]) -> None:
     cadence = Cadence(every=every, offset=offset)
-    assert [step for step in range(13) if cadence.fires(step)] == expected
+    counters, fired = Counters({"global_step": 0, "samples_seen": 0}), []
+    for step in range(1, 13):
+        counters.advance({"global_step": 1})
+        fired += [step] if cadence.fires(counters) else []
+    assert fired == [step for step in expected if step]
 
 
 @pytest.mark.parametrize("offset", [5, 6])
@@ -458,7 +463,10 @@ def test_live_keys_may_change_and_touch_no_bit(key: str, small: Any, tmp_path: P
     expected = train(small(), tmp_path / "unbroken")
     train(small(stop={"last_step": 5}), tmp_path / "run")
     state = resume(tmp_path / "run", last_step=12, assignments=(f"{key}=2",))
-    assert state.same_bits(expected)
+    for path, array in expected.arrays().items():
+        if not path.startswith("hooks/"):  # what evaluations came to is another matter if they were others
+            assert same_bits(state.arrays()[path], array), path
+    assert dict(state.counters) == dict(expected.counters)
     assert configs.policy(key) == "live"
 
 

@@ -26,7 +26,7 @@ def parts(step: int) -> codec.Image:
     params = Arena({"weight": (2,)}, "float32")
     params["weight"][:] = step
     counters = Counters({"global_step": step, "samples_seen": 8 * step})
-    state = TrainState(counters, params, {}, Arena({}, "float32"))
+    state = TrainState(counters, {"params": params})
     return codec.encode(state, run="moon", config="seed: 0\n", numerics="{}")
 
 

@@ -58,7 +58,7 @@ def altered(run: Path, step: int, path: str, index: int, change: Callable[[Any],
     """Change one element of a checkpoint, behind a right digest and with the ledger's word for it."""
     with codec.Reader(file(run, step)) as reader:
         header = reader.header
-        arrays = {name: np.concatenate([np.empty(0, "f4"), *reader.parts(name)]) for name in reader.array_shapes()}
+        arrays = {name: np.concatenate(list(reader.parts(name))) for name in reader.array_shapes()}
         shapes = reader.array_shapes()
     from stepctl.arena import Arena
     from stepctl.state import Counters
@@ -71,8 +71,11 @@ def altered(run: Path, step: int, path: str, index: int, change: Callable[[Any],
         return made
 
     arrays[path][index] = change(arrays[path][index])
-    slots = {slot: arena(f"optimizers/model/{slot}/") for slot in ("first_moment", "second_moment")}
-    state = TrainState(Counters(header.counters), arena("params/"), {"model": slots}, Arena({}, "float32"))
+    folders = ("params", "optimizers/model/first_moment", "optimizers/model/second_moment")
+    state = TrainState(Counters(header.counters), {folder: arena(f"{folder}/") for folder in folders})
+    for name in (name for name in arrays if name.startswith("hooks/")):
+        _, hook, key = name.split("/")
+        state.hooks.setdefault(hook, {})[key] = arrays[name].reshape(shapes[name][0])
     image = codec.encode(state, run=header.run, config=header.config, numerics=header.numerics)
     file(run, step).write_bytes(data := file_bytes(image))
     digest = data.split(b"sha256: ")[1][:64].decode()

@@ -32,6 +32,6 @@ def check(file: str, assignments: tuple[str, ...], as_json: bool) -> None:
 @config.command()
 def schema() -> None:
     """Print the JSON Schema of a config."""
-    from stepctl import config as configs
+    from stepctl.schema import schema as of_a_config
 
-    click.echo(json.dumps(configs.schema(), indent=2))
+    click.echo(json.dumps(of_a_config(), indent=2))

@@ -14,8 +14,10 @@ from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
 from stepctl.cli.options import WHOLE_PROCESS
 from stepctl.cli.plan import plan
+from stepctl.cli.plot import plot
 from stepctl.cli.prune import prune
 from stepctl.cli.resume import resume
+from stepctl.cli.runs import runs
 from stepctl.cli.train import train
 from stepctl.cli.verify import verify
 from stepctl.errors import Exit, StepctlError
@@ -77,7 +79,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, resume, fork, plan, inspect, verify, diff, prune, config):
+for command in (train, resume, fork, plan, inspect, verify, diff, prune, runs, plot, config):
     cli.add_command(command)
 
 

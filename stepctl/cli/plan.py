@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepctl.cli.options import Place, say, set_option, stop_section, target_options
+from stepctl.cli.options import Place, say, set_option, stop_assignments, stop_section, target_options
 from stepctl.errors import printable
 
 if TYPE_CHECKING:
-    from stepctl.config import Config
+    from stepctl.assembly import Assembly
 
 
 @click.command()
@@ -36,22 +36,22 @@ def plan(
     Shapes, sizes in bytes, the global steps at which it logs, saves and evaluates, how many checkpoints are kept
     and the disk that they take, and the learning rate (per update) along the way.
     """
-    stop = stop_section(num_steps, last_step)
-    found, config = (_of_run if os.path.isdir(path) else _of_config)(path, stop, assignments)
+    if os.path.isdir(path):
+        found, assembly = _of_run(path, stop_section(num_steps, last_step), assignments)
+    else:
+        found, assembly = _of_config(path, (*stop_assignments(num_steps, last_step), *assignments))
     if png is not None:
-        from stepctl.plot import learning_rate_png
+        from stepctl.rates import draw
 
-        learning_rate_png(png, printable(path), config, *found["steps"])
+        draw(png, printable(path), assembly, *found["steps"])
     print_plan(found, as_json)
 
 
-def _of_config(path: str, stop: dict[str, int] | None, assignments: tuple[str, ...]) -> tuple[dict[str, Any], Config]:
+def _of_config(path: str, assignments: tuple[str, ...]) -> tuple[dict[str, Any], Assembly]:
     from stepctl import numerics, yamlio
     from stepctl.rundir import RunDirectory
 
     document = yamlio.load(path)
-    if stop is not None:
-        document.put("stop", stop, "--num-steps" if "num_steps" in stop else "--last-step")
     document.set_all(assignments)
     numerics.pin(*numerics.asked_for(document.value))
 
@@ -60,10 +60,10 @@ def _of_config(path: str, stop: dict[str, int] | None, assignments: tuple[str, .
     from stepctl.plan import plan as plan_fresh
 
     assembly = prepare(configs.parse(document))
-    return plan_fresh(assembly, RunDirectory(Path("runs") / Path(path).stem)), assembly.config
+    return plan_fresh(assembly, RunDirectory(Path("runs") / Path(path).stem)), assembly
 
 
-def _of_run(path: str, stop: dict[str, int] | None, assignments: tuple[str, ...]) -> tuple[dict[str, Any], Config]:
+def _of_run(path: str, stop: dict[str, int] | None, assignments: tuple[str, ...]) -> tuple[dict[str, Any], Assembly]:
     from stepctl import numerics
     from stepctl.rundir import RunDirectory
 
@@ -76,7 +76,7 @@ def _of_run(path: str, stop: dict[str, int] | None, assignments: tuple[str, ...]
     from stepctl.plan import plan_resume
     from stepctl.run import ResumeOptions
 
-    options = ResumeOptions(assignments=assignments, stop=Stop(**stop) if stop else None)
+    options = ResumeOptions(assignments=assignments, stop=Stop.model_validate(stop) if stop else None)
     return plan_resume(directory, options, say)
 
 
@@ -104,15 +104,13 @@ def _sizes(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _steps(plan: dict[str, Any]) -> Iterator[str]:
-    from stepctl.plan import abbreviate
-
     start, last = plan["steps"]
     nothing = ": nothing to do (more: --num-steps N)" if "from" in plan and start >= last else ""
     yield f"steps          {start} to {last}{nothing}"
     if "from" in plan:
         yield f"from           {plan['from']}; a plain resume goes on to step {plan['plain_target']}"
-    for event in ("log", "save", "evaluate"):
-        yield f"{event:<15}{abbreviate(plan[event])}"
+    for name, event in plan["events"].items():
+        yield f"{name:<15}{event['words']}"
 
 
 def _checkpoints(kept: dict[str, Any]) -> Iterator[str]:
@@ -128,8 +126,7 @@ def _checkpoints(kept: dict[str, Any]) -> Iterator[str]:
 
 def _rates(rates: dict[str, dict[str, Any]]) -> Iterator[str]:
     for key, rate in rates.items() if any(rate["rates"] for rate in rates.values()) else ():
-        landmarks = set(rate["landmarks"])
-        yield f"{key}, of the update from a global step to the next" + (" (*: it turns there)" if landmarks else "")
+        turns = " (*: it turns there)" if any(point["turns"] for point in rate["rates"]) else ""
+        yield f"{key}, of the update from a global step to the next{turns}"
         for point in rate["rates"]:
-            mark = "  *" if point["step"] in landmarks else ""
-            yield f"  {point['step']:<12} {point['value']:.6g}{mark}"
+            yield f"  {point['step']:<12} {point['value']:.6g}{'  *' if point['turns'] else ''}"

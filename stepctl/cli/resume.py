@@ -59,7 +59,7 @@ def resume(
     options = run.ResumeOptions(
         assignments=assignments,
         allow_change=allow_change,
-        stop=Stop(**stop) if stop else None,
+        stop=Stop.model_validate(stop) if stop else None,
         from_step=from_step,
         strict_numerics=strict_numerics,
     )

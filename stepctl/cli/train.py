@@ -57,7 +57,10 @@ def train(
     document = yamlio.load(config_path)
     stop = stop_section(num_steps, last_step)
     if stop is not None:
-        document.put("stop", stop, "--num-steps" if "num_steps" in stop else "--last-step")
+        section = document.value.get("stop")
+        other = {} if not isinstance(section, dict) else section
+        others = {key: value for key, value in other.items() if key not in ("last_step", "num_steps")}
+        document.put("stop", others | stop, "--num-steps" if "num_steps" in stop else "--last-step")
     document.set_all(assignments)
     directory = RunDirectory(run_dir or Path("runs") / Path(config_path).stem)
     resuming = or_resume and not dry_run and directory.holds_run()

@@ -7,30 +7,47 @@ from collections.abc import Sequence
 from stepctl.config import Evaluate as EvaluateConfig
 from stepctl.data.batches import EvaluationBatches
 from stepctl.hooks.base import Hook, StopReason
+from stepctl.hooks.watch import Watch
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics, Task
 from stepctl.writers.base import Writer
 
 
 class Evaluate(Hook):
-    """Writes {"step": N, "kind": "eval", ...} on the grid; at a target off the grid too, marked extra."""
+    """Writes {"step": N, "kind": "eval", ...} on the grid, and shows it to the watches.
+
+    At a target off the grid it writes a row too, marked extra, and shows it to nobody.
+    """
 
     name = "evaluate"
 
     def __init__(
-        self, config: EvaluateConfig, task: Task, batches: EvaluationBatches, writers: Sequence[Writer]
+        self,
+        config: EvaluateConfig,
+        task: Task,
+        batches: EvaluationBatches,
+        rows: Writer,
+        watches: Sequence[Watch] = (),
     ) -> None:
-        self._config, self._task, self._batches, self._writers = config, task, batches, writers
+        self._config, self._task, self._batches, self._rows = config, task, batches, rows
+        self._watches = watches
+        self._last = -1
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        if self._config.fires(state.counters.global_step):
-            self._write(state)
+        if self._config.fires(state.counters):
+            found = self._write(state)
+            for watch in self._watches:
+                watch.observe(state.counters.global_step, found)
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
-        if metrics is not None and reason.done and not self._config.fires(state.counters.global_step):
+        if metrics is not None and reason.done and self._last != state.counters.global_step:
             self._write(state, extra=True)
 
-    def _write(self, state: TrainState, **marks: bool) -> None:
-        row = {"step": state.counters.global_step, "kind": "eval", **self._task.evaluate(state, self._batches)}
-        for writer in self._writers:
-            writer.write({**row, **marks})
+    def _write(self, state: TrainState, **marks: bool) -> Metrics:
+        found = self._task.evaluate(state, self._batches)
+        if self._config.ema:
+            averaged = self._task.evaluate(state, self._batches, average=True)
+            found |= {f"ema_{name}": value for name, value in averaged.items()}
+        self._last = state.counters.global_step
+        self._rows.write({"step": self._last, "kind": "eval", **found, **marks})
+        return found

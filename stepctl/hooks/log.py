@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from stepctl.arena import Array
 from stepctl.config import Log as LogConfig
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.state import TrainState
@@ -15,7 +18,8 @@ from stepctl.writers.base import Writer
 class Log(Hook):
     """Writes {"step": N, "kind": "train", ...} at the run's first step, on the grid, and marked extra at the end.
 
-    The row of step N holds the metrics of the batch that produced N.
+    The row of step N holds the metrics of the batch that produced N, and if asked mean_<metric> over the steps since
+    the row before. The sums are in the checkpoint, so that a resume in between changes no row.
     """
 
     name = "log"
@@ -23,33 +27,54 @@ class Log(Hook):
     def __init__(
         self,
         config: LogConfig,
-        writers: Sequence[Writer],
+        rows: Writer,
+        metrics: Sequence[str],
         *,
         first_step: int,
         n_samples: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._writers, self._first_step, self._n_samples = config, writers, first_step, n_samples
+        self._config, self._rows, self._first_step, self._n_samples = config, rows, first_step, n_samples
         self._clock, self._since = clock, (0.0, 0)
         self._last_row = -1
+        self._names = tuple(metrics)
+        self._sums, self._counts = np.zeros(len(self._names)), np.zeros(len(self._names), np.int64)
+
+    def state(self) -> dict[str, Array]:
+        return {"sums": self._sums, "counts": self._counts}
 
     def start(self, state: TrainState) -> None:
         self._since = (self._clock(), state.counters.samples_seen)
+        if not self._config.means:
+            self._forget()
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        step = state.counters.global_step
-        if step == self._first_step or self._config.fires(step):
+        if self._config.means:
+            self._add(metrics)
+        if state.counters.global_step == self._first_step or self._config.fires(state.counters):
             self._write(state, metrics)
+            self._forget()
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         if metrics is not None and self._last_row != state.counters.global_step:
             self._write(state, metrics, extra=True)
+
+    def _add(self, metrics: Metrics) -> None:
+        for i, name in enumerate(self._names):
+            if name in metrics:
+                self._sums[i] += metrics[name]
+                self._counts[i] += 1
+
+    def _forget(self) -> None:
+        self._sums[:], self._counts[:] = 0, 0
 
     def _write(self, state: TrainState, metrics: Metrics, **marks: bool) -> None:
         now, seen = self._clock(), state.counters.samples_seen
         then, before = self._since
         self._since, self._last_row = (now, seen), state.counters.global_step
         rate = (seen - before) / max(now - then, 1e-9)
-        row = {"step": state.counters.global_step, "kind": "train", "epoch": seen // self._n_samples}
-        for writer in self._writers:
-            writer.write({**row, **metrics, "samples_per_second": round(rate, 1), **marks})
+        row = {"step": state.counters.global_step, "kind": "train", "epoch": seen // self._n_samples, **metrics}
+        if self._config.means:
+            found = zip(self._names, self._sums.tolist(), self._counts.tolist(), strict=True)
+            row |= {f"mean_{name}": total / count for name, total, count in found if count}
+        self._rows.write({**row, "samples_per_second": round(rate, 1), **marks})

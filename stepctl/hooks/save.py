@@ -50,7 +50,7 @@ class Save(Hook):
         requested = self._requested()  # asked at every step, so that no request outlives its step
         step = state.counters.global_step
         # the target's own comes at the end, after the last rows: whoever finds it finds them
-        if step != self._target and (requested or self._due(step)) and step != self._saved_step:
+        if step != self._target and (requested or self._due(state)) and step != self._saved_step:
             self._wait(step)
             self._begin(state.hand_over())
 
@@ -65,9 +65,9 @@ class Save(Hook):
             self._begin(state)
             self._background.finish()
 
-    def _due(self, step: int) -> bool:
+    def _due(self, state: TrainState) -> bool:
         seconds = self._config.every_seconds
-        return self._config.fires(step) or (seconds is not None and self._clock() - self._saved_at >= seconds)
+        return self._config.fires(state.counters) or (seconds is not None and self._clock() - self._saved_at >= seconds)
 
     def _begin(self, state: TrainState) -> None:
         self._saved_step, self._saved_at = state.counters.global_step, self._clock()

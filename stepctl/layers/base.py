@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from stepctl.arena import Array, Shape, Workspace
+from stepctl.errors import ConfigError
 
 # (dy, grads) -> dx: writes the parameters' gradients into the views of `grads`, all of them, and returns the
 # gradient of the layer's input; None from a layer that was told that nobody needs it. dy is used up: dx may be dy.
 Backward = Callable[[Array, Mapping[str, Array]], Array | None]
+# (dy, dw, grads) -> (dx, dv): the same for an output y and its tangent w together.
+TangentBackward = Callable[[Array, Array, Mapping[str, Array]], tuple[Array, Array]]
 
 
 class Layer(ABC):
@@ -32,3 +35,43 @@ class Layer(ABC):
     @abstractmethod
     def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
         """Return y: (rows, features) and its backward. Arrays come from the workspace; x is not changed."""
+
+    def tangent(
+        self, params: Mapping[str, Array], x: Array, v: Array, workspace: Workspace
+    ) -> tuple[Array, Array, TangentBackward]:
+        """Return y, its derivative w along v (the Jacobian's product), and the backward of both."""
+        raise ConfigError(f"model: {type(self).__name__} has no tangent, which a gradient penalty needs")
+
+
+class Elementwise(Layer):
+    """y = f(x), each element by itself: what carries a gradient back, the product with f'(x), carries a tangent on."""
+
+    def curvature(self, y: Array) -> Array | None:
+        """Return f''(x) at y = f(x); None if it is 0 almost everywhere."""
+        return None
+
+    def tangent(
+        self, params: Mapping[str, Array], x: Array, v: Array, workspace: Workspace
+    ) -> tuple[Array, Array, TangentBackward]:
+        y, back = self.forward(params, x, workspace)
+        w = self._through(back, _copy(v, workspace))
+
+        def backward(dy: Array, dw: Array, grads: Mapping[str, Array]) -> tuple[Array, Array]:
+            dx = self._through(back, dy)
+            if (curvature := self.curvature(y)) is not None:
+                np.add(dx, curvature * v * dw, out=dx)
+            return dx, self._through(back, dw)
+
+        return y, w, backward
+
+    @staticmethod
+    def _through(back: Backward, array: Array) -> Array:
+        carried = back(array, {})
+        assert carried is not None
+        return carried
+
+
+def _copy(array: Array, workspace: Workspace) -> Array:
+    copy = workspace.empty(array.shape)
+    copy[...] = array
+    return copy

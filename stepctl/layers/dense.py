@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from stepctl.arena import Array, Shape, Workspace
-from stepctl.layers.base import Backward, Layer
+from stepctl.layers.base import Backward, Layer, TangentBackward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,24 @@ class Dense(Layer):
             return dx
 
         return y, backward
+
+    def tangent(
+        self, params: Mapping[str, Array], x: Array, v: Array, workspace: Workspace
+    ) -> tuple[Array, Array, TangentBackward]:
+        weight = params[f"{self.name}/weight"]
+        y, back = self.forward(params, x, workspace)
+        w = workspace.empty(y.shape)
+        np.dot(v, weight, out=w)
+
+        def backward(dy: Array, dw: Array, grads: Mapping[str, Array]) -> tuple[Array, Array]:
+            dx = back(dy, grads)
+            along, dv = workspace.empty(weight.shape), workspace.empty(v.shape)
+            np.dot(v.T, dw, out=along)
+            np.add(grads[f"{self.name}/weight"], along, out=grads[f"{self.name}/weight"])
+            np.dot(dw, weight.T, out=dv)
+            return dv if dx is None else dx, dv  # of a first layer nobody asks for dx
+
+        return y, w, backward
 
 
 @lru_cache(maxsize=8)

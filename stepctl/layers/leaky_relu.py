@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepctl.arena import Array, Workspace
-from stepctl.layers.base import Backward, Layer
+from stepctl.layers.base import Backward, Elementwise
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeakyReLU(Layer):
+class LeakyReLU(Elementwise):
     """The leaky rectifier (Maas et al. 2013, equation 2); its gradient at 0 is the slope, which is below 1."""
 
     slope: float = 0.01

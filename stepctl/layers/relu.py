@@ -6,10 +6,10 @@ from functools import lru_cache
 import numpy as np
 
 from stepctl.arena import Array, Shape, Workspace
-from stepctl.layers.base import Backward, Layer
+from stepctl.layers.base import Backward, Elementwise
 
 
-class ReLU(Layer):
+class ReLU(Elementwise):
     """The rectifier (Nair and Hinton 2010); its gradient at 0 is 0."""
 
     def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from stepctl.arena import Array, Workspace
-from stepctl.layers.base import Backward, Layer
+from stepctl.layers.base import Backward, Elementwise
 
 
-class Sigmoid(Layer):
+class Sigmoid(Elementwise):
     """The logistic function, as (1 + tanh(x / 2)) / 2, which overflows for no x."""
 
     def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
@@ -26,3 +26,6 @@ class Sigmoid(Layer):
             return dx
 
         return y, backward
+
+    def curvature(self, y: Array) -> Array:
+        return np.asarray(y * (1 - y) * (1 - 2 * y))

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from stepctl.arena import Array, Workspace
-from stepctl.layers.base import Backward, Layer
+from stepctl.layers.base import Backward, Elementwise
 
 
-class Tanh(Layer):
+class Tanh(Elementwise):
     """The hyperbolic tangent."""
 
     def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
@@ -23,3 +23,6 @@ class Tanh(Layer):
             return dx
 
         return y, backward
+
+    def curvature(self, y: Array) -> Array:
+        return np.asarray(-2 * y * (1 - y * y))

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from stepctl.arena import Arena, Array, Shape, Workspace
+from stepctl.errors import ConfigError
 
-# (doutputs, grads): writes the gradient of every parameter into the views of `grads`.
-Backward = Callable[[Array, Arena], None]
+# (doutputs, grads): writes the gradient of every parameter into the views of `grads`, and returns that of the inputs,
+# (rows, ...); None will do where the task does not need it (only wgan's critic must).
+Backward = Callable[[Array, Arena], Array | None]
+# (doutputs, dtangents, grads): the same for the outputs and their tangents together.
+TangentBackward = Callable[[Array, Array, Arena], None]
+
+
+class Ends(NamedTuple):
+    """What a model must map to what, and whether the task needs the gradient of its inputs."""
+
+    input_shape: Shape
+    n_outputs: int
+    input_gradient: bool = False
 
 
 class Model(ABC):
     """A differentiable function of named parameters; it holds no arrays of its own.
 
     Its constructor takes keyword arguments: `input_shape` (one sample's shape, a tuple) and `n_outputs` (int)
-    come from the data and the task if it asks for them; every other argument comes from the config.
+    come from the data and the task if it asks for them, and `input_gradient` (bool), whether backward must return the
+    gradient of the inputs; every other argument comes from the config.
     """
 
     @abstractmethod
@@ -35,3 +49,10 @@ class Model(ABC):
         `workspace.empty(shape)` gives temporary arrays without allocating; `workspace.rng` is None in
         evaluation, and else gives the generator of this step and shard by a name. Nothing else may vary.
         """
+
+    def tangent(self, params: Arena, x: Array, v: Array, workspace: Workspace) -> tuple[Array, Array, TangentBackward]:
+        """Map x, and a direction v at each x, to outputs and the derivative along v: both (rows, n_outputs).
+
+        What a gradient penalty needs: the way back differentiates through both. ConfigError if there is none.
+        """
+        raise ConfigError("model: it has no tangent, which a gradient penalty needs; use weight_clip")

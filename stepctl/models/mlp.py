@@ -26,20 +26,26 @@ def mlp(
     activation: Literal["relu", "leaky_relu", "gelu", "tanh", "sigmoid"] = "relu",
     dropout: Fraction = 0.0,
     layer_norm: bool = False,
+    output: Literal["linear", "sigmoid", "tanh"] = "linear",
     input_shape: Shape,
     n_outputs: int,
+    input_gradient: bool = False,
 ) -> Sequential:
-    """For each hidden size: dense, layer norm if asked for, activation, dropout; then a dense output layer."""
+    """For each hidden size: dense, layer norm if asked for, activation, dropout; then a dense one, through `output`."""
     gain = 2.0 if activation in _RECTIFIERS else 1.0
     layers: list[Layer] = []
     n_in = math.prod(input_shape)
     for i, n_out in enumerate(hidden):
-        layers.append(Dense(name=f"dense{i}", n_in=n_in, n_out=n_out, gain=gain, input_gradient=i > 0))
+        needed = i > 0 or input_gradient
+        layers.append(Dense(name=f"dense{i}", n_in=n_in, n_out=n_out, gain=gain, input_gradient=needed))
         if layer_norm:
             layers.append(LayerNorm(name=f"layer_norm{i}", n_features=n_out))
         layers.append(_ACTIVATIONS[activation]())
         if dropout:
             layers.append(Dropout(name=f"dropout{i}", rate=dropout))
         n_in = n_out
-    layers.append(Dense(name=f"dense{len(hidden)}", n_in=n_in, n_out=n_outputs, input_gradient=bool(hidden)))
+    needed = bool(hidden) or input_gradient
+    layers.append(Dense(name=f"dense{len(hidden)}", n_in=n_in, n_out=n_outputs, input_gradient=needed))
+    if output != "linear":
+        layers.append(_ACTIVATIONS[output]())
     return Sequential(layers)

@@ -7,7 +7,7 @@ import numpy as np
 
 from stepctl.arena import Arena, Array, Shape, Workspace
 from stepctl.layers.base import Layer
-from stepctl.models.base import Backward, Model
+from stepctl.models.base import Backward, Model, TangentBackward
 
 
 @final
@@ -31,10 +31,24 @@ class Sequential(Model):
             x, layer_backward = layer.forward(params, x, workspace)
             backwards.append(layer_backward)
 
-        def backward(dy: Array, grads: Arena) -> None:
+        def backward(dy: Array, grads: Arena) -> Array | None:
             gradient: Array | None = dy
             for layer_backward in reversed(backwards):
                 if gradient is not None:
                     gradient = layer_backward(gradient, grads)
+            return gradient
 
         return x, backward
+
+    def tangent(self, params: Arena, x: Array, v: Array, workspace: Workspace) -> tuple[Array, Array, TangentBackward]:
+        x, v = x.reshape(len(x), -1), v.reshape(len(v), -1)
+        backwards = []
+        for layer in self.layers:
+            x, v, layer_backward = layer.tangent(params, x, v, workspace)
+            backwards.append(layer_backward)
+
+        def backward(dy: Array, dw: Array, grads: Arena) -> None:
+            for layer_backward in reversed(backwards):
+                dy, dw = layer_backward(dy, dw, grads)
+
+        return x, v, backward

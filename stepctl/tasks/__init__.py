@@ -3,5 +3,6 @@
 NAMES = {
     "classification": "stepctl.tasks.supervised:Classification",
     "binary_classification": "stepctl.tasks.supervised:BinaryClassification",
+    "wgan": "stepctl.tasks.wgan:WGAN",
     "regression": "stepctl.tasks.supervised:Regression",
 }

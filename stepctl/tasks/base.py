@@ -5,43 +5,71 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import ClassVar, Literal
 
-from stepctl.arena import Arena, Shape, all_finite
+from stepctl.arena import Arena, Array, Shape, all_finite
 from stepctl.data.base import Targets
 from stepctl.data.batches import Batch
-from stepctl.errors import NonFiniteError
-from stepctl.state import Counters, TrainState
+from stepctl.errors import CheckpointError, ConfigError, NonFiniteError
+from stepctl.models.base import Ends
+from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, Counters, TrainState
+from stepctl.tasks.learner import MODEL, Learner
 
 Metrics = dict[str, float]
+Mode = Literal["min", "max"]  # which value of a metric is the better one
 
 
-def refuse_non_finite(step: int, loss: float, gradient: Arena) -> None:
+def refuse_non_finite(step: int, loss: float, gradient: Arena, whose: str = "") -> None:
     """Raise NonFiniteError, with the first bad array, if the update to `step` would spoil the parameters."""
     if math.isfinite(loss) and all_finite(gradient.flat):
         return
     bad = next((name for name, array in gradient.items() if not all_finite(array)), None)
-    where = f"first bad array: the gradient of {bad}" if bad else "the gradient is finite"
+    where = f"first bad array: the gradient of {whose}{bad}" if bad else "the gradient is finite"
     raise NonFiniteError(f"step {step}: the loss is {loss}; {where}")
 
 
+def refuse_unwritten(gradient: Arena, whose: str = "model") -> None:
+    """Raise ConfigError if a part of a gradient that was marked before is as it was."""
+    if unwritten := gradient.marked():
+        raise ConfigError(
+            f"{whose}: backward left the gradient of {', '.join(unwritten)} unwritten; "
+            "it must write all of it: grads[name][...] = ..."
+        )
+
+
+def summed(parts: list[Metrics]) -> Metrics:
+    """Return the sums of the parts' metrics, exactly rounded, so that the order of the parts does not matter."""
+    return parts[0] if len(parts) == 1 else {name: math.fsum(part[name] for part in parts) for name in parts[0]}
+
+
 class Task(ABC):
-    """One update of the state, and its evaluation."""
+    """One update of the state, and its evaluation.
+
+    Its constructor takes keyword arguments: `seed`, `dtype` and `shards` come from the config's other sections if it
+    asks for them; every other argument from its own. Then it is handed `learners`, one for each of its `models`.
+    """
 
     targets: Targets
-    metrics: tuple[str, ...]  # what `evaluate` returns
+    models: ClassVar[tuple[str, ...]] = (MODEL,)
+    metrics: ClassVar[dict[str, Mode]]  # what `evaluate` returns; the first is the one to go by
+    training_metrics: ClassVar[tuple[str, ...]]  # what `step` returns, beside learning rates and norms
+    clock: str = MODEL  # the counter that the global step follows
+    batches_per_step: int = 1
+    learners: dict[str, Learner]
 
-    @staticmethod
     @abstractmethod
-    def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
-        """Return how many outputs the model needs."""
+    def ends(self, n_classes: int | None, sample_shape: Shape, target_shape: Shape) -> dict[str, Ends]:
+        """Return what each model maps to what."""
 
-    @abstractmethod
+    def counts(self, steps: int) -> dict[str, int]:
+        """Return how many updates each optimizer has made after so many global steps: the relation of the counters."""
+        return {MODEL: steps}
+
     def initial_state(self, initial_step: int) -> TrainState:
         """Return the state before the first update."""
-
-    @abstractmethod
-    def check_counters(self, counters: Counters, initial_step: int) -> None:
-        """Raise CheckpointError if the counters cannot belong together."""
+        counters = {GLOBAL_STEP: initial_step, SAMPLES_SEEN: 0} | dict.fromkeys(self.models, 0)
+        arenas = [learner.initial_arenas() for learner in self.learners.values()]
+        return TrainState(Counters(counters), {path: arena for each in arenas for path, arena in each.items()})
 
     @abstractmethod
     def trial(self, state: TrainState, batch: Batch) -> None:
@@ -51,13 +79,34 @@ class Task(ABC):
     def step(self, state: TrainState, batch: Batch) -> Metrics:
         """Apply one update to the arrays (not to the counters) and return what was measured on the way.
 
-        NonFiniteError, or any error of the model's, must come before anything is changed; TornUpdate after that.
+        NonFiniteError, or any error of the model's, must leave the state as it was; TornUpdate says that it is not.
         """
 
     @abstractmethod
-    def increments(self, batch: Batch) -> dict[str, int]:
-        """Return by how much each counter rises once this batch's update is complete."""
+    def evaluate(self, state: TrainState, batches: Iterable[Batch], *, average: bool = False) -> Metrics:
+        """Return the metrics over all batches, with the moving average's weights if asked; nothing changes."""
 
-    @abstractmethod
-    def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> Metrics:
-        """Return the metrics over all batches; nothing changes."""
+    def generate(self, state: TrainState, n: int, *, average: bool = False) -> Array | None:
+        """Return n samples, always of the same noise: (n, *sample_shape); None from a task that makes none."""
+        return None
+
+    def increments(self, counters: Counters, batch: Batch) -> dict[str, int]:
+        """Return by how much each counter rises once this batch's update is complete."""
+        made = counters[self.clock]
+        before, after = self.counts(made), self.counts(made + 1)
+        return {GLOBAL_STEP: 1, SAMPLES_SEEN: len(batch.x)} | {name: after[name] - before[name] for name in after}
+
+    def count_at(self, name: str, steps: int, *, initial_step: int, batch_size: int) -> int:
+        """Return what a counter stands at after so many global steps that nothing disturbed."""
+        samples = steps * batch_size * self.batches_per_step
+        return {GLOBAL_STEP: initial_step + steps, SAMPLES_SEEN: samples, **self.counts(steps)}[name]
+
+    def check_counters(self, counters: Counters, initial_step: int) -> None:
+        """Raise CheckpointError if the optimizers' counters are not those of so many global steps."""
+        for name, expected in self.counts(counters.global_step - initial_step).items():
+            if counters[name] != expected:
+                raise CheckpointError(
+                    "counter",
+                    f"counters disagree: {counters[name]} updates of the {name}, but global step "
+                    f"{counters.global_step} with initial_step {initial_step} makes {expected}",
+                )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from functools import partial
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 
@@ -14,14 +13,12 @@ from stepctl import losses
 from stepctl.arena import Arena, Array, Shape, TreeSum, Workspace
 from stepctl.data.base import Targets
 from stepctl.data.batches import Batch
-from stepctl.errors import CheckpointError, ConfigError
-from stepctl.models.base import Backward, Model
-from stepctl.optimizers.base import Optimizer, Tick
+from stepctl.errors import ConfigError
+from stepctl.models.base import Ends
 from stepctl.rng import rng
-from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, Counters, TrainState
-from stepctl.tasks.base import Metrics, Task, refuse_non_finite
-
-_MODEL = "model"  # the name of the one optimizer and its counter
+from stepctl.state import TrainState
+from stepctl.tasks.base import Metrics, Mode, Task, refuse_non_finite, refuse_unwritten, summed
+from stepctl.tasks.learner import MODEL, Learner
 
 
 class Supervised(Task):
@@ -31,100 +28,70 @@ class Supervised(Task):
     loss, and they are summed in a fixed binary tree.
     """
 
-    def __init__(
-        self, *, model: Model, optimizer: Optimizer, n_outputs: int, seed: int, dtype: str, shards: int, threads: int
-    ) -> None:
-        self.model, self.optimizer, self._n_outputs = model, optimizer, n_outputs
-        self._seed, self._dtype, self._shards, self._threads = seed, dtype, shards, threads
+    def __init__(self, *, seed: int, dtype: str, shards: int) -> None:
+        self._seed, self._shards = seed, shards
         self._training, self._evaluation = Workspace(dtype), Workspace(dtype)
         self._gradients: TreeSum | None = None
+
+    @property
+    def _learner(self) -> Learner:
+        return self.learners[MODEL]
+
+    def ends(self, n_classes: int | None, sample_shape: Shape, target_shape: Shape) -> dict[str, Ends]:
+        return {MODEL: Ends(sample_shape, self.n_outputs(n_classes, target_shape))}
+
+    @staticmethod
+    @abstractmethod
+    def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
+        """Return how many outputs the model needs."""
 
     @staticmethod
     @abstractmethod
     def measure(outputs: Array, y: Array, n: int, workspace: Workspace) -> tuple[Metrics, Array]:
         """Return this part's share of the metrics of n samples, and the loss's gradient at the outputs."""
 
-    def initial_state(self, initial_step: int) -> TrainState:
-        params = Arena(self.model.parameter_shapes(), self._dtype)
-        self.model.initialize(params, lambda name: rng(self._seed, f"init/{name}"))
-        return TrainState(
-            counters=Counters({GLOBAL_STEP: initial_step, SAMPLES_SEEN: 0, _MODEL: 0}),
-            params=params,
-            optimizers={_MODEL: self.optimizer.initial_slots(params)},
-            buffers=Arena({}, self._dtype),
-        )
-
-    def check_counters(self, counters: Counters, initial_step: int) -> None:
-        if counters[_MODEL] != counters.global_step - initial_step:
-            raise CheckpointError(
-                "counter",
-                f"counters disagree: {counters[_MODEL]} updates of the model, but global step "
-                f"{counters.global_step} with initial_step {initial_step}",
-            )
-
-    def increments(self, batch: Batch) -> dict[str, int]:
-        return {GLOBAL_STEP: 1, SAMPLES_SEEN: len(batch.x), _MODEL: 1}
-
     def trial(self, state: TrainState, batch: Batch) -> None:
         self._gradient(state, batch, checked=True)
-        self.optimizer.trial(self._dtype)
-        self.optimizer.learning_rate(state.counters.global_step)
+        self._learner.trial(state)
 
     def step(self, state: TrainState, batch: Batch) -> Metrics:
         gradient, metrics = self._gradient(state, batch)
         refuse_non_finite(state.counters.global_step + 1, metrics["loss"], gradient)
-        tick = Tick(self.optimizer.learning_rate(state.counters.global_step), state.counters[_MODEL] + 1)
-        slots = state.optimizers[_MODEL]
-        self.optimizer.update(state.params, slots, gradient, tick, threads=self._threads)
-        metrics["learning_rate"] = tick.learning_rate
-        return metrics
+        return metrics | self._learner.update(state, gradient, state.counters)
 
     def _gradient(self, state: TrainState, batch: Batch, *, checked: bool = False) -> tuple[Arena, Metrics]:
+        params = self._learner.params(state)
         if self._gradients is None:
-            self._gradients = TreeSum(state.params)
+            self._gradients = TreeSum(params)
         step, n = state.counters.global_step, len(batch.x)
         rows = n // self._shards
         parts = []
         for shard in range(self._shards):
             at = slice(shard * rows, (shard + 1) * rows)
             self._training.start(partial(self._rng, step, shard))
-            outputs, backward = self._forward(state.params, batch.x[at], self._training)
+            outputs, backward = self._learner.forward(params, batch.x[at], self._training)
             metrics, doutputs = self.measure(outputs, batch.y[at], n, self._training)
             leaf = self._gradients.leaf()
             if checked:
                 leaf.mark()
             backward(doutputs, leaf)
-            if checked and (unwritten := leaf.marked()):
-                raise ConfigError(
-                    f"model: backward left the gradient of {', '.join(unwritten)} unwritten; "
-                    "it must write all of it: grads[name][...] = ..."
-                )
+            if checked:
+                refuse_unwritten(leaf)
             self._gradients.add()
             parts.append(metrics)
-        return self._gradients.total(), _summed(parts)
+        return self._gradients.total(), summed(parts)
 
-    def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> Metrics:
-        parts, n = [], 0
+    def evaluate(self, state: TrainState, batches: Iterable[Batch], *, average: bool = False) -> Metrics:
+        params, parts, n = self._learner.params(state, average=average), [], 0
         for batch in batches:
             self._evaluation.start()
-            outputs, _ = self._forward(state.params, batch.x, self._evaluation)
+            outputs, _ = self._learner.forward(params, batch.x, self._evaluation)
             parts.append(self.measure(outputs, batch.y, 1, self._evaluation)[0])
             n += len(batch.x)
-        return {name: value / n for name, value in _summed(parts).items()}
-
-    def _forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
-        outputs, backward = self.model.forward(params, x, workspace)
-        if outputs.shape != (len(x), self._n_outputs):
-            raise ConfigError(f"model: forward returned shape {outputs.shape}; {(len(x), self._n_outputs)} is needed")
-        return outputs, backward
+        return {name: value / n for name, value in summed(parts).items()}
 
     def _rng(self, step: int, shard: int, name: str) -> np.random.Generator:
         return rng(self._seed, f"step/{name}", step, shard)
-
-
-def _summed(parts: list[Metrics]) -> Metrics:
-    # exactly rounded, so that the order of the parts does not matter
-    return parts[0] if len(parts) == 1 else {name: math.fsum(part[name] for part in parts) for name in parts[0]}
 
 
 @final
@@ -132,7 +99,8 @@ class Classification(Supervised):
     """Labels 0..n_classes-1 under softmax cross-entropy; one output a class."""
 
     targets: Targets = "classes"
-    metrics = ("loss", "accuracy")
+    metrics: ClassVar[dict[str, Mode]] = {"loss": "min", "accuracy": "max"}
+    training_metrics = ("loss", "accuracy")
 
     @staticmethod
     def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
@@ -151,7 +119,8 @@ class BinaryClassification(Supervised):
     """Labels 0 and 1 under binary cross-entropy; one output, whose sign is the answer."""
 
     targets: Targets = "classes"
-    metrics = ("loss", "accuracy")
+    metrics: ClassVar[dict[str, Mode]] = {"loss": "min", "accuracy": "max"}
+    training_metrics = ("loss", "accuracy")
 
     @staticmethod
     def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
@@ -172,7 +141,8 @@ class Regression(Supervised):
     """Numbers under mean squared error; one output a column of the targets."""
 
     targets: Targets = "values"
-    metrics = ("loss",)
+    metrics: ClassVar[dict[str, Mode]] = {"loss": "min"}
+    training_metrics = ("loss",)
 
     @staticmethod
     def n_outputs(n_classes: int | None, target_shape: Shape) -> int:

@@ -4,10 +4,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from stepctl.rundir import write_all, writing
 from stepctl.writers.base import Row, Writer
+
+_NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 @final
@@ -20,7 +22,7 @@ class JSONLines(Writer):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def write(self, row: Row) -> None:
-        line = json.dumps({key: _value(item) for key, item in row.items()}).encode() + b"\n"
+        line = json.dumps({key: json_value(item) for key, item in row.items()}).encode() + b"\n"
         with writing(self._path):
             write_all(self._descriptor, line)
 
@@ -33,7 +35,18 @@ class JSONLines(Writer):
             os.close(self._descriptor)
 
 
-def _value(item: object) -> object:
+def json_value(item: object) -> object:
+    """Return a value as JSON can hold it."""
     if isinstance(item, float) and not math.isfinite(item):
         return "NaN" if math.isnan(item) else "Infinity" if item > 0 else "-Infinity"
     return item
+
+
+def as_number(item: Any) -> float | None:
+    """Return a value of a row that was read again as a number, None if it is none."""
+    if isinstance(item, bool) or not (isinstance(item, int | float) or item in _NON_FINITE):
+        return None
+    try:
+        return float(item)
+    except OverflowError:
+        return None

@@ -135,7 +135,7 @@ def large_state(fill: float) -> TrainState:
     """A state that no buffer holds whole."""
     params = Arena({"weight": (100_000,), "bias": (100_000,)}, "float32")
     params.flat.fill(fill)
-    return TrainState(Counters({"global_step": STEP, "samples_seen": 1}), params, {}, Arena({}, "float32"))
+    return TrainState(Counters({"global_step": STEP, "samples_seen": 1}), {"params": params})
 
 
 def large(folder: Path) -> Path:

@@ -1,0 +1,91 @@
+"""`stepctl runs`: the runs of a folder in a table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from stepctl.cli.options import Place, say
+from stepctl.errors import printable
+
+if TYPE_CHECKING:
+    from stepctl.runs import Run
+
+_HEADS = ("run", "step", "target", "metric", "last", "best", "state", "age")
+_LEFT = ("run", "metric", "state")  # columns of text
+_COLORS = {"running": "green", "finished": "", "interrupted": "yellow", "damaged": "red"}
+
+
+@click.command()
+@click.argument("folder", metavar="[DIR]", default="runs", type=Place())
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def runs(folder: str, as_json: bool) -> None:
+    """List the runs in DIR (runs, if not given): step, target, how good, whether running, and since when.
+
+    A state is running, finished (its target was reached), interrupted, or damaged (why is said on stderr).
+    The metric is that of checkpoint.keep_best, or the loss; of evaluations, if there are some.
+    """
+    import datetime
+
+    from stepctl.problems import in_one_line
+    from stepctl.runs import runs_in
+    from stepctl.writers.jsonl import json_value
+
+    found = runs_in(folder, datetime.datetime.now(datetime.UTC))
+    for run in found:
+        if run.state == "damaged":
+            say(in_one_line(f"{run.name}: {run.reason}"))
+    if as_json:
+        plain = [{key: json_value(value) for key, value in run._asdict().items()} for run in found]
+        click.echo(json.dumps(plain, indent=2))
+    elif not found:
+        say(f"{printable(folder)}: no run is there; start one with: stepctl train")
+    elif sys.stdout.isatty():
+        _print_table(found)
+    else:
+        _print_lines(found)
+
+
+def _print_table(found: list[Run]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for head in _HEADS:
+        table.add_column(head, justify="left" if head in _LEFT else "right")
+    for run in found:
+        table.add_row(*map(Text, _cells(run)), style=_COLORS[run.state])
+    Console().print(table)
+
+
+def _print_lines(found: list[Run]) -> None:
+    rows = [_HEADS, *map(_cells, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(_HEADS, row, widths, strict=True)
+        line = "  ".join(cell.ljust(width) if head in _LEFT else cell.rjust(width) for head, cell, width in cells)
+        click.echo(line.rstrip())
+
+
+def _cells(run: Run) -> tuple[str, ...]:
+    values = ["-" if value is None else f"{value:.4g}" for value in (run.last, run.best)]
+    return (*map(_text, (run.name, run.step, run.target, run.metric)), *values, run.state, _in_words(run.age))
+
+
+def _text(value: object) -> str:
+    from stepctl.problems import in_one_line
+
+    return "-" if value is None else in_one_line(str(value), 60)
+
+
+def _in_words(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,131 @@
+"""What people want to know about all their runs: where each is, and how good."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from stepctl.checkpoint import names, userblock
+from stepctl.errors import CheckpointError, ConfigError, StepctlError
+from stepctl.rundir import RunDirectory
+from stepctl.verify import acknowledged_files
+from stepctl.writers.base import Row
+from stepctl.writers.jsonl import as_number
+
+_KINDS = {"eval": "validation", "train": "training"}
+
+
+class Run(NamedTuple):
+    """One run. `last` and `best` are values of `metric`; `age` is seconds since the ledger's newest line."""
+
+    name: str
+    step: int
+    target: int | None
+    metric: str | None
+    last: float | None
+    best: float | None
+    state: str  # "running", "finished", "interrupted" or "damaged"
+    reason: str
+    age: float | None
+
+
+def runs_in(folder: str, now: datetime.datetime) -> list[Run]:
+    """Return the runs in a folder by name, or the one that it is; what is no run is passed over.
+
+    Of each run that nobody trains the newest checkpoint is read. ConfigError if there is no such folder.
+    """
+    try:
+        children = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be listed: {error.strerror}; give the folder that holds runs") from error
+    return [run for path in [folder, *children] if (run := look(RunDirectory(path), now)) is not None]
+
+
+def look(directory: RunDirectory, now: datetime.datetime) -> Run | None:
+    """Return what is known of a run, None if there is none; nothing in the directory makes it fail."""
+    try:
+        holder = directory.holder()
+        return _look(directory, holder, now) if holder or directory.holds_run() else None
+    except (StepctlError, OSError) as error:
+        return Run(directory.name, 0, None, None, None, None, "damaged", str(error), None)
+
+
+def _look(directory: RunDirectory, holder: str | None, now: datetime.datetime) -> Run:
+    ledger, rows = directory.read_ledger(), directory.read_metrics()
+    starts = [row for row in ledger if row["event"] == "start"]
+    steps = names.steps(os.listdir(directory.checkpoints)) if directory.checkpoints.is_dir() else []
+    if holder:
+        state, reason = "running", holder
+        step = max([*steps, *(row["step"] for row in rows), *(row["step"] for row in starts[-1:])], default=0)
+    else:
+        step, damage = _newest_good(directory, steps)
+        state, reason = ("damaged", damage) if damage else _ended(ledger)
+    metric, last, best = _metric(rows, _keep_best(directory))
+    target = starts[-1]["target"] if starts else None
+    return Run(directory.name, step, target, metric, last, best, state, reason, _age(ledger, now))
+
+
+def _newest_good(directory: RunDirectory, steps: list[int]) -> tuple[int, str | None]:
+    """Return the newest step whose file has its digest (0 if none), and what is wrong with the run's files."""
+    problems: list[str] = []
+    for step in reversed(steps):
+        try:
+            userblock.open_verified(directory.checkpoints / names.file_name(step)).file.close()
+            break
+        except CheckpointError as error:
+            problems.append(str(error))
+    else:
+        step = 0
+    lost = sorted(acknowledged_files(directory).keys() - set(steps))
+    problems += [f"{names.file_name(lost[-1])}: acknowledged in ledger.jsonl, but it is not there"] if lost else []
+    return step, problems[0] if problems else None
+
+
+def _ended(ledger: list[Row]) -> tuple[str, str]:
+    newest = [row for row in ledger if row["event"] in ("start", "end")][-2:]
+    if not newest or newest[-1]["event"] == "start":
+        return "interrupted", "no end is recorded"
+    end = newest[-1]
+    reached = newest[0]["event"] == "start" and end["step"] >= newest[0]["target"]
+    done = end["done"] if isinstance(end.get("done"), bool) else reached
+    return "finished" if done else "interrupted", end["reason"]
+
+
+def _metric(rows: list[Row], wanted: str | None) -> tuple[str | None, float | None, float | None]:
+    """Return the main metric's name, its last value and its best: of evaluations, if there are some."""
+    kind = "eval" if any(row.get("kind") == "eval" for row in rows) else "train"
+    rows = [row for row in rows if row.get("kind") == kind]
+    name = _main(dict.fromkeys(key for row in rows for key in row if as_number(row[key]) is not None), wanted)
+    if name is None:
+        return None, None, None
+    values = [value for row in rows if (value := as_number(row.get(name))) is not None]
+    finite = [value for value in values if math.isfinite(value)]
+    best = (min if name.endswith("loss") else max)(finite, default=None)
+    return f"{_KINDS[kind]} {name}", values[-1], best
+
+
+def _main(known: Iterable[str], wanted: str | None) -> str | None:
+    known = list(known)
+    losses = [name for name in known if name.endswith("loss")]
+    return next((name for name in (wanted, "loss", *losses) if name in known), None)
+
+
+def _keep_best(directory: RunDirectory) -> str | None:
+    try:
+        found: Any = directory.newest_config().value
+    except (StepctlError, OSError):
+        return None
+    for key in ("checkpoint", "keep_best", "metric"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _age(ledger: list[Row], now: datetime.datetime) -> float | None:
+    try:
+        then = datetime.datetime.fromisoformat(ledger[-1]["time"])
+        return max(round((now - then).total_seconds(), 3), 0.0)
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError):
+        return None

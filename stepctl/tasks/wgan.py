@@ -1,0 +1,226 @@
+"""The Wasserstein GAN: a critic and a generator, each with its optimizer and its counter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import ClassVar, Literal, final
+
+import numpy as np
+
+from stepctl.arena import Arena, Array, Shape, TreeSum, Workspace
+from stepctl.data.base import Targets
+from stepctl.data.batches import Batch
+from stepctl.errors import ConfigError
+from stepctl.models.base import Ends
+from stepctl.registry import Positive, PositiveInt
+from stepctl.rng import rng
+from stepctl.state import TrainState
+from stepctl.tasks.base import Metrics, Mode, Task, refuse_non_finite, refuse_unwritten, summed
+from stepctl.tasks.undo import Undo
+
+_CRITIC, _GENERATOR = "critic", "generator"
+_TINY = 1e-12  # added to a squared norm before its root
+
+
+@final
+class WGAN(Task):
+    """The critic learns to tell real samples x from made ones g(z); the generator learns to please it.
+
+    Critic: minimise mean D(g(z)) - mean D(x), its weights kept within +-`weight_clip` (Arjovsky et al. 2017,
+    algorithm 1), or with `gradient_penalty` times mean (|grad D| - 1)^2 at random points between x and g(z) added
+    (Gulrajani et al. 2017, algorithm 1). Generator: minimise -mean D(g(z)). z is normal, of `latent` numbers.
+
+    There are `n_critic` critic updates, each on a batch of its own, to a generator update. With `clock: generator` a
+    global step is all of these; with `clock: critic` it is one critic update, and the generator's comes with every
+    n_critic-th. `wasserstein` is the critic's estimate of the distance, mean D(x) - mean D(g(z)).
+    """
+
+    targets: Targets = "classes"  # which are not looked at
+    models: ClassVar[tuple[str, ...]] = (_CRITIC, _GENERATOR)
+    metrics: ClassVar[dict[str, Mode]] = {"wasserstein": "min"}
+    training_metrics = ("critic_loss", "wasserstein", "generator_loss")
+
+    def __init__(
+        self,
+        *,
+        n_critic: PositiveInt = 5,
+        latent: PositiveInt = 64,
+        weight_clip: Positive | None = None,
+        gradient_penalty: Positive | None = None,
+        clock: Literal["generator", "critic"] = "generator",
+        seed: int,
+        dtype: str,
+        shards: int,
+    ) -> None:
+        if (weight_clip is None) == (gradient_penalty is None):
+            raise ConfigError("wgan takes weight_clip (such as 0.01) or gradient_penalty (such as 10): give one")
+        self.n_critic, self.latent, self.clock = n_critic, latent, clock
+        self.batches_per_step = n_critic if clock == _GENERATOR else 1
+        self._weight_clip, self._penalty, self._seed, self._shards = weight_clip, gradient_penalty, seed, shards
+        self._training, self._evaluation = Workspace(dtype), Workspace(dtype)
+        self._sums: dict[str, TreeSum] = {}
+        self._unused: dict[str, Arena] = {}
+        self._undo = Undo()
+
+    def ends(self, n_classes: int | None, sample_shape: Shape, target_shape: Shape) -> dict[str, Ends]:
+        made = int(np.prod(sample_shape))
+        return {_CRITIC: Ends(sample_shape, 1, input_gradient=True), _GENERATOR: Ends((self.latent,), made)}
+
+    def counts(self, steps: int) -> dict[str, int]:
+        critic = steps * self.batches_per_step
+        return {_CRITIC: critic, _GENERATOR: critic // self.n_critic}
+
+    def trial(self, state: TrainState, batch: Batch) -> None:
+        rows = len(batch.x) // self.batches_per_step
+        self._critic_gradient(state, batch.x[:rows], 0, checked=True)
+        self._generator_gradient(state, rows, 0, checked=True)
+        for learner in self.learners.values():
+            learner.trial(state)
+
+    def step(self, state: TrainState, batch: Batch) -> Metrics:
+        counts, step = dict(state.counters), state.counters.global_step + 1
+        rows = len(batch.x) // self.batches_per_step
+        critic, generator = self.learners[_CRITIC], self.learners[_GENERATOR]
+        with self._undo.on_error(critic.arenas(state)):
+            for first in range(0, len(batch.x), rows):
+                gradient, metrics = self._critic_gradient(state, batch.x[first : first + rows], counts[_CRITIC])
+                refuse_non_finite(step, metrics["critic_loss"], gradient, "critic/")
+                metrics |= critic.update(state, gradient, counts, clip=self._weight_clip)
+                counts[_CRITIC] += 1
+            if counts[_CRITIC] % self.n_critic == 0:
+                gradient, made = self._generator_gradient(state, rows, counts[_GENERATOR])
+                refuse_non_finite(step, made["generator_loss"], gradient, "generator/")
+                metrics |= made | generator.update(state, gradient, counts)
+        return metrics
+
+    def evaluate(self, state: TrainState, batches: Iterable[Batch], *, average: bool = False) -> Metrics:
+        params = self.learners[_CRITIC].params(state, average=average)
+        parts, n = [], 0
+        for number, batch in enumerate(batches):
+            noise = rng(self._seed, "evaluate/latent", number)
+            self._evaluation.start()
+            fake = self._generated(state, batch.x, noise, self._evaluation, average=average)
+            real_scores = self.learners[_CRITIC].forward(params, batch.x, self._evaluation)[0]
+            fake_scores = self.learners[_CRITIC].forward(params, fake, self._evaluation)[0]
+            parts.append({"wasserstein": float(real_scores.sum()) - float(fake_scores.sum())})
+            n += len(batch.x)
+        return {name: value / n for name, value in summed(parts).items()}
+
+    def generate(self, state: TrainState, n: int, *, average: bool = False) -> Array:
+        self._evaluation.start()
+        like = np.empty((n, *self.learners[_CRITIC].ends.input_shape), self._evaluation.dtype)
+        noise = rng(self._seed, "generate/latent")
+        return self._generated(state, like, noise, self._evaluation, average=average).copy()
+
+    def _generated(
+        self, state: TrainState, like: Array, noise: np.random.Generator, workspace: Workspace, *, average: bool = False
+    ) -> Array:
+        z = self._latent(len(like), noise, workspace)
+        learner = self.learners[_GENERATOR]
+        return learner.forward(learner.params(state, average=average), z, workspace)[0].reshape(like.shape)
+
+    def _latent(self, rows: int, noise: np.random.Generator, workspace: Workspace) -> Array:
+        z = workspace.empty((rows, self.latent))
+        noise.standard_normal(out=z, dtype=z.dtype.type)
+        return z
+
+    # --- gradients
+
+    def _critic_gradient(
+        self, state: TrainState, x: Array, number: int, *, checked: bool = False
+    ) -> tuple[Arena, Metrics]:
+        critic, workspace, n = self.learners[_CRITIC], self._training, len(x)
+        params = critic.params(state)
+        sums, parts = self._sum(_CRITIC, params), []
+        for shard, at in enumerate(self._parts(n)):
+            real = x[at]
+            workspace.start(partial(self._rng, _CRITIC, number, shard))
+            fake = self._generated(state, real, self._rng(_CRITIC, number, shard, "latent"), workspace)
+            both = workspace.empty((2 * len(real), *real.shape[1:]))
+            both[: len(real)], both[len(real) :] = real, fake
+            scores, backward = critic.forward(params, both, workspace)
+            distance = (float(scores[: len(real)].sum()) - float(scores[len(real) :].sum())) / n
+            dscores = workspace.empty(scores.shape)
+            dscores[: len(real)], dscores[len(real) :] = -1 / n, 1 / n
+            leaf = sums.leaf()
+            if checked:
+                leaf.mark()
+            backward(dscores, leaf)
+            if checked:
+                refuse_unwritten(leaf, _CRITIC)
+            penalty = self._add_penalty(params, real, fake, leaf, n, number, shard) if self._penalty else 0.0
+            sums.add()
+            parts.append({"critic_loss": penalty - distance, "wasserstein": distance})
+        return sums.total(), summed(parts)
+
+    def _add_penalty(
+        self, params: Arena, real: Array, fake: Array, gradient: Arena, n: int, number: int, shard: int
+    ) -> float:
+        """Add the penalty's gradient; return this part's share of it: penalty / n sum_i (|grad D(x_i)| - 1)^2."""
+        assert self._penalty is not None
+        critic, workspace, rows = self.learners[_CRITIC], self._training, len(real)
+        share = self._rng(_CRITIC, number, shard, "between").random((rows, 1), dtype=real.dtype.type)
+        between = workspace.empty((rows, real.size // rows))
+        between[...] = share * real.reshape(rows, -1) + (1 - share) * fake.reshape(rows, -1)
+        scores, backward = critic.forward(params, between.reshape(real.shape), workspace)
+        ones, extra = np.ones_like(scores), self._scratch(_CRITIC, params)
+        slope = self._inputs(backward(ones, extra), _CRITIC).reshape(rows, -1)
+        norms = np.sqrt(np.square(slope).sum(axis=1, keepdims=True) + _TINY)
+        # d/dparams of sum_i u_i . grad D(x_i) with u held: backward through the derivative along u
+        along = (2 * self._penalty / n) * (norms - 1) / norms * slope
+        outputs, tangents, back = critic.model.tangent(
+            params, between.reshape(real.shape), along.reshape(real.shape), workspace
+        )
+        back(np.zeros_like(outputs), np.ones_like(tangents), extra)
+        np.add(gradient.flat, extra.flat, out=gradient.flat)
+        return self._penalty * float(np.square(norms - 1).sum()) / n
+
+    def _generator_gradient(
+        self, state: TrainState, n: int, number: int, *, checked: bool = False
+    ) -> tuple[Arena, Metrics]:
+        critic, generator, workspace = self.learners[_CRITIC], self.learners[_GENERATOR], self._training
+        critic_params, params = critic.params(state), generator.params(state)
+        sums, parts = self._sum(_GENERATOR, params), []
+        for shard, at in enumerate(self._parts(n)):
+            rows = at.stop - at.start
+            workspace.start(partial(self._rng, _GENERATOR, number, shard))
+            z = self._latent(rows, self._rng(_GENERATOR, number, shard, "latent"), workspace)
+            made, back_through_generator = generator.forward(params, z, workspace)
+            samples = made.reshape(rows, *critic.ends.input_shape)
+            scores, back_through_critic = critic.forward(critic_params, samples, workspace)
+            parts.append({"generator_loss": -float(scores.sum()) / n})
+            dscores = workspace.empty(scores.shape)
+            dscores.fill(-1 / n)
+            dmade = self._inputs(back_through_critic(dscores, self._scratch(_CRITIC, critic_params)), _CRITIC)
+            leaf = sums.leaf()
+            if checked:
+                leaf.mark()
+            back_through_generator(dmade.reshape(made.shape), leaf)
+            if checked:
+                refuse_unwritten(leaf, _GENERATOR)
+            sums.add()
+        return sums.total(), summed(parts)
+
+    def _parts(self, n: int) -> list[slice]:
+        rows = n // self._shards
+        return [slice(shard * rows, (shard + 1) * rows) for shard in range(self._shards)]
+
+    def _sum(self, name: str, params: Arena) -> TreeSum:
+        if name not in self._sums:
+            self._sums[name] = TreeSum(params)
+        return self._sums[name]
+
+    def _scratch(self, name: str, params: Arena) -> Arena:
+        if name not in self._unused:
+            self._unused[name] = params.like()
+        return self._unused[name]
+
+    def _rng(self, whose: str, number: int, shard: int, name: str) -> np.random.Generator:
+        return rng(self._seed, f"{whose}/{name}", number, shard)
+
+    @staticmethod
+    def _inputs(gradient: Array | None, whose: str) -> Array:
+        if gradient is None:
+            raise ConfigError(f"{whose}: backward returns no gradient of the inputs; the generator learns from it")
+        return gradient
