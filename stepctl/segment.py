@@ -76,7 +76,7 @@ class Segment:
         }
 
     def nothing_to_do(self) -> str | None:
-        """Return how to go on all the same, if a stop rule lets this segment make no step; None if it has work.
+        """Return why a stop rule lets this segment make no step, and how to go on all the same; None if it has work.
 
         The rules are asked once, so that all who ask hear the same. A fresh run has its first checkpoint to make.
         """
@@ -87,7 +87,11 @@ class Segment:
         if self.restored is None:
             return None
         reasons = (rule.reason(self.state.counters) for rule in self.rules)
-        return next((reason.remedy or reason.text for reason in reasons if reason is not None), None)
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is None:
+            return None
+        text = "" if self.start >= self.target else reason.text  # the target is said anyway
+        return "; ".join(filter(None, (text, reason.remedy)))
 
     def train(
         self, writers: Sequence[Writer] = (), hooks: Sequence[Hook] = (), stop: Sequence[StopRule] = ()

@@ -94,7 +94,7 @@ class EarlyStopping(Watch):
             return None
         value = float(self._state["value"])
         text = f"early stopping: {waited} evaluations without a better {self.metric} than {value:.6g}"
-        return StopReason(text, done=True, remedy=f"{text}; to go on: --set stop.early_stopping=null")
+        return StopReason(text, done=True, remedy="to go on: --set stop.early_stopping=null")
 
 
 class TargetMetric(Watch):
@@ -120,4 +120,4 @@ class TargetMetric(Watch):
         if self._config is None or math.isnan(value) or self._better(self._config.value, value):
             return None
         text = f"target metric: {self.metric} {value:.6g} reached {self._config.value:.6g}"
-        return StopReason(text, done=True, remedy=f"{text}; to go on: --set stop.target_metric=null")
+        return StopReason(text, done=True, remedy="to go on: --set stop.target_metric=null")
