@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from stepctl import yamlio
@@ -10,6 +11,7 @@ from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, userblock
 from stepctl.config import Cadence
 from stepctl.rundir import RunDirectory
+from stepctl.state import crosses
 
 _SHOWN = 8  # steps listed of a cadence before the rest is left out
 
@@ -18,11 +20,17 @@ def plan(assembly: Assembly, directory: RunDirectory) -> dict[str, Any]:
     """Return what a fresh run would do, without doing it: shapes, sizes in bytes, and the steps of each event."""
     config, state = assembly.config, assembly.state
     first, last = config.initial_step, config.target(config.initial_step)
+    arenas = {path: arena for path, arena in state.arenas.items() if f"{path}/".startswith("params/")}
+    parameters = {
+        f"{path}/{name}".removeprefix("params/"): list(shape)
+        for path, arena in arenas.items()
+        for name, shape in arena.shapes.items()
+    }
     image = codec.encode(
         state, run=directory.name, config=yamlio.dumps(config.plain()), numerics=json.dumps(assembly.numerics)
     )
     n_sums = config.data.shards.bit_length()
-    steps = range(first + 1, last + 1)
+    steps, fires = range(first + 1, last + 1), partial(_fires, assembly)
     return {
         "run_dir": str(directory.path),
         "samples": {
@@ -30,22 +38,23 @@ def plan(assembly: Assembly, directory: RunDirectory) -> dict[str, Any]:
             "validation": assembly.validation.part.n if assembly.validation else 0,
             "shape": list(assembly.sources[0].sample_shape),
         },
-        "parameters": {name: list(shape) for name, shape in state.params.shapes.items()},
-        "n_parameters": state.params.n_elements,
+        "parameters": parameters,
+        "n_parameters": sum(arena.n_elements for arena in arenas.values()),
         "bytes": {
             "state": state.n_bytes,
-            "gradients": state.params.n_bytes * n_sums,
+            "gradients": sum(arena.n_bytes for arena in arenas.values()) * n_sums,
             "checkpoint": userblock.SIZE + image.n_bytes,
         },
         "steps": [first, last],
-        "log": [step for step in steps if step in (first + 1, last) or _fires(config.log, step)],
-        "evaluate": [step for step in steps if assembly.validation and (step == last or _fires(config.evaluate, step))],
-        "save": [first, *(step for step in steps if step == last or _fires(config.checkpoint, step))],
+        "log": [step for step in steps if step in (first + 1, last) or fires(config.log, step)],
+        "evaluate": [step for step in steps if assembly.validation and (step == last or fires(config.evaluate, step))],
+        "save": [first, *(step for step in steps if step == last or fires(config.checkpoint, step))],
     }
 
 
-def _fires(cadence: Cadence, step: int) -> bool:
-    return cadence.every is not None and step % cadence.every == cadence.offset
+def _fires(assembly: Assembly, cadence: Cadence, step: int) -> bool:
+    before, after = (assembly.count_at(cadence.counter, at) for at in (step - 1, step))
+    return cadence.every is not None and crosses(before, after, cadence.every, cadence.offset)
 
 
 def abbreviate(steps: list[int]) -> str:
