@@ -87,8 +87,8 @@ def resume(
         _check_data(assembly, ledger, options)
         assembly.trial()
         step = header.global_step
-        for name in assembly.forget([change["key"] for change in changed]):
-            say(f"note: {name} goes by something else from here on, and begins anew")
+        for watch in assembly.forget(base):
+            say(f"note: {watch} goes by something else from here on, and begins anew")
         stop_changed = any(change["key"] in ("stop.last_step", "stop.num_steps") for change in changed)
         target = _target(config, options, ledger, step, stop_changed)
         segment = Segment(directory, assembly, say, target=target, restored=name)

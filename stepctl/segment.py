@@ -87,7 +87,9 @@ class Segment:
         if self.restored is None:
             return None
         reasons = (rule.reason(self.state.counters) for rule in self.rules)
-        return next((reason.remedy or reason.text for reason in reasons if reason is not None), None)
+        if (reason := next((reason for reason in reasons if reason is not None), None)) is None:
+            return None
+        return reason.remedy if reason.evident else f"{reason.text}; {reason.remedy}"
 
     def train(
         self, writers: Sequence[Writer] = (), hooks: Sequence[Hook] = (), stop: Sequence[StopRule] = ()

@@ -11,11 +11,15 @@ from stepctl.tasks.base import Metrics
 
 
 class StopReason(NamedTuple):
-    """Why a segment ends, whether that is its end (or an interruption), and how to go on all the same."""
+    """Why a segment ends, whether that is its end (or an interruption), and how to go on all the same.
+
+    `evident` tells whether the remedy alone says why.
+    """
 
     text: str
     done: bool
     remedy: str = ""
+    evident: bool = True
 
 
 class Hook(ABC):
