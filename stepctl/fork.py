@@ -27,7 +27,6 @@ class ForkOptions:
 
     at: int | None = None
     assignments: tuple[str, ...] = ()
-    stop: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ def fork(
                 say(line)
             header = reader.header
         changes = configs.changes(base, config)
+        for watch in assembly.forget(base):
+            say(f"note: {watch} goes by something else in the fork, and begins anew")
         _check_data(assembly, parent, changes, say)
         assembly.trial()
         settled = config.numerics != base.numerics
@@ -73,7 +74,7 @@ def fork(
         }
         target = config.target(header.global_step)
         for note in horizon_notes(assembly, target, locked=False):
-            say(note)
+            say(f"note: {note}")
         with founded(child, config, say):
             _record(parent, child, header, changes, assembly.data_fingerprint())
             _publish(child, codec.encode(assembly.state, **texts), header.global_step)
@@ -83,8 +84,6 @@ def fork(
 def _configs(parent: RunDirectory, options: ForkOptions) -> tuple[Config, Config]:
     document = parent.newest_config()
     base = configs.parse(document)
-    if options.stop is not None:
-        document.put("stop", options.stop, "--num-steps" if "num_steps" in options.stop else "--last-step")
     document.set_all(options.assignments)
     return base, configs.parse(document)
 

@@ -6,17 +6,18 @@ import fnmatch
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from stepctl import yamlio
+from stepctl import registry, tasks, yamlio
 from stepctl.arena import Array
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
-from stepctl.errors import CheckpointError
+from stepctl.errors import CheckpointError, StepctlError
 from stepctl.rundir import RunDirectory
+from stepctl.state import GLOBAL_STEP
 
 
 def open_path(path: str, report: Callable[[str], None]) -> codec.Reader:
@@ -86,6 +87,7 @@ def inspect(reader: codec.Reader, pattern: str = "*") -> dict[str, Any]:
     `pattern` (fnmatch) chooses arrays by path, such as "params/*" or "*/weight".
     """
     header, shapes = reader.header, reader.array_shapes()
+    config = yamlio.loads(header.config, f"{reader.name}:/config").value
     n_parameters = sum(math.prod(shape) for path, (shape, _) in shapes.items() if path.startswith("params/"))
     return {
         "file": reader.name,
@@ -94,15 +96,32 @@ def inspect(reader: codec.Reader, pattern: str = "*") -> dict[str, Any]:
         "run": header.run,
         "sha256": header.sha256,
         "counters": header.counters,
+        "relations": relations(header.counters, config),
         "parameters": n_parameters,
         "arrays": [
             {"path": path, "shape": list(shape), "dtype": dtype, **figures(reader.parts(path))}
             for path, (shape, dtype) in shapes.items()
             if fnmatch.fnmatchcase(path, pattern)
         ],
-        "config": yamlio.loads(header.config, f"{reader.name}:/config").value,
+        "config": config,
         "numerics": json.loads(header.numerics),
     }
+
+
+def relations(counters: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, bool] | None:
+    """Return for each optimizer's counter whether it is what so many global steps of its task make.
+
+    None if the task is not one of stepctl's own: a checkpoint never has anything imported.
+    """
+    spec, start = config.get("task"), config.get("initial_step")
+    if not isinstance(spec, dict) or spec.get("name") not in tasks.NAMES or not isinstance(start, int):
+        return None
+    try:
+        task = registry.build("tasks", spec, seed=0, dtype="float32", shards=1)
+        expected = task.counts(counters[GLOBAL_STEP] - start)
+    except (StepctlError, LookupError, ValueError, TypeError, ArithmeticError):
+        return None
+    return {name: counters.get(name) == count for name, count in expected.items()}
 
 
 def figures(parts: Iterable[Array]) -> dict[str, Any]:

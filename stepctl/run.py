@@ -64,14 +64,13 @@ def resume(
         directory.clear_temporaries()
         directory.mend_ledger()
         base = configs.parse(directory.newest_config())
-        config = _changed_config(base, options, directory)
+        config = changed_config(base, options, directory)
         changed = configs.changes(base, config)
         configs.refuse_unknown(options.allow_change, base, config)
         configs.refuse_locked(changed, options.allow_change)
         assembly = assemble(config, hooks)
         store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
-        excused = {change["key"] for row in ledger if row["event"] == "start" for change in row.get("changes", ())}
-        excused |= {change["key"] for change in changed} | set(options.allow_change)
+        excused = excused_keys(ledger, changed) | set(options.allow_change)
 
         def accept(reader: codec.Reader) -> None:
             words = check_same_run(reader, base, excused)
@@ -89,11 +88,10 @@ def resume(
         step = header.global_step
         for watch in assembly.forget(base):
             say(f"note: {watch} goes by something else from here on, and begins anew")
-        stop_changed = any(change["key"] in ("stop.last_step", "stop.num_steps") for change in changed)
-        target = _target(config, options, ledger, step, stop_changed)
+        target = target_of(config, options, ledger, step, changed)
         segment = Segment(directory, assembly, say, target=target, restored=name)
         for note in horizon_notes(assembly, segment.target, locked=True):
-            say(note)
+            say(f"note: {note}")
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
@@ -102,7 +100,8 @@ def resume(
         yield segment
 
 
-def _changed_config(base: Config, options: ResumeOptions, directory: RunDirectory) -> Config:
+def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory) -> Config:
+    """Return a run's newest config with what a resume asks for; what was left open when the run started stays."""
     if options.document is None:
         document = yamlio.Document(base.plain(), {(): str(directory.config)})
     else:
@@ -110,7 +109,6 @@ def _changed_config(base: Config, options: ResumeOptions, directory: RunDirector
     for assignment in options.assignments:
         document.set(assignment)
     config = configs.parse(document)
-    # what was left open when the run started was decided then
     open_keys = [key for key, value in yamlio.flatten(config.numerics.model_dump()).items() if value == "auto"]
     decided = [f"numerics.{key}" for key in open_keys] + list(config.horizon_keys())
     decided += ["data.n_classes"] if config.data.n_classes is None else []
@@ -139,12 +137,22 @@ def check_same_run(reader: codec.Reader, base: Config, excused: set[str]) -> lis
     return words
 
 
-def _target(config: Config, options: ResumeOptions, ledger: list[dict[str, Any]], step: int, changed: bool) -> int:
+def excused_keys(ledger: list[dict[str, Any]], changed: list[dict[str, Any]]) -> set[str]:
+    """Return the keys in which a checkpoint may differ from the config: those that a resume changed, or this one."""
+    rows = [row.get("changes", ()) for row in ledger if row["event"] == "start"]
+    return {change["key"] for changes in [*rows, changed] for change in changes}
+
+
+def target_of(
+    config: Config, options: ResumeOptions, ledger: list[dict[str, Any]], step: int, changed: list[dict[str, Any]]
+) -> int:
+    """Return the absolute step that a resume from `step` goes on to."""
     # 1. what this command asks for  2. a changed stop section  3. the newest recorded target
     if options.stop is not None:
         return options.stop.last_step if options.stop.last_step is not None else step + (options.stop.num_steps or 0)
     recorded = rundir.newest_target(ledger)
-    return config.target(step) if changed or recorded is None else recorded
+    stop_changed = any(change["key"] in ("stop.last_step", "stop.num_steps") for change in changed)
+    return config.target(step) if stop_changed or recorded is None else recorded
 
 
 def horizon_notes(assembly: Assembly, target: int, *, locked: bool) -> Iterator[str]:
@@ -158,7 +166,7 @@ def horizon_notes(assembly: Assembly, target: int, *, locked: bool) -> Iterator[
             remedy = f"--set {key}={there}" + (f" --allow-change {key}" if locked else "")
             of = "step" if counter == GLOBAL_STEP else counter
             stays = f"from there to {there} it stays (to stretch it: {remedy})"
-            yield f"note: the learning rate's decay ends at {of} {horizon}, and {stays}"
+            yield f"the learning rate's decay ends at {of} {horizon}, and {stays}"
 
 
 def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:

@@ -42,6 +42,15 @@ class Schedule(ABC):
     def after_warmup(self, step: int) -> float:
         """Return the rate at `step`, which is not below `warmup_steps`."""
 
+    def landmarks(self) -> list[int]:
+        """Return the steps, rising, from which the rate goes another way: the warm-up's end, then the `turns`."""
+        warmup = [self.warmup_steps] if self.warmup_steps else []
+        return warmup + [step for step in self.turns() if step > self.warmup_steps]
+
+    def turns(self) -> list[int]:
+        """Return the schedule's own landmarks, rising: none unless it says so."""
+        return []
+
 
 LearningRate = Annotated[Schedule, Component("schedules", number="constant")]
 
@@ -69,6 +78,9 @@ class Exponential(Schedule):
         periods = _periods(step - self.warmup_steps, self.decay_steps, self.staircase)
         return float(self.peak * self.decay_rate**periods)
 
+    def turns(self) -> list[int]:
+        return _first_stair(self.warmup_steps, self.decay_steps, self.staircase)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InverseTime(Schedule):
@@ -82,6 +94,9 @@ class InverseTime(Schedule):
     def after_warmup(self, step: int) -> float:
         periods = _periods(step - self.warmup_steps, self.decay_steps, self.staircase)
         return self.peak / (1 + self.decay_rate * periods)
+
+    def turns(self) -> list[int]:
+        return _first_stair(self.warmup_steps, self.decay_steps, self.staircase)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +118,9 @@ class Polynomial(Schedule):
         left = 1 - _progress(step, self.warmup_steps, self.decay_steps)
         return float((self.peak - self.end) * left**self.power + self.end)
 
+    def turns(self) -> list[int]:
+        return _horizon(self.decay_steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PiecewiseConstant(Schedule):
@@ -119,6 +137,9 @@ class PiecewiseConstant(Schedule):
 
     def after_warmup(self, step: int) -> float:
         return self.values[bisect.bisect_right(self.boundaries, step)]
+
+    def turns(self) -> list[int]:
+        return self.boundaries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +161,20 @@ class Cosine(Schedule):
         progress = _progress(step, self.warmup_steps, self.decay_steps)
         return self.end + (self.peak - self.end) * (1 + math.cos(math.pi * progress)) / 2
 
+    def turns(self) -> list[int]:
+        return _horizon(self.decay_steps)
+
 
 def _periods(elapsed: int, decay_steps: int, staircase: bool) -> float:
     return elapsed // decay_steps if staircase else elapsed / decay_steps
+
+
+def _first_stair(warmup_steps: int, decay_steps: int, staircase: bool) -> list[int]:
+    return [warmup_steps + decay_steps] if staircase else []
+
+
+def _horizon(decay_steps: int | None) -> list[int]:
+    return [] if decay_steps is None else [decay_steps]
 
 
 def _check_horizon(warmup_steps: int, decay_steps: int | None) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class Segment:
         }
 
     def nothing_to_do(self) -> str | None:
-        """Return how to go on all the same, if a stop rule lets this segment make no step; None if it has work.
+        """Return why a stop rule lets this segment make no step, and how to go on all the same; None if it has work.
 
         The rules are asked once, so that all who ask hear the same. A fresh run has its first checkpoint to make.
         """
@@ -87,9 +87,11 @@ class Segment:
         if self.restored is None:
             return None
         reasons = (rule.reason(self.state.counters) for rule in self.rules)
-        if (reason := next((reason for reason in reasons if reason is not None), None)) is None:
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is None:
             return None
-        return reason.remedy if reason.evident else f"{reason.text}; {reason.remedy}"
+        text = "" if self.start >= self.target else reason.text  # the target is said anyway
+        return "; ".join(filter(None, (text, reason.remedy)))
 
     def train(
         self, writers: Sequence[Writer] = (), hooks: Sequence[Hook] = (), stop: Sequence[StopRule] = ()
@@ -107,7 +109,7 @@ class Segment:
             except KeyboardInterrupt as error:
                 if not self.store.steps():
                     raise  # nothing was begun
-                self._record_end("a second SIGINT")
+                self.record_end("a second SIGINT")
                 path = self.directory.path
                 remedy = f"go on from the newest checkpoint with: stepctl resume {path}"
                 raise StoppedAtOnce(f"{path}: stopped at once; {remedy}") from error
@@ -115,6 +117,22 @@ class Segment:
     def _train(
         self, signals: Signals, writers: Sequence[Writer], hooks: Sequence[Hook], stop: Sequence[StopRule]
     ) -> Outcome:
+        with self.opened(signals, writers, hooks, stop) as trainer:
+            reason = trainer.run()
+        return self.ended(trainer, reason)
+
+    @contextlib.contextmanager
+    def opened(
+        self,
+        signals: Signals | None = None,
+        writers: Sequence[Writer] = (),
+        hooks: Sequence[Hook] = (),
+        stop: Sequence[StopRule] = (),
+    ) -> Iterator[Trainer]:
+        """Begin: record it, open the writers, and yield the trainer; close them whatever happens.
+
+        What is raised in between saves the state, if it is that of a whole step, and is recorded.
+        """
         self._background = Background()
         self.directory.mend_ledger()
         self.directory.cut_metrics(self.start)
@@ -123,36 +141,45 @@ class Segment:
         beside = self._writers_beside()
         rows = self.assembly.rows
         rows.writers = [JSONLines(self.directory.metrics), evaluations, *beside, *writers]
-        save = self._save_hook(evaluations, signals)
+        signals = signals or Signals()
+        self.saver = self._save_hook(evaluations, signals)
+        asked = [*histograms_of(self.config.log, beside), *self._samples()]
         trainer = Trainer(
             self.assembly.task,
             self.assembly.training,
             self.state,
             stop=[*self.rules, signals, *stop],
-            hooks=[*self.assembly.hooks, *histograms_of(self.config.log, beside), *self._samples(), save, *hooks],
+            hooks=[*self.assembly.hooks, *asked, self.saver, *hooks],
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
         )
         try:
-            reason = trainer.run()
+            yield trainer
         except KeyboardInterrupt:
             self._background.abandon()
             raise
         except BaseException as error:
-            self._save_what_stands(trainer, save)
-            if isinstance(error, NonFiniteError):
-                go_on = f"stepctl resume {self.directory.path} --set on_nonfinite=skip"
-                self.say(f"lower the learning rate or set optimizer.clip_norm; or go on without such batches: {go_on}")
-            with contextlib.suppress(StepctlError):  # the disk may be what failed
-                self._record_end(f"{type(error).__name__}: {error}")
+            self._failed(trainer, self.saver, error)
             raise
         finally:
             self._background.close()
             self._report_saved()
             rows.close()
             rows.writers = []
+
+    def _failed(self, trainer: Trainer, save: Save, error: BaseException) -> None:
+        self._save_what_stands(trainer, save)
+        if isinstance(error, NonFiniteError):
+            go_on = f"stepctl resume {self.directory.path} --set on_nonfinite=skip"
+            self.say(f"lower the learning rate or set optimizer.clip_norm; or go on without such batches: {go_on}")
+        with contextlib.suppress(StepctlError):  # the disk may be what failed
+            self.record_end(f"{type(error).__name__}: {error}")
+
+    def ended(self, trainer: Trainer, reason: StopReason) -> Outcome:
+        """Record the end of what was `opened`, once it is closed."""
+        save = self.saver
         waits = {"waits": save.waits, "wait_seconds": round(save.wait_seconds, 3)} if save.waits else {}
         skipped = {"skipped_batches": trainer.skipped} if trainer.skipped else {}
-        self._record_end(reason.text, done=reason.done, **waits, **skipped)
+        self.record_end(reason.text, done=reason.done, **waits, **skipped)
         step = self.state.counters.global_step
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
 
@@ -242,7 +269,8 @@ class Segment:
             **self.facts,
         )
 
-    def _record_end(self, reason: str, *, done: bool = False, **facts: Any) -> None:
+    def record_end(self, reason: str, *, done: bool = False, **facts: Any) -> None:
+        """Add the line of this segment's end to the ledger."""
         step = self.state.counters.global_step
         facts = {"step": step, "local_step": step - self.start, "reason": reason, "done": done, **facts}
         self.directory.append_ledger("end", segment=self._number, **facts)

@@ -59,7 +59,7 @@ class Trainer:
         self.start()
         metrics = None
         while (reason := self.stop_reason()) is None:
-            metrics = self.advance() or metrics
+            metrics = self.make_step() or metrics
         self.end(metrics, reason)
         return reason
 
@@ -71,7 +71,7 @@ class Trainer:
         self.complete = True
 
     @_quiet
-    def advance(self) -> Metrics | None:
+    def make_step(self) -> Metrics | None:
         """Make one update, and tell the hooks; None if its batch was skipped."""
         metrics = self._step()
         if metrics is not None:

@@ -11,6 +11,7 @@ from stepctl.checkpoint import names
 from stepctl.errors import CheckpointError
 from stepctl.rundir import RunDirectory
 from stepctl.sandbox import Sandbox
+from stepctl.state import GLOBAL_STEP
 
 
 class Problem(NamedTuple):
@@ -134,6 +135,8 @@ def _first_config(directory: RunDirectory) -> dict[str, Any]:
 
 def _grid(cadence: dict[str, Any], first: int, last: int) -> range:
     every, offset = cadence.get("every"), cadence.get("offset") or 0
+    if cadence.get("counter", GLOBAL_STEP) != GLOBAL_STEP:
+        return range(0)  # the records do not say where another counter stood
     if not isinstance(every, int) or not isinstance(offset, int) or every < 1:
         return range(0)
     return range(first + (offset - first) % every, last + 1, every)

@@ -71,8 +71,8 @@ class Document:
             raise ConfigError(in_lines(problems))
 
     def put(self, key: str, value: Any, option: str) -> None:
-        """Set a key to what a command-line option asks for."""
-        self._put((key,), value, option, {(): option}, {})
+        """Set a dotted key to what a command-line option, or a caller, asks for."""
+        self._put(tuple(key.split(".")), value, option, {(): option}, {})
 
     def _put(
         self, path: tuple[str, ...], value: Any, name: str, places: dict[Path, str], key_places: dict[Path, str]

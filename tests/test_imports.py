@@ -22,8 +22,8 @@ LEVELS = [
     {"tasks", "hooks"},
     {"trainer"},
     {"assembly", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"}
-    | {"runs", "curves"},
-    {"cli"},
+    | {"runs", "curves", "rates"},
+    {"library", "cli"},
 ]
 # Within a level, and between families, only this.
 ALLOWED = {
@@ -47,6 +47,9 @@ ALLOWED = {
     ("fork", "run"),
     ("fork", "segment"),
     ("plan", "assembly"),
+    ("plan", "rates"),
+    ("plan", "run"),
+    ("rates", "assembly"),
     ("replay", "assembly"),
     ("compare", "report"),
     ("replay", "compare"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def block(language: str) -> str:
-    found = re.search(rf"^```{language}\n((?!apiVersion).*?)^```", README, re.M | re.S)
-    assert found is not None
-    return found[1]
+def block(language: str, with_: str = "") -> str:
+    """Return the first block of code in this language, or the first that holds these words."""
+    found = re.findall(rf"^```{language}\n((?!apiVersion).*?)^```", README, re.M | re.S)
+    return str(next(text for text in found if with_ in text))
 
 
 def test_its_config_is_a_config() -> None:
@@ -38,6 +39,14 @@ def test_its_model_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert state.counters.global_step == 3
 
 
+def test_its_program_runs(tmp_path: Path) -> None:
+    code = block("python", "import stepctl")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["50", "(64, 128)"]
+    assert "'learning_rate': 0.003" in done.stdout
+
+
 def test_every_option_it_names_exists() -> None:
     known = {option for command in cli.commands.values() for each in command.params for option in each.opts}
     known |= {option for each in cli.params for option in each.opts} | {"--help"}
@@ -47,7 +56,7 @@ def test_every_option_it_names_exists() -> None:
 
 
 def test_its_length() -> None:
-    assert README.count("\n") <= 240
+    assert README.count("\n") <= 320
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

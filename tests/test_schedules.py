@@ -149,3 +149,23 @@ def test_a_decay_without_a_horizon_gives_no_rate(schedule: Schedule) -> None:
 def test_a_warm_up_that_leaves_no_decay_is_refused(schedule: type[Cosine] | type[Polynomial]) -> None:
     with pytest.raises(ValueError, match="warmup_steps 10 leaves nothing of decay_steps 10"):
         schedule(peak=1.0, warmup_steps=10, decay_steps=10)
+
+
+# --- landmarks
+
+LANDMARKS: list[tuple[Schedule, list[int]]] = [
+    (Constant(value=0.3), []),
+    (Constant(value=0.3, warmup_steps=5), [5]),
+    (Cosine(peak=0.3, decay_steps=60, warmup_steps=5), [5, 60]),
+    (Cosine(peak=0.3), []),
+    (Polynomial(peak=0.3, decay_steps=60), [60]),
+    (Exponential(peak=0.3, decay_rate=0.9, decay_steps=7, warmup_steps=2), [2]),
+    (Exponential(peak=0.3, decay_rate=0.9, decay_steps=7, warmup_steps=2, staircase=True), [2, 9]),
+    (InverseTime(peak=0.3, decay_rate=0.9, decay_steps=7, staircase=True), [7]),
+    (PiecewiseConstant(boundaries=[3, 8], values=[1.0, 2.0, 3.0], warmup_steps=5), [5, 8]),
+]
+
+
+@pytest.mark.parametrize(("schedule", "expected"), LANDMARKS, ids=lambda value: str(value)[:60])
+def test_landmarks_are_the_steps_where_the_rate_turns(schedule: Schedule, expected: list[int]) -> None:
+    assert schedule.landmarks() == expected

@@ -89,7 +89,7 @@ def test_the_command_says_how_the_run_goes_on_and_ends_with_0(config: Config) ->
     assert call("train", "--config", "c.yaml", "--run-dir", "run", "--last-step", "3")[0] == 0
     before = Path("run/ledger.jsonl").read_text()
     Path("run/STOP").touch()
-    nothing = "run: at global step 3, target 9: nothing to do (remove run/STOP to go on)"
+    nothing = "run: at global step 3, target 9: nothing to do (file STOP; remove run/STOP to go on)"
     for line in (["resume", "run", "--last-step", "9"], ["resume", "run", "--last-step", "9", "-q"]):
         assert call(*line) == (0, nothing)
     assert Path("run/ledger.jsonl").read_text() == before
@@ -116,7 +116,7 @@ def test_a_fresh_run_that_finds_it_has_its_first_checkpoint(config: Config) -> N
 def test_going_back_sets_nothing_aside_while_the_file_stands(config: Config) -> None:
     train(make_config(**{**config.plain(), "checkpoint": {"every": 4}}), Path("run"))
     Path("run/STOP").touch()
-    nothing = "run: at global step 4, target 12: nothing to do (remove run/STOP to go on)"
+    nothing = "run: at global step 4, target 12: nothing to do (file STOP; remove run/STOP to go on)"
     assert call("resume", "run", "--from-step", "4") == (0, nothing)
     assert Store(Path("run/checkpoints")).steps() == [4, 8, 12]
     assert verify("run")[1] == []

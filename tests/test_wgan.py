@@ -16,6 +16,7 @@ from stepctl.errors import CheckpointError, ConfigError, NonFiniteError
 from stepctl.rundir import RunDirectory
 from stepctl.state import Counters, TrainState
 from stepctl.tasks.wgan import WGAN
+from stepctl.verify import verify
 
 LAST = 30
 RMSPROP, ADAM = {"name": "rmsprop", "learning_rate": 1e-3}, {"name": "adam", "learning_rate": 1e-3, "beta1": 0.5}
@@ -242,3 +243,11 @@ def test_samples_are_of_one_noise(tmp_path: Path) -> None:
     assert first.shape == (9, 64)
     assert np.array_equal(first, again)
     assert len({sample.tobytes() for sample in first}) == 9
+
+
+def test_rows_on_the_grid_of_another_counter_are_not_missed_between(tmp_path: Path) -> None:
+    task = {"name": "wgan", "n_critic": 5, "latent": 4, "weight_clip": 0.1, "clock": "critic"}
+    cadence = {"every": 2, "counter": "generator"}
+    train(wgan(task=task, log=cadence, evaluate=cadence), tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run") if row["kind"] == "eval"] == [10, 20, 30]
+    assert verify(str(tmp_path / "run"))[1] == []

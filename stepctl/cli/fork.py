@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from stepctl.cli.options import Place, Steps, say, set_option, stop_section, target_options
+from stepctl.cli.options import Place, Steps, say, set_option, stop_assignments, target_options
 
 
 @click.command()
@@ -29,7 +29,7 @@ def fork(
     from stepctl import numerics
     from stepctl.rundir import RunDirectory
 
-    stop = stop_section(num_steps, last_step)
+    assignments = (*stop_assignments(num_steps, last_step), *assignments)
     parent = RunDirectory(run_dir)
     document = parent.newest_config()
     document.set_all(assignments)
@@ -38,6 +38,6 @@ def fork(
     from stepctl.fork import ForkOptions
     from stepctl.fork import fork as fork_run
 
-    forked = fork_run(parent, RunDirectory(new_dir), ForkOptions(at, assignments, stop), say)
+    forked = fork_run(parent, RunDirectory(new_dir), ForkOptions(at, assignments), say)
     more = "" if forked.target > forked.step else f" --num-steps N (its target, step {forked.target}, is reached)"
     say(f"{new_dir}: global step {forked.step}, forked from {run_dir}; go on with: stepctl resume {new_dir}{more}")

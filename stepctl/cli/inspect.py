@@ -50,6 +50,8 @@ def print_facts(facts: dict[str, Any]) -> None:
     click.echo(f"{facts['file']}  global step {facts['global_step']}  run {run}  by {maker}")
     click.echo(f"sha256      {facts['sha256']}")
     click.echo(f"counters    {'  '.join(f'{name} {value}' for name, value in facts['counters'].items())}")
+    if facts["relations"] is not None:
+        click.echo(f"relations   {_relations(facts)}")
     click.echo(f"numerics    {printable('  '.join(f'{name} {value}' for name, value in facts['numerics'].items()))}")
     click.echo(f"parameters  {facts['parameters']:,}")
     _print_run(facts)
@@ -73,6 +75,14 @@ def _print_run(facts: dict[str, Any]) -> None:
         click.echo(printable(f"forked from {parent['run']}  at step {parent['step']}  sha256 {parent['sha256']}"))
         for change in parent["changes"]:
             click.echo(printable(f"            {change.get('key')}: {change.get('old')} -> {change.get('new')}"))
+
+
+def _relations(facts: dict[str, Any]) -> str:
+    wrong = [name for name, holds in facts["relations"].items() if not holds]
+    told = ", ".join(facts["relations"])
+    return (
+        f"{', '.join(wrong)}: not as its task counts" if wrong else f"{told}: as many as these steps of its task make"
+    )
 
 
 def _cell(value: object) -> str:

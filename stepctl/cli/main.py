@@ -13,6 +13,7 @@ from stepctl.cli.diff import diff
 from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
 from stepctl.cli.options import WHOLE_PROCESS
+from stepctl.cli.plan import plan
 from stepctl.cli.plot import plot
 from stepctl.cli.prune import prune
 from stepctl.cli.resume import resume
@@ -78,7 +79,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, resume, fork, inspect, verify, diff, prune, runs, plot, config):
+for command in (train, resume, fork, plan, inspect, verify, diff, prune, runs, plot, config):
     cli.add_command(command)
 
 

@@ -97,6 +97,13 @@ def stop_section(num_steps: int | None, last_step: int | None) -> dict[str, int]
     return {"last_step": last_step} if last_step is not None else None
 
 
+def stop_assignments(num_steps: int | None, last_step: int | None) -> tuple[str, ...]:
+    """Return what --set would have to say for the options; ConfigError if both are given."""
+    asked = stop_section(num_steps, last_step)
+    keys = ("last_step", "num_steps") if asked else ()
+    return tuple(f"stop.{key}={(asked or {}).get(key, 'null')}" for key in keys)
+
+
 def hold_signals() -> None:
     """Keep the signals that stop or save pending until training can answer them; Ctrl-C still ends the build-up."""
     held = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

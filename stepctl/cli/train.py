@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,6 +18,7 @@ from stepctl.cli.options import (
     target_options,
     train_segment,
 )
+from stepctl.cli.plan import print_plan
 from stepctl.errors import RunExistsError
 
 
@@ -90,24 +89,3 @@ def train(
         if not or_resume:
             raise
         go_on()
-
-
-def print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    """Print a plan to stdout."""
-    if as_json:
-        click.echo(json.dumps(plan, indent=2))
-        return
-    from stepctl.plan import abbreviate
-
-    samples, sizes = plan["samples"], plan["bytes"]
-    click.echo(f"run directory  {plan['run_dir']}")
-    click.echo(f"samples        {samples['training']} training, {samples['validation']} validation, of shape "
-               f"{tuple(samples['shape'])}")  # fmt: skip
-    for name, shape in plan["parameters"].items():
-        click.echo(f"  {name:<24} {tuple(shape)}")
-    click.echo(f"parameters     {plan['n_parameters']:,}")
-    click.echo(f"memory         {sizes['state']:,} bytes of state, {sizes['gradients']:,} of gradients")
-    click.echo(f"checkpoint     {sizes['checkpoint']:,} bytes")
-    click.echo(f"steps          {plan['steps'][0]} to {plan['steps'][1]}")
-    for event in ("log", "save", "evaluate"):
-        click.echo(f"{event:<15}{abbreviate(plan[event])}")

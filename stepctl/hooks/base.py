@@ -11,15 +11,11 @@ from stepctl.tasks.base import Metrics
 
 
 class StopReason(NamedTuple):
-    """Why a segment ends, whether that is its end (or an interruption), and how to go on all the same.
-
-    `evident` tells whether the remedy alone says why.
-    """
+    """Why a segment ends, whether that is its end (or an interruption), and how to go on all the same."""
 
     text: str
     done: bool
     remedy: str = ""
-    evident: bool = True
 
 
 class Hook(ABC):

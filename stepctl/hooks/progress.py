@@ -18,7 +18,7 @@ _REFRESH = 0.1  # seconds
 
 
 class ProgressBar(Hook):
-    """Shows the global step from the resumed position on, the loss, and the time left at this segment's rate."""
+    """Shows the global step from the resumed position on, the first metric, and this segment's rate and time left."""
 
     name = "progress"
 
@@ -39,7 +39,7 @@ class ProgressBar(Hook):
 
     def start(self, state: TrainState) -> None:
         step = state.counters.global_step
-        self._first = step
+        self._first, self._began = step, self._clock()
         self._bar = self._progress.add_task(self._title, total=self._target, completed=step, detail="")
         with contextlib.suppress(OSError):
             self._progress.start()
@@ -61,7 +61,10 @@ class ProgressBar(Hook):
     def _show(self, state: TrainState, metrics: Metrics) -> None:
         self._shown = self._clock()
         step = state.counters.global_step
-        detail = f"(local {step - self._first})  loss {metrics['loss']:.4g}"
+        local = step - self._first
+        name, value = next(iter(metrics.items()))
+        rate = local / max(self._clock() - self._began, 1e-9)
+        detail = f"(local {local})  {name} {value:.4g}  {rate:,.4g} steps/s"
         with contextlib.suppress(OSError):  # the terminal may be gone
             self._progress.update(self._bar, completed=step, detail=detail)
             self._progress.refresh()

@@ -96,7 +96,7 @@ class EarlyStopping(Watch):
         value = float(self._state["value"])
         text = f"early stopping: {waited} evaluations without a better {self.metric} than {value:.6g}"
         remedy = "to go on: --set stop.early_stopping=null, or a larger patience"
-        return StopReason(text, done=True, remedy=remedy, evident=False)
+        return StopReason(text, done=True, remedy=remedy)
 
 
 class TargetMetric(Watch):
@@ -121,4 +121,4 @@ class TargetMetric(Watch):
         if self._config is None or math.isnan(value) or self._better(self._config.value, value):
             return None
         text = f"target metric: {self.metric} {value:.6g} reached {self._config.value:.6g}"
-        return StopReason(text, done=True, remedy="to go on: --set stop.target_metric=null", evident=False)
+        return StopReason(text, done=True, remedy="to go on: --set stop.target_metric=null")

@@ -112,12 +112,33 @@ def random_config(chance: random.Random, **sections: Any) -> dict[str, Any]:
         "task": {"name": "classification"},
         "optimizer": {**chance.choice(_OPTIMIZERS), "learning_rate": chance.choice(_RATES)},
         "stop": {"last_step": first + chance.randint(20, 45)},
-        "log": {"every": logged, "offset": chance.randrange(logged)},
+        "ema": chance.choice((None, None, {"decay": 0.9, "warmup": True})),
+        "log": {
+            "every": logged,
+            "offset": chance.randrange(logged),
+            "means": chance.random() < 0.3,
+            "csv": chance.random() < 0.3,
+        },
         "evaluate": {"every": chance.randint(10, 25)},
         "checkpoint": {"every": every, "keep_last": chance.choice((1, 2, 3, None))},
         "numerics": {"threads": 1},
     }
-    return config | sections
+    return config | (_wgan(chance) if chance.random() < 0.2 else {}) | sections
+
+
+def _wgan(chance: random.Random) -> dict[str, Any]:
+    """Return the sections of a task with two models and three counters."""
+    held = chance.choice(({"weight_clip": 0.1}, {"gradient_penalty": 10.0}))
+    rates = {"critic": 1e-3, "generator": {"name": "exponential", "peak": 1e-3, "decay_rate": 0.5, "decay_steps": 9}}
+    clock = chance.choice(("generator", "critic"))
+    return {
+        "model": {
+            "critic": {"name": "mlp", "hidden": [8], "activation": "leaky_relu"},
+            "generator": {"name": "mlp", "hidden": [8], "output": "sigmoid"},
+        },
+        "task": {"name": "wgan", "n_critic": chance.randint(1, 3), "latent": 4, "clock": clock, **held},
+        "optimizer": {name: {**chance.choice(_OPTIMIZERS), "learning_rate": rate} for name, rate in rates.items()},
+    }
 
 
 def ledger(run: Path, event: str) -> list[dict[str, Any]]:

@@ -1,0 +1,244 @@
+"""Runs from Python: what `import stepctl` offers, for notebooks and programs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepctl import config as configs
+from stepctl import report, run, yamlio
+from stepctl.arena import Array
+from stepctl.checkpoint.codec import Reader
+from stepctl.config import Config, Stop
+from stepctl.errors import ConfigError
+from stepctl.hooks.base import Hook, StopReason
+from stepctl.rundir import RunDirectory
+from stepctl.segment import Outcome, Say, Segment
+from stepctl.state import TrainState
+from stepctl.tasks.base import Metrics
+from stepctl.trainer import Trainer
+
+Path_ = str | os.PathLike[str]
+
+
+class Run:
+    """A run that this process holds, until it is closed: use it in a `with`.
+
+    `step` and `train` may follow one another; together they are one segment. `state` is live: what it shows is
+    changed by the next step, in place or not, so copy what you want to keep.
+    """
+
+    def __init__(self, segment: Segment, stack: contextlib.ExitStack) -> None:
+        self._segment, self._stack = segment, stack
+        self._trainer: Trainer | None = None
+        self._fresh = segment.restored is None
+        self._metrics: Metrics | None = None
+        self._opened = contextlib.ExitStack()
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self._segment.directory.path
+
+    @property
+    def config(self) -> Config:
+        """The resolved config."""
+        return self._segment.config
+
+    @property
+    def state(self) -> TrainState:
+        """Counters and arrays as they are now."""
+        return self._segment.state
+
+    @property
+    def global_step(self) -> int:
+        """Completed updates since step 0."""
+        return self.state.counters.global_step
+
+    @property
+    def target(self) -> int:
+        """The global step to train to."""
+        return self._segment.target
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        """Why no further step will be made; None if there is one to make."""
+        if self._trainer is not None:
+            return self._trainer.stop_reason()
+        return next((why for rule in self._segment.rules if (why := rule.reason(self.state.counters))), None)
+
+    def step(self, n: int = 1) -> Metrics | None:
+        """Make up to `n` updates, fewer if a stop rule says so; return the metrics of the last, None if there is none.
+
+        Rows, evaluations and checkpoints are written as `train` would.
+        """
+        if self._finished():
+            return None
+        trainer, made = self._begin(), None
+        for _ in range(n):
+            found = None
+            while found is None and trainer.stop_reason() is None:
+                found = trainer.make_step()  # None: a batch that was skipped
+            if found is None:
+                break
+            made = self._metrics = found
+        return made
+
+    def train(self) -> StopReason:
+        """Make every update to the target, or until another stop rule says so; return why it stopped."""
+        if (finished := self._finished()) is not None:
+            return finished
+        trainer = self._begin()
+        while (reason := trainer.stop_reason()) is None:
+            self._metrics = trainer.make_step() or self._metrics
+        return reason
+
+    def save(self) -> None:
+        """Publish a checkpoint of the state as it is, if this step has none yet, and wait until it is durable."""
+        self._begin()
+        self._segment.saver.now(self.state)
+
+    def evaluate(self, *, average: bool = False) -> Metrics:
+        """Return the metrics over the validation part, with the moving average's weights if asked; nothing changes."""
+        assembly = self._segment.assembly
+        if assembly.validation is None:
+            raise ConfigError("data: there is no validation part; set data.validation_fraction")
+        return assembly.task.evaluate(self.state, assembly.validation, average=average)
+
+    def close(self) -> Outcome | None:
+        """Write the last row and checkpoint, and let the run go; None if nothing was begun.
+
+        A fresh run always is: its first checkpoint is that of no updates yet.
+        """
+        outcome = None
+        with self._stack:
+            if self._fresh:
+                self._begin()
+            if self._trainer is not None:
+                trainer, self._trainer = self._trainer, None
+                reason = trainer.stop_reason() or StopReason("closed", done=False)
+                with self._opened:
+                    trainer.end(self._metrics, reason)
+                outcome = self._segment.ended(trainer, reason)
+        return outcome
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self.close()
+            return
+        with self._stack:  # an error saves what stands, and is recorded
+            self._trainer = None
+            self._opened.__exit__(kind, error, trace)
+
+    def _finished(self) -> StopReason | None:
+        # to begin a segment that makes no step would cut the last one's final rows
+        return None if self._fresh or self._trainer is not None else self.stop_reason
+
+    def _begin(self) -> Trainer:
+        self._fresh = False
+        if self._trainer is None:
+            self._trainer = self._opened.enter_context(self._segment.opened())
+            self._trainer.start()
+        return self._trainer
+
+
+def create(
+    config: Path_ | Mapping[str, Any],
+    run_dir: Path_,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    hooks: Sequence[Hook] = (),
+    say: Say = print,
+) -> Run:
+    """Make a fresh run from a config (a YAML file, or a mapping as one holds), and hold it.
+
+    `overrides` are dotted keys and their values; `hooks` your own, whose `state` is saved with the run's; `say` takes
+    messages. ConfigError if something is wrong or a run is there already, RunInUseError if another process has it.
+    """
+    document = _document(config, overrides)
+    return _held(run.create(configs.parse(document), RunDirectory(run_dir), say, hooks))
+
+
+def resume(
+    run_dir: Path_,
+    *,
+    last_step: int | None = None,
+    num_steps: int | None = None,
+    from_step: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    allow_change: Sequence[str] = (),
+    hooks: Sequence[Hook] = (),
+    say: Say = print,
+) -> Run:
+    """Hold a run, at its newest good checkpoint or at `from_step`; what it will do is as `stepctl resume` does it.
+
+    `hooks` must be those that it was created with: what they remember is in the checkpoint.
+    """
+    directory = RunDirectory(run_dir)
+    document = directory.newest_config()
+    for key, value in (overrides or {}).items():
+        document.put(key, value, "overrides")
+    stop = None if last_step is num_steps is None else Stop(last_step=last_step, num_steps=num_steps)
+    options = run.ResumeOptions(document=document, stop=stop, from_step=from_step, allow_change=tuple(allow_change))
+    return _held(run.resume(directory, options, say, hooks))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: `arrays` by path, such as "params/dense0/weight"."""
+
+    global_step: int
+    counters: dict[str, int]
+    arrays: dict[str, Array]
+    config: dict[str, Any]
+    run: str
+    created_by: str
+    sha256: str
+
+
+def load_checkpoint(path: Path_) -> Checkpoint:
+    """Read a checkpoint, or a run's newest good one, into memory. CheckpointError if it is refused."""
+    with report.open_path(os.fspath(path), print) as reader:
+        header = reader.header
+        arrays = {name: _read(reader, name, shape, dtype) for name, (shape, dtype) in reader.array_shapes().items()}
+        reader.check_unchanged()
+        config = yamlio.loads(header.config, f"{reader.name}:/config").value
+        known = (header.run, header.created_by, header.sha256)
+        return Checkpoint(header.global_step, header.counters, arrays, config, *known)
+
+
+def global_step(path: Path_) -> int:
+    """Return the global step of a checkpoint, or of a run's newest good one."""
+    with report.open_path(os.fspath(path), print) as reader:
+        return reader.header.global_step
+
+
+def _read(reader: Reader, name: str, shape: tuple[int, ...], dtype: str) -> Array:
+    array = np.empty(shape, dtype)
+    reader.read_into(name, array)
+    return array
+
+
+def _document(config: Path_ | Mapping[str, Any], overrides: Mapping[str, Any] | None) -> yamlio.Document:
+    if isinstance(config, Mapping):
+        document = yamlio.loads(yamlio.dumps(dict(config)), "config")  # as a file would be read
+    else:
+        document = yamlio.load(os.fspath(config))
+    for key, value in (overrides or {}).items():
+        document.put(key, value, "overrides")
+    return document
+
+
+def _held(context: contextlib.AbstractContextManager[Segment]) -> Run:
+    with contextlib.ExitStack() as stack:
+        segment = stack.enter_context(context)
+        return Run(segment, stack.pop_all())

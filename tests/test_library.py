@@ -1,0 +1,151 @@
+"""Runs from Python: stepped by hand, with hooks of one's own, they are the command line's runs to the bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import stepctl
+from helpers import BASE, make_config, rows, train
+from helpers import resume as resume_segment
+from stepctl.arena import Array
+from stepctl.errors import ConfigError, RunExistsError, RunInUseError
+from stepctl.state import TrainState
+from stepctl.tasks.base import Metrics
+
+LAST = 20
+CONFIG = {**BASE, "stop": {"last_step": LAST}}
+
+
+class Count(stepctl.Hook):
+    """A hook of a user's own, with state."""
+
+    name = "count"
+
+    def __init__(self) -> None:
+        self.seen = np.zeros(2, np.int64)
+
+    def state(self) -> dict[str, Array]:
+        return {"seen": self.seen}
+
+    def after_step(self, state: TrainState, metrics: Metrics) -> None:
+        self.seen += state.counters.global_step, 1
+
+
+def silent(message: str) -> None:
+    return
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, list[dict[str, Any]]]:
+    path = tmp_path_factory.mktemp("unbroken") / "run"
+    return train(make_config(stop={"last_step": LAST}), path), rows(path)
+
+
+@pytest.mark.parametrize("first", [0, 1, 7, 19, 20])
+def test_stepped_by_hand_a_run_is_the_trained_one(first: int, unbroken: Any, tmp_path: Path) -> None:
+    with stepctl.create(CONFIG, tmp_path / "run", say=silent) as run:
+        made = run.step(first)
+        assert (made is None) == (first == 0)
+        assert run.global_step == first
+        assert run.train().done
+        assert run.step() is None
+        assert run.state.same_bits(unbroken[0])
+    assert rows(tmp_path / "run") == unbroken[1]
+
+
+@pytest.mark.parametrize("stop", range(0, LAST + 1, 4))
+def test_closed_after_any_step_and_resumed(stop: int, unbroken: Any, tmp_path: Path) -> None:
+    with stepctl.create(CONFIG, tmp_path / "run", say=silent) as run:
+        for _ in range(stop):
+            run.step()
+    with stepctl.resume(tmp_path / "run", say=silent) as run:
+        assert (run.global_step, run.target) == (stop, LAST)
+        run.train()
+        assert run.state.same_bits(unbroken[0])
+    assert rows(tmp_path / "run") == unbroken[1]
+
+
+def test_a_hook_of_one_s_own_is_saved_with_the_run(tmp_path: Path) -> None:
+    with stepctl.create(CONFIG, tmp_path / "run", hooks=[Count()], say=silent) as run:
+        run.step(6)
+    hook = Count()
+    with stepctl.resume(tmp_path / "run", hooks=[hook], say=silent) as run:
+        assert hook.seen.tolist() == [21, 6]
+        run.train()
+    assert stepctl.load_checkpoint(tmp_path / "run").arrays["hooks/count/seen"].tolist() == [210, 20]
+
+
+def test_a_checkpoint_is_read(unbroken: Any, tmp_path: Path) -> None:
+    with stepctl.create(CONFIG, tmp_path / "run", say=silent) as run:
+        run.step(3)
+        run.save()
+        run.step(2)
+    assert stepctl.global_step(tmp_path / "run") == 5
+    file = tmp_path / "run" / "checkpoints" / "step-00000003.h5"
+    assert stepctl.global_step(file) == 3
+    read = stepctl.load_checkpoint(file)
+    assert (read.global_step, read.counters["samples_seen"], read.run) == (3, 3 * 48, "run")
+    state = train(make_config(stop={"last_step": 3}), tmp_path / "three")
+    for path, array in state.arrays().items():
+        assert read.arrays[path].tobytes() == array.tobytes(), path
+    assert read.config["optimizer"]["name"] == "adam"
+
+
+def fail_at_step_7(path: Path) -> None:
+    with stepctl.create(CONFIG, path, say=silent) as run:
+        run.step(7)
+        _ = 1 / 0
+
+
+def test_an_error_between_two_steps_saves_what_stands(unbroken: Any, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fail_at_step_7(tmp_path / "run")
+    assert stepctl.global_step(tmp_path / "run") == 7
+    ends = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert ends[-1]["reason"].startswith("ZeroDivisionError")
+    assert resume_segment(tmp_path / "run").same_bits(unbroken[0])
+
+
+def test_a_run_is_held_until_it_is_closed(tmp_path: Path) -> None:
+    run = stepctl.create(CONFIG, tmp_path / "run", say=silent)
+    run.step()
+    with pytest.raises(RunInUseError):
+        stepctl.resume(tmp_path / "run", say=silent)
+    outcome = run.close()
+    assert outcome is not None
+    assert (outcome.step, outcome.reason.text) == (1, "closed")
+    assert run.close() is None
+    stepctl.resume(tmp_path / "run", say=silent).close()
+    with pytest.raises(RunExistsError):
+        stepctl.create(CONFIG, tmp_path / "run", say=silent)
+
+
+def test_overrides_are_checked_as_a_config_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
+        stepctl.create(CONFIG, tmp_path / "run", overrides={"data.batchsize": 3}, say=silent)
+    with stepctl.create(CONFIG, tmp_path / "run", overrides={"data.batch_size": 24}, say=silent) as run:
+        assert run.config.data.batch_size == 24
+        run.step()
+    with pytest.raises(ConfigError, match="--allow-change data"):
+        stepctl.resume(tmp_path / "run", overrides={"data.batch_size": 48}, say=silent)
+
+
+def test_evaluation_changes_nothing(tmp_path: Path) -> None:
+    with stepctl.create(CONFIG, tmp_path / "run", say=silent) as run:
+        run.step(2)
+        before = run.state.params.flat.copy()
+        assert set(run.evaluate()) == {"loss", "accuracy"}
+        assert np.array_equal(before, run.state.params.flat)
+
+
+def test_importing_it_is_light() -> None:
+    code = "import sys, stepctl; dir(stepctl); print({'numpy', 'h5py', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
