@@ -56,7 +56,7 @@ class Assembly:
 
     def stop_rules(self) -> list[EarlyStopping | TargetMetric]:
         """Return what stops a run on account of its evaluations."""
-        return [watch for watch in self.watches if isinstance(watch, EarlyStopping | TargetMetric)]
+        return [watch for watch in self.watches if isinstance(watch, EarlyStopping | TargetMetric) and watch.in_use]
 
     def forget(self, before: Config) -> list[str]:
         """Let watches begin anew that went by something else in the config before; return the names of those in use."""

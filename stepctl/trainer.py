@@ -52,6 +52,7 @@ class Trainer:
         self.stop, self.hooks, self.skip = stop, hooks, skip
         self.complete, self.skipped = False, 0
         self._in_a_row, self._passed_over = 0, 0  # batches, and their samples
+        self._after_step = [hook.after_step for hook in hooks if type(hook).after_step is not Hook.after_step]
 
     def run(self) -> StopReason:
         """Train until a stop rule says why to stop; return that reason."""
@@ -72,11 +73,11 @@ class Trainer:
     @_quiet
     def make_step(self) -> Metrics | None:
         """Make one update, and tell the hooks; None if its batch was skipped."""
-        metrics = self.step()
+        metrics = self._step()
         if metrics is not None:
             self.complete = False
-            for hook in self.hooks:
-                hook.after_step(self.state, metrics)
+            for after_step in self._after_step:
+                after_step(self.state, metrics)
             self.complete = True
         return metrics
 
@@ -90,6 +91,9 @@ class Trainer:
     @_quiet
     def step(self) -> Metrics | None:
         """Make one update, and count it once it is complete; None if the batch was skipped."""
+        return self._step()
+
+    def _step(self) -> Metrics | None:
         counters = self.state.counters
         batch = self.batches.batch(counters.samples_seen + self._passed_over)
         try:
@@ -113,4 +117,8 @@ class Trainer:
 
     def stop_reason(self) -> StopReason | None:
         """Return why to stop now, or None."""
-        return next((why for rule in self.stop if (why := rule.reason(self.state.counters))), None)
+        counters = self.state.counters
+        for rule in self.stop:
+            if (why := rule.reason(counters)) is not None:
+                return why
+        return None

@@ -1,4 +1,4 @@
-"""A task whose evaluations come out as a test wrote them down; its updates are those of a classification."""
+"""Small data, and a task whose evaluations come out as a test wrote them down; its updates are a classification's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import ClassVar, final
 import numpy as np
 
 from stepctl.arena import Array, Shape, Workspace
-from stepctl.data.base import Targets
+from stepctl.data.base import Sources, Targets
 from stepctl.data.batches import Batch
+from stepctl.data.memory import InMemory
 from stepctl.registry import PositiveInt
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics, Mode
@@ -49,7 +50,8 @@ class Scripted(Supervised):
         return {"loss": 1 - accuracy, "accuracy": accuracy}
 
 
-def sixty_samples() -> tuple[Array, Array]:
-    """Return 60 rows of 4 numbers, and their classes, of 3."""
+def sixty(*, targets: Targets, dtype: str) -> Sources:
+    """60 rows of 4 numbers, and their classes, of 3."""
     generator = np.random.default_rng(0)
-    return generator.normal(size=(60, 4)), generator.integers(0, 3, 60)
+    x, y = generator.normal(size=(60, 4)), generator.integers(0, 3, 60)
+    return Sources(InMemory(x, y, origin="sixty", targets=targets, dtype=dtype))

@@ -6,12 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from helpers import make_config, resume, rows, train
-from scripted import sixty_samples
 from stepctl import run, yamlio
 from stepctl.assembly import prepare
 from stepctl.cli.main import cli
@@ -30,18 +28,10 @@ STOPS: dict[str, tuple[dict[str, Any], int, str]] = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "data.npz"
-    x, y = sixty_samples()
-    np.savez(path, x=x, y=y)
-    return path
-
-
-@pytest.fixture(scope="module")
-def small(data: Path) -> Any:
+def small() -> Any:
     """Return a function: sections -> a small config whose evaluations are SCRIPT, one every 2 steps."""
     base: dict[str, Any] = {
-        "data": {"name": "arrays", "path": str(data), "batch_size": 8, "validation_fraction": 0.5},
+        "data": {"name": "scripted:sixty", "batch_size": 8, "validation_fraction": 0.5},
         "model": {"name": "linear"},
         "task": {"name": "scripted:Scripted", "script": SCRIPT},
         "log": {"every": 5},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,7 @@ class Log(Hook):
         self._last_row = -1
         self._names = tuple(metrics)
         self._sums, self._counts = np.zeros(len(self._names)), np.zeros(len(self._names), np.int64)
+        self._fast: Any = self._sums.data, self._counts.data  # the same memory, faster for single numbers
 
     def state(self) -> dict[str, Array]:
         return {"sums": self._sums, "counts": self._counts}
@@ -60,10 +62,11 @@ class Log(Hook):
             self._write(state, metrics, extra=True)
 
     def _add(self, metrics: Metrics) -> None:
+        sums, counts = self._fast
         for i, name in enumerate(self._names):
             if name in metrics:
-                self._sums[i] += metrics[name]
-                self._counts[i] += 1
+                sums[i] += metrics[name]
+                counts[i] += 1
 
     def _forget(self) -> None:
         self._sums[:], self._counts[:] = 0, 0
