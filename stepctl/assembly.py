@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -59,12 +58,14 @@ class Assembly:
         """Return what stops a run on account of its evaluations."""
         return [watch for watch in self.watches if isinstance(watch, EarlyStopping | TargetMetric)]
 
-    def forget(self, changed: Sequence[str]) -> list[str]:
-        """Let watches begin anew whose keys are among those that a resume changed; return their names."""
-        gone = [watch for watch in self.watches if any(re.match(watch.watched, key) for key in changed)]
+    def forget(self, before: Config) -> list[str]:
+        """Let watches begin anew that went by something else in the config before; return the names of those in use."""
+        same_task = before.task.name == self.config.task.name
+        known = {watch.name: watch.goes_by for watch in _watches(before, self.task)} if same_task else {}
+        gone = [watch for watch in self.watches if known.get(watch.name) != watch.goes_by]
         for watch in gone:
             watch.forget()
-        return [watch.name for watch in gone]
+        return [watch.name for watch in gone if watch.in_use]
 
     def count_at(self, counter: str, step: int) -> int:
         """Return what a counter stands at at a global step, if nothing disturbs the run."""
@@ -215,12 +216,13 @@ def _metric(config: Config, task: Task, key: str, asked: Any) -> tuple[str, Mode
     modes = dict(task.metrics)
     if config.evaluate.ema:
         modes |= {f"ema_{name}": mode for name, mode in task.metrics.items()}
-    default = config.evaluate.metric if config.evaluate.metric in modes else next(iter(task.metrics))
+    evaluate = config.evaluate
+    default = evaluate.metric if evaluate.metric in modes else next(iter(task.metrics))
     name = getattr(asked, "metric", None) or default
     if name not in modes:
         raise ConfigError(f"{key}.metric: no evaluation gives {name!r}{did_you_mean(name, list(modes))}; "
                           f"allowed: {', '.join(modes)}")  # fmt: skip
-    return name, getattr(asked, "mode", None) or modes[name]
+    return name, getattr(asked, "mode", None) or (evaluate.mode if name == default else None) or modes[name]
 
 
 def _check_metrics(config: Config, task: Task) -> None:

@@ -61,7 +61,7 @@ def fork(
                 say(line)
             header = reader.header
         changes = configs.changes(base, config)
-        for watch in assembly.forget([change["key"] for change in changes]):
+        for watch in assembly.forget(base):
             say(f"note: {watch} goes by something else in the fork, and begins anew")
         _check_data(assembly, parent, changes, say)
         assembly.trial()

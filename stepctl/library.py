@@ -84,7 +84,7 @@ class Run:
         for _ in range(n):
             found = None
             while found is None and trainer.stop_reason() is None:
-                found = trainer.advance()  # None: a batch that was skipped
+                found = trainer.make_step()  # None: a batch that was skipped
             if found is None:
                 break
             made = self._metrics = found
@@ -96,7 +96,7 @@ class Run:
             return finished
         trainer = self._begin()
         while (reason := trainer.stop_reason()) is None:
-            self._metrics = trainer.advance() or self._metrics
+            self._metrics = trainer.make_step() or self._metrics
         return reason
 
     def save(self) -> None:

@@ -86,7 +86,7 @@ def resume(
         _check_data(assembly, ledger, options)
         assembly.trial()
         step = header.global_step
-        for watch in assembly.forget([change["key"] for change in changed]):
+        for watch in assembly.forget(base):
             say(f"note: {watch} goes by something else from here on, and begins anew")
         target = target_of(config, options, ledger, step, changed)
         segment = Segment(directory, assembly, say, target=target, restored=name)

@@ -66,7 +66,12 @@ class Counters(Mapping[str, int]):
 
         One that rises by more than one at a time may pass such a value without ever standing there.
         """
-        return (self._values[name] - offset) // every > (self._before[name] - offset) // every
+        return crosses(self._before[name], self._values[name], every, offset)
+
+
+def crosses(before: int, after: int, every: int, offset: int) -> bool:
+    """Tell whether a count that goes from `before` to `after` comes to a value with value % every == offset."""
+    return (after - offset) // every > (before - offset) // every
 
 
 @dataclass

@@ -58,7 +58,7 @@ class Trainer:
         self.start()
         metrics = None
         while (reason := self.stop_reason()) is None:
-            metrics = self.advance() or metrics
+            metrics = self.make_step() or metrics
         self.end(metrics, reason)
         return reason
 
@@ -70,7 +70,7 @@ class Trainer:
         self.complete = True
 
     @_quiet
-    def advance(self) -> Metrics | None:
+    def make_step(self) -> Metrics | None:
         """Make one update, and tell the hooks; None if its batch was skipped."""
         metrics = self.step()
         if metrics is not None:

@@ -51,7 +51,7 @@ def resume(
     """Resume a run; return the state that it ended with."""
     stop = Stop(last_step=last_step) if last_step is not None else None
     with run.resume(RunDirectory(path), run.ResumeOptions(stop=stop, **options), say, hooks) as segment:
-        if segment.start < segment.target:
+        if segment.nothing_to_do() is None:
             segment.train()
         return segment.state
 

@@ -126,7 +126,7 @@ def test_a_horizon_left_open_is_the_forks_own_target(run: Path, tmp_path: Path) 
 
 def test_a_watch_whose_rule_changes_begins_anew_and_the_others_go_on(run: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    forked(run, tmp_path / "child", 6, "stop.early_stopping={patience: 1}", say=said.append)
+    forked(run, tmp_path / "child", 6, "stop.early_stopping={patience: 9, min_delta: 0.1}", say=said.append)
     assert said == ["note: early_stopping goes by something else in the fork, and begins anew"]
     before, after = stored(run, 6), stored(tmp_path / "child", 6)
     changed = {name for name in before if before[name] != after[name]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import ClassVar
 
 import numpy as np
 
@@ -22,12 +21,17 @@ class Watch(Hook):
     The arrays are there whether or not the config asks for this watch, so that it may be asked for at any resume.
     """
 
-    watched: ClassVar[str]  # matches the keys of the config that decide what is remembered
+    in_use = True
 
-    def __init__(self, metric: str, mode: Mode) -> None:
-        self.metric, self.mode = metric, mode
+    def __init__(self, metric: str, mode: Mode, min_delta: float = 0.0) -> None:
+        self.metric, self.mode, self.min_delta = metric, mode, min_delta
         self._state: dict[str, Array] = {}
         self.forget()
+
+    @property
+    def goes_by(self) -> tuple[str, Mode, float]:
+        """What decides what is remembered: where it is another, nothing that was remembered counts."""
+        return self.metric, self.mode, self.min_delta
 
     def state(self) -> dict[str, Array]:
         return self._state
@@ -40,11 +44,11 @@ class Watch(Hook):
     def observe(self, step: int, metrics: Metrics) -> None:
         """Take in an evaluation."""
 
-    def _better(self, value: float, than: float, by: float = 0.0) -> bool:
+    def _better(self, value: float, than: float) -> bool:
         # a value that is not a number is never better, and any number is better than none
         if math.isnan(than):
             return not math.isnan(value)
-        return value < than - by if self.mode == "min" else value > than + by
+        return value < than - self.min_delta if self.mode == "min" else value > than + self.min_delta
 
     def _set(self, **values: float) -> None:
         for name, value in values.items():
@@ -57,7 +61,6 @@ class Best(Watch):
     """The best value so far, and its step (-1: none yet)."""
 
     name = "best"
-    watched = r"evaluate\.(metric|mode)$"
 
     def forget(self) -> None:
         self._set(value=math.nan, step=-1)
@@ -71,18 +74,16 @@ class EarlyStopping(Watch):
     """Stops when nothing got better for so many evaluations (Prechelt 1998); without a config it only counts."""
 
     name = "early_stopping"
-    watched = r"stop\.early_stopping(\.(metric|mode|min_delta))?$"
 
     def __init__(self, metric: str, mode: Mode, config: EarlyStoppingConfig | None) -> None:
-        self._config = config
-        super().__init__(metric, mode)
+        self._config, self.in_use = config, config is not None
+        super().__init__(metric, mode, config.min_delta if config else 0.0)
 
     def forget(self) -> None:
         self._set(value=math.nan, waited=0)
 
     def observe(self, step: int, metrics: Metrics) -> None:
-        by = self._config.min_delta if self._config else 0.0
-        if self._better(metrics[self.metric], float(self._state["value"]), by):
+        if self._better(metrics[self.metric], float(self._state["value"])):
             self._set(value=metrics[self.metric], waited=0)
         else:
             self._set(waited=int(self._state["waited"]) + 1)
@@ -94,17 +95,17 @@ class EarlyStopping(Watch):
             return None
         value = float(self._state["value"])
         text = f"early stopping: {waited} evaluations without a better {self.metric} than {value:.6g}"
-        return StopReason(text, done=True, remedy="to go on: --set stop.early_stopping=null")
+        remedy = "to go on: --set stop.early_stopping=null, or a larger patience"
+        return StopReason(text, done=True, remedy=remedy)
 
 
 class TargetMetric(Watch):
     """Stops once a metric is as good as asked for; without a config it only remembers the best."""
 
     name = "target_metric"
-    watched = r"stop\.target_metric(\.(metric|mode))?$"
 
     def __init__(self, metric: str, mode: Mode, config: TargetMetricConfig | None) -> None:
-        self._config = config
+        self._config, self.in_use = config, config is not None
         super().__init__(metric, mode)
 
     def forget(self) -> None:

@@ -100,9 +100,8 @@ class Learner:
         return {f"{self._prefix}{name}": value for name, value in measured.items()}
 
     def measured(self) -> tuple[str, ...]:
-        """Return the names of what `update` returns."""
-        norms = ("gradient_norm", "parameter_norm") if self._norms else ()
-        return tuple(f"{self._prefix}{name}" for name in ("learning_rate", *norms))
+        """Return the names of what `update` may return, the same whatever is asked for."""
+        return tuple(f"{self._prefix}{name}" for name in ("learning_rate", "gradient_norm", "parameter_norm"))
 
     def trial(self, state: TrainState) -> None:
         """Raise ConfigError if the optimizer breaks its protocol."""
