@@ -43,8 +43,9 @@ _NEEDED = {
 }
 # A child's program: what it prints last is its answer; a library may have printed before.
 _CHILD = """
-import json, sys
+import json, resource, sys
 sys.path[:] = json.loads(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
 try:
     {body}
 except BaseException as error:
@@ -132,6 +133,8 @@ def loaded_numerics() -> Facts:
     """Load NumPy, and return "numpy", "libraries" (BLAS, see threadpoolctl) and the "fingerprint" of the numerics."""
     import numpy as np
 
+    for dtype in (np.float32, np.float64):  # a kernel that this CPU cannot run ends the process here
+        np.ones((64, 64), dtype) @ np.ones((64, 64), dtype)
     told = ("internal_api", "version", "architecture", "num_threads", "threading_layer")
     info = numerics.loaded_blas().info()
     libraries = [{key: library[key] for key in told if key in library} for library in info]

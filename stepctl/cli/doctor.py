@@ -107,4 +107,6 @@ def _runs(part: dict[str, Any]) -> Iterator[Line]:
 
 
 def _size(n_bytes: int | None) -> str:
-    return "?" if n_bytes is None else f"{n_bytes / 1e9:.1f} GB"
+    if n_bytes is None:
+        return "?"
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
