@@ -29,9 +29,7 @@ Facts = dict[str, Any]
 EXTRAS = {
     "tensorboard": ("tensorboard",),
     "mpi": ("mpi4py", "mpich"),
-    "autograd": ("autograd",),
     "plot": ("matplotlib", "plotext"),
-    "export": ("safetensors", "onnx"),
 }
 _SECONDS = 10.0  # for a child's answer: only a hang comes near it
 # Parts that must not fail, and what it means if they do.
