@@ -15,6 +15,7 @@ from stepctl.verify import acknowledged_files
 from stepctl.writers.base import Row
 from stepctl.writers.jsonl import as_number
 
+_LESS_IS_BETTER = ("loss", "wasserstein")
 _KINDS = {"eval": "validation", "train": "training"}
 
 
@@ -63,7 +64,7 @@ def _look(directory: RunDirectory, holder: str | None, now: datetime.datetime) -
     else:
         step, damage = _newest_good(directory, steps)
         state, reason = ("damaged", damage) if damage else _ended(ledger)
-    metric, last, best = _metric(rows, _keep_best(directory))
+    metric, last, best = _metric(rows, *_asked(directory))
     target = starts[-1]["target"] if starts else None
     return Run(directory.name, step, target, metric, last, best, state, reason, _age(ledger, now))
 
@@ -94,7 +95,7 @@ def _ended(ledger: list[Row]) -> tuple[str, str]:
     return "finished" if done else "interrupted", end["reason"]
 
 
-def _metric(rows: list[Row], wanted: str | None) -> tuple[str | None, float | None, float | None]:
+def _metric(rows: list[Row], wanted: str | None, mode: str | None) -> tuple[str | None, float | None, float | None]:
     """Return the main metric's name, its last value and its best: of evaluations, if there are some."""
     kind = "eval" if any(row.get("kind") == "eval" for row in rows) else "train"
     rows = [row for row in rows if row.get("kind") == kind]
@@ -103,24 +104,30 @@ def _metric(rows: list[Row], wanted: str | None) -> tuple[str | None, float | No
         return None, None, None
     values = [value for row in rows if (value := as_number(row.get(name))) is not None]
     finite = [value for value in values if math.isfinite(value)]
-    best = (min if name.endswith("loss") else max)(finite, default=None)
+    least = mode == "min" if mode and name == wanted else name.endswith(_LESS_IS_BETTER)
+    best = (min if least else max)(finite, default=None)
     return f"{_KINDS[kind]} {name}", values[-1], best
 
 
 def _main(known: Iterable[str], wanted: str | None) -> str | None:
     known = list(known)
-    losses = [name for name in known if name.endswith("loss")]
-    return next((name for name in (wanted, "loss", *losses) if name in known), None)
+    less = [name for name in known if name.endswith(_LESS_IS_BETTER)]
+    return next((name for name in (wanted, "loss", *less) if name in known), None)
 
 
-def _keep_best(directory: RunDirectory) -> str | None:
+def _asked(directory: RunDirectory) -> tuple[str | None, str | None]:
+    """Return the metric that the config goes by and its mode, where it says so: evaluate's, or keep_best's."""
     try:
-        found: Any = directory.newest_config().value
+        config: Any = directory.newest_config().value
     except (StepctlError, OSError):
-        return None
-    for key in ("checkpoint", "keep_best", "metric"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, str) else None
+        return None, None
+    for keys in (("evaluate",), ("checkpoint", "keep_best")):
+        section = config
+        for key in keys:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get("metric"), str):
+            return section["metric"], section["mode"] if isinstance(section.get("mode"), str) else None
+    return None, None
 
 
 def _age(ledger: list[Row], now: datetime.datetime) -> float | None:
