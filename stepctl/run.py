@@ -74,12 +74,14 @@ def resume(
         store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
         excused = excused_keys(ledger, changed) | set(options.allow_change)
 
+        asked = {change["key"] for change in changed}
+
         def accept(reader: codec.Reader) -> None:
             words = check_same_run(reader, config, excused)
             codec.restore(reader, assembly.state)
             if not any(key.partition(".")[0] in ("task", "initial_step") for key in excused):
                 assembly.task.check_counters(assembly.state.counters, config.initial_step)
-            for line in words:
+            for line in (line for key, line in words.items() if key not in asked):
                 say(line)
 
         back = options.from_step
@@ -130,11 +132,11 @@ def _replace_stop(document: yamlio.Document, assignments: Sequence[str]) -> None
             document.put(other, None, given)
 
 
-def check_same_run(reader: codec.Reader, config: Config, excused: set[str], remedy: str = _PUT_BACK) -> list[str]:
-    """Return in words what is excused; CheckpointError if a locked key differs from `config` that is not."""
+def check_same_run(reader: codec.Reader, config: Config, excused: set[str], remedy: str = _PUT_BACK) -> dict[str, str]:
+    """Return in words, by key, what is excused; CheckpointError if a locked key differs from `config` that is not."""
     # as plain values: what a checkpoint names is never imported
     made_with = yamlio.flatten(yamlio.loads(reader.header.config, f"{reader.name}:/config").value)
-    words = []
+    words = {}
     for key, value in yamlio.flatten(config.plain()).items():
         if configs.policy(key) == "live" or made_with.get(key, value) == value:
             continue
@@ -144,7 +146,7 @@ def check_same_run(reader: codec.Reader, config: Config, excused: set[str], reme
                 f"{reader.name}: made with another config ({key}: {made_with[key]}, not {value}); "
                 + remedy.format(key=key),
             )
-        words.append(f"{reader.name} was made with {key} {made_with[key]}; going on with {value}")
+        words[key] = f"{reader.name} was made with {key} {made_with[key]}; going on with {value}"
     return words
 
 
@@ -186,7 +188,7 @@ def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: Resum
         origins = ", ".join(source.origin for source in assembly.sources)
         raise ConfigError(
             f"{origins}: the data are not those that the run was trained on; a resume would not be exact; "
-            "bring them back, or pass --allow-change data"
+            "bring them back, or pass --allow-change data to stepctl resume"
         )
 
 
