@@ -418,6 +418,8 @@ def test_what_a_killed_writer_left_is_removed(samples: Path, tmp_path: Path) -> 
     path = tmp_path / "run"
     train(small(samples, stop={"last_step": 3}), path)
     left = [path / "checkpoints" / ".step-00000005.h5.tmp-99", path / ".metrics.jsonl.tmp-99"]
+    left.append(path / "samples" / ".step-00000005.png.tmp-99")  # in a container the next writer has the same pid
+    (path / "samples").mkdir()
     for file in left:
         file.write_bytes(b"half")
     resume(path, last_step=5)
