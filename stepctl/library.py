@@ -16,7 +16,7 @@ from stepctl import report, run, yamlio
 from stepctl.arena import Array
 from stepctl.checkpoint.codec import Reader
 from stepctl.config import Config, Stop
-from stepctl.errors import ConfigError
+from stepctl.errors import ConfigError, StepctlError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Outcome, Say, Segment
@@ -101,8 +101,9 @@ class Run:
 
     def save(self) -> None:
         """Publish a checkpoint of the state as it is, if this step has none yet, and wait until it is durable."""
-        self._begin()
-        self._segment.saver.now(self.state)
+        if self._fresh or self._trainer is not None:  # what was restored, and not trained, has one
+            self._begin()
+            self._segment.saver.now(self.state)
 
     def evaluate(self, *, average: bool = False) -> Metrics:
         """Return the metrics over the validation part, with the moving average's weights if asked; nothing changes."""
@@ -114,7 +115,8 @@ class Run:
     def close(self) -> Outcome | None:
         """Write the last row and checkpoint, and let the run go; None if nothing was begun.
 
-        A fresh run always is: its first checkpoint is that of no updates yet.
+        A fresh run always is: its first checkpoint is that of no updates yet. After a step that was broken off
+        (a hook's error, Ctrl-C) nothing is written: a resume goes on from the newest checkpoint.
         """
         outcome = None
         with self._stack:
@@ -123,8 +125,11 @@ class Run:
             if self._trainer is not None:
                 trainer, self._trainer = self._trainer, None
                 reason = trainer.stop_reason() or StopReason("closed", done=False)
+                if not trainer.complete:
+                    reason = StopReason("closed after a step that was broken off", done=False)
                 with self._opened:
-                    trainer.end(self._metrics, reason)
+                    if trainer.complete:
+                        trainer.end(self._metrics, reason)
                 outcome = self._segment.ended(trainer, reason)
         return outcome
 
@@ -148,6 +153,10 @@ class Run:
         if self._trainer is None:
             self._trainer = self._opened.enter_context(self._segment.opened())
             self._trainer.start()
+        if not self._trainer.complete:
+            raise StepctlError(
+                f"{self.path}: the last step was broken off in the middle; close this run, and resume it"
+            )
         return self._trainer
 
 

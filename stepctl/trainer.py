@@ -96,12 +96,13 @@ class Trainer:
     def _step(self) -> Metrics | None:
         counters = self.state.counters
         batch = self.batches.batch(counters.samples_seen + self._passed_over)
+        complete, self.complete = self.complete, False  # until it is known how it ended
         try:
             metrics = self.task.step(self.state, batch)
         except TornUpdate:
-            self.complete = False
             raise
         except NonFiniteError as error:
+            self.complete = complete
             if self.skip is None or self._in_a_row == MAX_SKIPPED:
                 raise
             self.skip(str(error))
@@ -109,6 +110,9 @@ class Trainer:
             self._in_a_row += 1
             self._passed_over += len(batch.x)
             return None
+        except Exception:
+            self.complete = complete  # a task's error leaves the state as it was; a Ctrl-C may come in the middle
+            raise
         increments = self.task.increments(counters, batch)
         increments[SAMPLES_SEEN] += self._passed_over
         self._in_a_row = self._passed_over = 0
