@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ class Run:
         self._fresh = segment.restored is None
         self._metrics: Metrics | None = None
         self._opened = contextlib.ExitStack()
+        atexit.register(self.close)  # for whoever forgets
 
     @property
     def path(self) -> Path:
@@ -118,20 +120,20 @@ class Run:
         A fresh run always is: its first checkpoint is that of no updates yet. After a step that was broken off
         (a hook's error, Ctrl-C) nothing is written: a resume goes on from the newest checkpoint.
         """
-        outcome = None
+        atexit.unregister(self.close)
         with self._stack:
             if self._fresh:
                 self._begin()
-            if self._trainer is not None:
-                trainer, self._trainer = self._trainer, None
-                reason = trainer.stop_reason() or StopReason("closed", done=False)
-                if not trainer.complete:
-                    reason = StopReason("closed after a step that was broken off", done=False)
-                with self._opened:
-                    if trainer.complete:
-                        trainer.end(self._metrics, reason)
-                outcome = self._segment.ended(trainer, reason)
-        return outcome
+            if self._trainer is None:
+                return None
+            trainer, self._trainer = self._trainer, None
+            if not trainer.complete:
+                self._fail(StepctlError("closed after a step that failed"))
+                return None
+            reason = trainer.stop_reason() or StopReason("closed", done=False)
+            with self._opened:
+                trainer.end(self._metrics, reason)
+            return self._segment.ended(trainer, reason)
 
     def __enter__(self) -> Run:
         return self
@@ -140,9 +142,18 @@ class Run:
         if kind is None:
             self.close()
             return
-        with self._stack:  # an error saves what stands, and is recorded
-            self._trainer = None
-            self._opened.__exit__(kind, error, trace)
+        atexit.unregister(self.close)
+        with self._stack:
+            trainer, self._trainer = self._trainer, None
+            if trainer is not None and isinstance(error, KeyboardInterrupt):
+                self._segment.save_what_stands(trainer, self._segment.saver)
+                self._segment.record_end("KeyboardInterrupt")
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let the segment go as the error ends it: it saves the state of a whole step, and is recorded."""
+        with contextlib.suppress(type(error)):
+            self._opened.__exit__(type(error), error, error.__traceback__)
 
     def _finished(self) -> StopReason | None:
         # to begin a segment that makes no step would cut the last one's final rows

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 AUTO: Literal["auto"] = "auto"
@@ -87,23 +87,42 @@ def threads_for(work: int) -> int:
 
 def default_threads() -> int:
     """Return the thread count that the environment asks for, or the number of cores this process may use."""
-    for variable in _THREAD_VARIABLES:
-        value = os.environ.get(variable, "")
-        if value.isdecimal() and int(value) >= 1:
-            return int(value)
+    asked = threads_asked()
+    if asked is not None:
+        return asked
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
+def threads_asked() -> int | None:
+    """Return the thread count that the environment asks for, if it does."""
+    for variable in _THREAD_VARIABLES:
+        value = os.environ.get(variable, "")
+        if value.isdecimal() and int(value) >= 1:
+            return int(value)
+    return None
+
+
 def settle(threads: int) -> dict[str, Any]:
     """Give BLAS its number of threads, and return the fingerprint of the numerics as they now are."""
-    import numpy as np
+    blas = loaded_blas()
+    blas.limit(limits=threads)
+    return fingerprint(blas.info())
+
+
+def loaded_blas() -> Any:
+    """Return threadpoolctl's controller of the BLAS libraries that NumPy has loaded."""
+    import numpy as np  # noqa: F401  (it loads them)
     from threadpoolctl import ThreadpoolController
 
-    blas = ThreadpoolController().select(user_api="blas")
-    blas.limit(limits=threads)
-    libraries = blas.info()
+    return ThreadpoolController().select(user_api="blas")
+
+
+def fingerprint(libraries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what decides the last bits, as it is now; `libraries` is the `info()` of the loaded BLAS."""
+    import numpy as np
+
     build: Any = np.show_config(mode="dicts")
     dependency = build["Build Dependencies"]["blas"]
     simd = build.get("SIMD Extensions", {})

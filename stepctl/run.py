@@ -22,6 +22,8 @@ from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, Segment, silent
 from stepctl.state import GLOBAL_STEP
 
+_PUT_BACK = "put config.yaml back, or pass --allow-change {key} to stepctl resume"
+
 
 @contextlib.contextmanager
 def create(config: Config, directory: RunDirectory, say: Say = silent, hooks: Sequence[Hook] = ()) -> Iterator[Segment]:
@@ -75,7 +77,7 @@ def resume(
         excused = excused_keys(ledger, changed) | set(options.allow_change)
 
         def accept(reader: codec.Reader) -> None:
-            words = check_same_run(reader, base, excused)
+            words = check_same_run(reader, config, excused)
             codec.restore(reader, assembly.state)
             check_counters(assembly, excused)
             for line in words:
@@ -108,6 +110,7 @@ def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory
         document = options.document
     for assignment in options.assignments:
         document.set(assignment)
+    _replace_stop(document, options.assignments)
     config = configs.parse(document)
     open_keys = [key for key, value in yamlio.flatten(config.numerics.model_dump()).items() if value == "auto"]
     decided = [f"numerics.{key}" for key in open_keys] + list(config.horizon_keys())
@@ -119,19 +122,27 @@ def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory
     return config.with_values({key: before.get(key) for key in decided})
 
 
-def check_same_run(reader: codec.Reader, base: Config, excused: set[str]) -> list[str]:
-    """Return in words what is excused; CheckpointError if a locked key differs that is not."""
+def _replace_stop(document: yamlio.Document, assignments: Sequence[str]) -> None:
+    # a run that has the one kind of stop may be given the other
+    keys = {assignment.partition("=")[0] for assignment in assignments}
+    for given, other in (("stop.last_step", "stop.num_steps"), ("stop.num_steps", "stop.last_step")):
+        if given in keys and other not in keys:
+            document.put(other, None, given)
+
+
+def check_same_run(reader: codec.Reader, config: Config, excused: set[str], remedy: str = _PUT_BACK) -> list[str]:
+    """Return in words what is excused; CheckpointError if a locked key differs from `config` that is not."""
     # as plain values: what a checkpoint names is never imported
     made_with = yamlio.flatten(yamlio.loads(reader.header.config, f"{reader.name}:/config").value)
     words = []
-    for key, value in yamlio.flatten(base.plain()).items():
+    for key, value in yamlio.flatten(config.plain()).items():
         if configs.policy(key) == "live" or made_with.get(key, value) == value:
             continue
         if not any(f"{key}.".startswith(f"{name}.") for name in excused):
             raise CheckpointError(
                 "config",
                 f"{reader.name}: made with another config ({key}: {made_with[key]}, not {value}); "
-                f"put config.yaml back, or pass --allow-change {key}",
+                + remedy.format(key=key),
             )
         words.append(f"{reader.name} was made with {key} {made_with[key]}; going on with {value}")
     return words

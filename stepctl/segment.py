@@ -160,6 +160,9 @@ class Segment:
         except KeyboardInterrupt:
             self._background.abandon()
             raise
+        except NonFiniteError as error:
+            self._failed(trainer, self.saver, error)
+            raise NonFiniteError(f"{error}; {self._without_non_finite()}") from error
         except BaseException as error:
             self._failed(trainer, self.saver, error)
             raise
@@ -170,12 +173,15 @@ class Segment:
             rows.writers = []
 
     def _failed(self, trainer: Trainer, save: Save, error: BaseException) -> None:
-        self._save_what_stands(trainer, save)
-        if isinstance(error, NonFiniteError):
-            go_on = f"stepctl resume {self.directory.path} --set on_nonfinite=skip"
-            self.say(f"lower the learning rate or set optimizer.clip_norm; or go on without such batches: {go_on}")
+        self.save_what_stands(trainer, save)
         with contextlib.suppress(StepctlError):  # the disk may be what failed
             self.record_end(f"{type(error).__name__}: {error}")
+
+    def _without_non_finite(self) -> str:
+        go_on = f"stepctl resume {self.directory.path} --set"
+        skip = "" if self.config.on_nonfinite == "skip" else f", or pass over such batches: {go_on} on_nonfinite=skip"
+        key = "optimizer.clip_norm" if self.config.optimizer.name else "optimizer"
+        return f"lower the learning rate or clip the gradient: {go_on} {key}=... --allow-change {key}{skip}"
 
     def ended(self, trainer: Trainer, reason: StopReason) -> Outcome:
         """Record the end of what was `opened`, once it is closed."""
@@ -240,7 +246,8 @@ class Segment:
         self._saved.append(name)
         self.store.remove(pruned)
 
-    def _save_what_stands(self, trainer: Trainer, save: Save) -> None:
+    def save_what_stands(self, trainer: Trainer, save: Save) -> None:
+        """Publish the state, if it is that of a whole step, and say so."""
         with contextlib.suppress(StepctlError):  # of a save in flight; the first error is the one to tell
             self._background.finish()
         if not trainer.complete:

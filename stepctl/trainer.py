@@ -94,15 +94,15 @@ class Trainer:
         return self._step()
 
     def _step(self) -> Metrics | None:
-        counters = self.state.counters
+        counters, whole = self.state.counters, self.complete
         batch = self.batches.batch(counters.samples_seen + self._passed_over)
-        complete, self.complete = self.complete, False  # until it is known how it ended
+        self.complete = False  # an interrupt may come anywhere
         try:
             metrics = self.task.step(self.state, batch)
         except TornUpdate:
             raise
         except NonFiniteError as error:
-            self.complete = complete
+            self.complete = whole
             if self.skip is None or self._in_a_row == MAX_SKIPPED:
                 raise
             self.skip(str(error))
@@ -111,12 +111,13 @@ class Trainer:
             self._passed_over += len(batch.x)
             return None
         except Exception:
-            self.complete = complete  # a task's error leaves the state as it was; a Ctrl-C may come in the middle
+            self.complete = whole  # the state is as it was
             raise
         increments = self.task.increments(counters, batch)
         increments[SAMPLES_SEEN] += self._passed_over
         self._in_a_row = self._passed_over = 0
         counters.advance(increments)
+        self.complete = whole
         return metrics
 
     def stop_reason(self) -> StopReason | None:

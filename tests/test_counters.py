@@ -12,7 +12,6 @@ from helpers import make_config, resume, rows, train
 from stepctl import yamlio
 from stepctl.assembly import prepare
 from stepctl.cli.main import cli
-from stepctl.plan import plan
 from stepctl.rundir import RunDirectory
 from stepctl.state import SAMPLES_SEEN, TrainState
 
@@ -58,13 +57,6 @@ def test_it_fires_in_the_step_that_passes_the_value(unbroken: Any) -> None:
     assert steps(unbroken[1], "eval") == passed(50, 7)
     assert saves(unbroken[1]) == [0, *passed(60)]
     assert passed(60) == [8, 15, 23, 30], "64, 120, 184 and 240 samples"
-
-
-def test_the_plan_knows_the_steps(unbroken: Any, tmp_path: Path) -> None:
-    planned = plan(prepare(make_config(**SECTIONS)), RunDirectory(tmp_path / "run"))
-    assert planned["log"] == [1, *passed(20)]
-    assert planned["evaluate"] == [*passed(50, 7), LAST]
-    assert planned["save"] == saves(unbroken[1])
 
 
 def test_a_schedule_follows_the_samples_seen_before_the_update(unbroken: Any) -> None:

@@ -10,6 +10,7 @@ import click
 from stepctl import __version__
 from stepctl.cli.config import config
 from stepctl.cli.diff import diff
+from stepctl.cli.doctor import doctor
 from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
 from stepctl.cli.options import WHOLE_PROCESS
@@ -79,7 +80,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (train, resume, fork, plan, inspect, verify, diff, prune, runs, plot, config):
+for command in (train, resume, fork, plan, inspect, verify, diff, prune, runs, plot, config, doctor):
     cli.add_command(command)
 
 
