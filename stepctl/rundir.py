@@ -108,7 +108,9 @@ class RunDirectory:
         What a holder that was killed left in the file is told to `say`.
         """
         with writing(self.path / "lock"):
-            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            # it is written and cut short: through a link, that would be somebody else's file
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(self.path / "lock", flags, 0o666)
         _HELD.add(descriptor)
         try:
             self._take(descriptor)
