@@ -16,7 +16,7 @@ from stepctl.checkpoint.store import Store
 from stepctl.config import Config
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.hooks.base import Hook
-from stepctl.run import check_same_run, founded, horizon_notes
+from stepctl.run import check_same_run, founded, horizon_notes, watched_with
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, silent
 
@@ -62,7 +62,7 @@ def fork(
                 say(line)
             header = reader.header
         changes = configs.changes(base, config)
-        for watch in assembly.forget(base):
+        for watch in assembly.forget(watched_with(header, base)):
             say(f"note: {watch} goes by something else in the fork, and begins anew")
         _check_data(assembly, parent, changes, say)
         assembly.trial()

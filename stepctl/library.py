@@ -103,8 +103,9 @@ class Run:
 
     def save(self) -> None:
         """Publish a checkpoint of the state as it is, if this step has none yet, and wait until it is durable."""
-        self._begin()
-        self._segment.saver.now(self.state)
+        if self._fresh or self._trainer is not None:  # what was restored, and not trained, has one
+            self._begin()
+            self._segment.saver.now(self.state)
 
     def evaluate(self, *, average: bool = False) -> Metrics:
         """Return the metrics over the validation part, with the moving average's weights if asked; nothing changes."""
@@ -116,7 +117,8 @@ class Run:
     def close(self) -> Outcome | None:
         """Write the last row and checkpoint, and let the run go; None if nothing was begun.
 
-        A fresh run always is: its first checkpoint is that of no updates yet.
+        A fresh run always is: its first checkpoint is that of no updates yet. After a step that was broken off
+        (a hook's error, Ctrl-C) nothing is written: a resume goes on from the newest checkpoint.
         """
         atexit.unregister(self.close)
         with self._stack:
@@ -162,6 +164,10 @@ class Run:
         if self._trainer is None:
             self._trainer = self._opened.enter_context(self._segment.opened())
             self._trainer.start()
+        if not self._trainer.complete:
+            raise StepctlError(
+                f"{self.path}: the last step was broken off in the middle; close this run, and resume it"
+            )
         return self._trainer
 
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from stepctl import config as configs
 from stepctl import numerics, rundir, yamlio
 from stepctl.assembly import Assembly, assemble, prepare
-from stepctl.checkpoint import codec
+from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config, Stop
 from stepctl.errors import CheckpointError, ConfigError, NumericsError
@@ -79,8 +81,7 @@ def resume(
         def accept(reader: codec.Reader) -> None:
             words = check_same_run(reader, config, excused)
             codec.restore(reader, assembly.state)
-            if not any(key.partition(".")[0] in ("task", "initial_step") for key in excused):
-                assembly.task.check_counters(assembly.state.counters, config.initial_step)
+            check_counters(assembly, excused)
             for line in (line for key, line in words.items() if key not in asked):
                 say(line)
 
@@ -90,7 +91,7 @@ def resume(
         _check_data(assembly, ledger, options)
         assembly.trial()
         step = header.global_step
-        for watch in assembly.forget(base):
+        for watch in assembly.forget(watched_with(header, base)):
             say(f"note: {watch} goes by something else from here on, and begins anew")
         target = target_of(config, options, ledger, step, changed)
         segment = Segment(directory, assembly, say, target=target, restored=name)
@@ -99,8 +100,7 @@ def resume(
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
-        if options.from_step is not None and segment.nothing_to_do() is None:
-            segment.facts["set_aside"] = _set_aside_later(store, step, say)
+        segment.goes_back = options.from_step is not None
         yield segment
 
 
@@ -148,6 +148,26 @@ def check_same_run(reader: codec.Reader, config: Config, excused: set[str], reme
             )
         words[key] = f"{reader.name} was made with {key} {made_with[key]}; going on with {value}"
     return words
+
+
+def check_counters(assembly: Assembly, excused: set[str]) -> None:
+    """Raise CheckpointError if the counters do not belong together, unless what relates them was changed."""
+    if not any(key.partition(".")[0] in ("task", "initial_step") for key in excused):
+        assembly.task.check_counters(assembly.state.counters, assembly.config.initial_step)
+
+
+def watched_with(header: codec.Header, config: Config) -> Config:
+    """Return a config with what decides the watches as it was when a checkpoint was made.
+
+    The newest config may be of a segment that ended before it saved, or come after the checkpoint.
+    """
+    made_with = yamlio.loads(header.config, f"{names.file_name(header.global_step)}:/config").value
+    plain = config.plain()
+    kept = {section: made_with.get(section, plain[section]) for section in ("task", "stop", "evaluate")}
+    try:
+        return Config.model_validate(plain | kept)
+    except ValidationError as error:
+        raise CheckpointError("config", f"step {header.global_step}: its config is none of this version's") from error
 
 
 def excused_keys(ledger: list[dict[str, Any]], changed: list[dict[str, Any]]) -> set[str]:
@@ -201,10 +221,3 @@ def _numerics_facts(recorded: str, here: dict[str, Any], strict: bool, say: Say)
         raise NumericsError(f"not exact on this machine: {words}; resume where they agree, or drop --strict-numerics")
     say(f"warning: no longer exact: this machine computes other last bits ({words}); the ledger records it")
     return {"exact": False, "inexact_because": differences}
-
-
-def _set_aside_later(store: Store, step: int, say: Say) -> list[str]:
-    aside = [store.set_aside(later).name for later in store.steps() if later > step]
-    if aside:
-        say(f"going back to step {step}: later checkpoints are kept as {', '.join(aside)}")
-    return aside

@@ -65,6 +65,7 @@ class Segment:
         self.restored = restored
         self.rules: list[StopRule] = [StopAtStep(target), StopFile(directory.stop), *assembly.stop_rules()]
         self.facts: dict[str, Any] = {}  # for the ledger
+        self.goes_back = False  # whether later checkpoints are set aside as it begins
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
         self._background, self._saved, self._number = Background(), deque[str](), 0  # anew for each `train`
@@ -135,6 +136,8 @@ class Segment:
         """
         self._background = Background()
         self.directory.mend_ledger()
+        if self.goes_back:
+            self._set_aside_later()
         self.directory.cut_metrics(self.start)
         self._record_start()
         evaluations = Evaluations(self.directory.read_metrics())
@@ -258,6 +261,12 @@ class Segment:
 
     def _skip(self, why: str) -> None:
         self.say(f"{why}; this batch is skipped")
+
+    def _set_aside_later(self) -> None:
+        aside = [self.store.set_aside(later).name for later in self.store.steps() if later > self.start]
+        self.facts["set_aside"] = aside
+        if aside:
+            self.say(f"going back to step {self.start}: later checkpoints are kept as {', '.join(aside)}")
 
     def _record_start(self) -> None:
         ledger = self.directory.read_ledger()

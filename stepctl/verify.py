@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from stepctl.errors import CheckpointError
 from stepctl.rundir import RunDirectory
 from stepctl.sandbox import Sandbox
 from stepctl.state import GLOBAL_STEP
+
+_SHOWN = 100  # missing rows of a segment that are listed, at least
 
 
 class Problem(NamedTuple):
@@ -99,15 +102,18 @@ def check_metrics(directory: RunDirectory) -> Iterator[Problem]:
         if key in seen:
             yield Problem("twice", file, f"{file}: two {key[1]} rows of step {key[0]}")
         seen.add(key)
-    wanted, last = _wanted(directory)
+    wanted, last = _wanted(directory, most=len(seen) + _SHOWN)
     for step, kind in sorted(wanted - seen):
         yield Problem("row", file, f"{file}: the {kind} row of step {step} is missing")
     if last is not None and (late := max((step for step, _ in seen), default=0)) > last:
         yield Problem("row", file, f"{file}: has a row of step {late}, but the run ended at step {last}")
 
 
-def _wanted(directory: RunDirectory) -> tuple[set[tuple[int, str]], int | None]:
-    """Return the rows on the grid that must be there, and the last step if the newest segment ended in order."""
+def _wanted(directory: RunDirectory, most: int) -> tuple[set[tuple[int, str]], int | None]:
+    """Return the rows on the grid that must be there, and the last step if the newest segment ended in order.
+
+    Of each segment and kind up to `most`: a ledger may speak of more steps than anybody can list.
+    """
     spans: list[tuple[int, int, dict[str, Any]]] = []  # (from, to, config) of each segment
     config, end = _first_config(directory), None
     for row in directory.read_ledger():
@@ -125,7 +131,8 @@ def _wanted(directory: RunDirectory) -> tuple[set[tuple[int, str]], int | None]:
     wanted = set()
     for first, to, with_ in spans:
         for kind, section in (("train", "log"), ("eval", "evaluate")):
-            wanted |= {(step, kind) for step in _grid(with_.get(section) or {}, first + 1, to)}
+            grid = _grid(with_.get(section), first + 1, to)
+            wanted |= {(step, kind) for step in itertools.islice(grid, most)}
     return wanted, end
 
 
@@ -133,7 +140,8 @@ def _first_config(directory: RunDirectory) -> dict[str, Any]:
     return yamlio.load(str(directory.config)).value if directory.config.is_file() else {}
 
 
-def _grid(cadence: dict[str, Any], first: int, last: int) -> range:
+def _grid(cadence: Any, first: int, last: int) -> range:
+    cadence = cadence if isinstance(cadence, dict) else {}
     every, offset = cadence.get("every"), cadence.get("offset") or 0
     if cadence.get("counter", GLOBAL_STEP) != GLOBAL_STEP:
         return range(0)  # the records do not say where another counter stood
