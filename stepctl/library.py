@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stepctl import config as configs
-from stepctl import report, run, yamlio
+from stepctl import numerics, report, run, yamlio
 from stepctl.arena import Array
 from stepctl.checkpoint.codec import Reader
 from stepctl.config import Config, Stop
@@ -110,6 +110,7 @@ class Run:
     def evaluate(self, *, average: bool = False) -> Metrics:
         """Return the metrics over the validation part, with the moving average's weights if asked; nothing changes."""
         assembly = self._segment.assembly
+        numerics.give_again(assembly.numerics["threads"])
         if assembly.validation is None:
             raise ConfigError("data: there is no validation part; set data.validation_fraction")
         return assembly.task.evaluate(self.state, assembly.validation, average=average)
@@ -161,6 +162,7 @@ class Run:
 
     def _begin(self) -> Trainer:
         self._fresh = False
+        numerics.give_again(self._segment.assembly.numerics["threads"])
         if self._trainer is None:
             self._trainer = self._opened.enter_context(self._segment.opened())
             self._trainer.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import stepctl
 from helpers import BASE, make_config, rows, train
@@ -188,6 +190,24 @@ def test_a_run_is_held_until_it_is_closed(tmp_path: Path) -> None:
     stepctl.resume(tmp_path / "run", say=silent).close()
     with pytest.raises(RunExistsError):
         stepctl.create(CONFIG, tmp_path / "run", say=silent)
+
+
+def test_each_of_two_runs_has_its_own_number_of_threads(tmp_path: Path) -> None:
+    """BLAS has one for the whole process, and it decides last bits."""
+
+    def threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    open_run = functools.partial(stepctl.create, say=silent)
+    with (
+        open_run(CONFIG, tmp_path / "one") as one,
+        open_run({**CONFIG, "numerics": {"threads": 2}}, tmp_path / "two") as two,
+    ):
+        for run, expected in ((one, {1}), (two, {2}), (one, {1})):
+            run.step()
+            assert threads() == expected
+        two.evaluate()
+        assert threads() == {2}
 
 
 def test_overrides_are_checked_as_a_config_is(tmp_path: Path) -> None:
