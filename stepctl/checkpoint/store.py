@@ -94,9 +94,9 @@ class Store:
         if refused and all(error.code in _UNFIT for error in refused):
             raise refused[0]  # all are whole, and none fits: the newest says why
         reasons = "; ".join(str(error).splitlines()[0] for error in refused)
-        if not refused:
+        if not refused and not self._acknowledged:
             raise CheckpointError("none", f"{self.path}: no checkpoint is there; start the run with: stepctl train")
-        detail = f"{len(refused)} files, none good: {reasons}"
+        detail = f"{len(refused)} files, none good: {reasons}" if refused else "there is none any more"
         raise CheckpointError("none", f"{self.path}: no usable checkpoint ({detail}); start again in a new --run-dir")
 
     def open(self, step: int, accept: Accept = lambda reader: None) -> codec.Reader:
