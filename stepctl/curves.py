@@ -20,6 +20,7 @@ FORMATS = ("png", "svg", "pdf")
 _NO_METRIC = ("step", "kind", "extra")
 _LARGEST = 1 << 63  # a step beyond it is nobody's
 _COLORS = ("blue", "orange", "green", "red", "magenta", "cyan")  # of plotext
+_DRAWN = 1e300  # of what is drawn: the difference of two such must not overflow
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 Points = list[tuple[int, float]]
@@ -136,7 +137,7 @@ def _draw_text(plotext: Any, curves: Curves, line: str, color: str) -> str:
         ("training", curves.training, line, "⠤" if line == "braille" else line),
         ("validation", curves.validation, "●" if line == "braille" else line.upper(), None),
     ):
-        finite = [(step, value) for step, value in points if math.isfinite(value)]
+        finite = [(step, value) for step, value in points if abs(value) < _DRAWN]
         if not finite:
             continue
         steps, values = zip(*finite, strict=True)

@@ -31,6 +31,6 @@ def to_prune(
         sign = 1 if best.mode == "min" else -1
         values = {step: metrics[step].get(best.metric) for step in ordered if step in metrics}
         known = {step: value for step, value in values.items() if isinstance(value, int | float)}
-        finite = [step for step, value in known.items() if math.isfinite(value)]
+        finite = [step for step, value in known.items() if abs(value) < math.inf]  # an int may be beyond any float
         kept |= set(sorted(finite, key=lambda step: (sign * known[step], step))[: best.n])
     return [step for step in ordered if step not in kept and step not in protected]

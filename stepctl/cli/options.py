@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from stepctl.errors import ConfigError, Exit
+from stepctl.errors import ConfigError, Exit, printable
 
 if TYPE_CHECKING:
     from stepctl.segment import Segment
@@ -125,7 +125,7 @@ def say(message: str) -> None:
     """Print a message to stderr; with nobody left to read it, training goes on all the same."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            sys.stderr.write(f"{message}\n")
+            sys.stderr.write("".join(f"{printable(line)}\n" for line in message.split("\n")))
 
 
 def train_segment(segment: Segment, *, began: float, max_time: float | None, quiet: bool, verbose: bool) -> NoReturn:
