@@ -50,7 +50,7 @@ def plan_resume(
     config = changed_config(base, options, directory)
     changed = configs.changes(base, config)
     assembly = assemble(config)
-    store = Store(directory.checkpoints, directory.acknowledged())
+    store = Store(directory.checkpoints, directory.acknowledged)
 
     def accept(reader: codec.Reader) -> None:
         check_same_run(reader, base, excused_keys(ledger, changed))

@@ -21,7 +21,7 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
     place, and count for nothing. CheckpointError if none is good, RunInUseError if a process trains the run.
     """
     with contextlib.nullcontext() if dry_run else directory.lock(say):
-        store = Store(directory.checkpoints, directory.acknowledged())
+        store = Store(directory.checkpoints, directory.acknowledged)
         evaluations = Evaluations(directory.read_metrics())
         if (best := keep.keep_best) and not any(best.metric in row for row in evaluations.rows.values()):
             raise ConfigError(f"keep_best: {directory.metrics} has no evaluation with {best.metric!r}")
