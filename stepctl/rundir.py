@@ -212,6 +212,12 @@ class RunDirectory:
             publish(self.metrics, kept)
 
 
+def refuse_nowhere(path: str) -> None:
+    """Raise ConfigError if there is nothing at all where a run or a checkpoint is to be read."""
+    if not os.path.lexists(path):
+        raise ConfigError(f"{path}: no run is there, and no checkpoint; list the runs with: stepctl runs")
+
+
 def _described(holder: Mapping[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
 
