@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -105,8 +105,7 @@ def _assemble(config: Config, hooks: Sequence[Hook], target: int) -> Assembly:
     if task.targets == "classes" and config.data.n_classes is None:
         config = config.with_values({"data.n_classes": count_classes(sources)})
     training_part, validation_part = _parts(config, train, validation)
-    _check_metrics(config, task)
-    _check_counters(config, task)
+    _check_names(config, task)
     config = _with_horizons(config, task, target)
     batch_size = config.data.batch_size
     learners, here = _learners(config, task, task.ends(config.data.n_classes, train.sample_shape, train.target_shape))
@@ -197,18 +196,26 @@ def _with_horizons(config: Config, task: Task, target: int) -> Config:
     return config.with_values(values) if values else config
 
 
-def _check_counters(config: Config, task: Task) -> None:
-    """Raise ConfigError if a schedule or a cadence names a counter that the task does not have."""
+def check_names(config: Config) -> None:
+    """Raise ConfigError if a config names metrics or counters that its task does not have; no data are needed."""
+    _check_names(config, _task(config))
+
+
+def _check_names(config: Config, task: Task) -> None:
+    if wrong := [*_wrong_metrics(config, task), *_wrong_counters(config, task)]:
+        raise ConfigError("\n".join(wrong))
+
+
+def _wrong_counters(config: Config, task: Task) -> list[str]:
+    """Return a line for each schedule or cadence that names a counter that the task does not have."""
     named = {f"{section}.counter": cadence.counter for section, cadence in config.cadences().items()}
     named |= {f"{key}.counter": rate["counter"] for key, rate in config.rates().items() if "counter" in rate}
     known = [GLOBAL_STEP, SAMPLES_SEEN, *task.models]
-    wrong = [
+    return [
         f"{key}: there is no counter {name!r}{did_you_mean(name, known)}; there are: {', '.join(known)}"
         for key, name in named.items()
         if name not in known
     ]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
 
 
 def _metric(config: Config, task: Task, key: str, asked: Any) -> tuple[str, Mode]:
@@ -225,8 +232,8 @@ def _metric(config: Config, task: Task, key: str, asked: Any) -> tuple[str, Mode
     return name, getattr(asked, "mode", None) or (evaluate.mode if name == default else None) or modes[name]
 
 
-def _check_metrics(config: Config, task: Task) -> None:
-    """Raise ConfigError if a section goes by a metric that no evaluation gives."""
+def _wrong_metrics(config: Config, task: Task) -> Iterator[str]:
+    """Yield a line for each section that goes by a metric that no evaluation gives."""
     asked = {
         "evaluate": config.evaluate if config.evaluate.metric else None,
         "checkpoint.keep_best": config.checkpoint.keep_best,
@@ -234,12 +241,15 @@ def _check_metrics(config: Config, task: Task) -> None:
         "stop.target_metric": config.stop.target_metric,
     }
     if config.evaluate.ema and config.ema is None:
-        raise ConfigError("evaluate.ema: there is no moving average; set ema: {decay: 0.999}, or leave it out")
+        yield "evaluate.ema: there is no moving average; set ema: {decay: 0.999}, or leave it out"
     for key, section in asked.items():
         if section is not None:
-            _metric(config, task, key, section)
+            try:
+                _metric(config, task, key, section)
+            except ConfigError as error:
+                yield str(error)
             if config.evaluate.every is None and key != "evaluate":
-                raise ConfigError(f"{key}: nothing is evaluated; set evaluate.every")
+                yield f"{key}: nothing is evaluated; set evaluate.every"
 
 
 def _watches(config: Config, task: Task) -> list[Watch]:

@@ -59,9 +59,9 @@ def arrays(a: Iterable[Array], b: Iterable[Array]) -> dict[str, Any]:
 
     Returns "equal" (to the bit); if they are not: "n_different" elements, "first" (the flat index of the first),
     and over the finite ones "max_abs", the largest absolute difference, and "max_ulp", the largest distance in
-    representable numbers.
+    representable numbers (None for integers).
     """
-    n, first, position, max_abs, max_ulp = 0, None, 0, 0.0, 0
+    n, first, position, max_abs, max_ulp = 0, None, 0, 0.0, None
     for left, right in _aligned(a, b):
         different = np.flatnonzero(_bits(left) != _bits(right))
         if different.size:
@@ -71,7 +71,7 @@ def arrays(a: Iterable[Array], b: Iterable[Array]) -> dict[str, Any]:
             finite = np.isfinite(x) & np.isfinite(y)
             x, y = x[finite], y[finite]
             max_abs = max(max_abs, float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max(initial=0)))
-            max_ulp = max(max_ulp, _ulp(x, y))
+            max_ulp = max(max_ulp or 0, _ulp(x, y)) if x.dtype.kind == "f" else None
         position += left.size
     if not n:
         return {"equal": True}
@@ -98,8 +98,6 @@ def _bits(values: Array) -> Array:
 def _ulp(x: Array, y: Array) -> int:
     if not x.size:
         return 0
-    if x.dtype.kind != "f":
-        return max(abs(int(a) - int(b)) for a, b in zip(x, y, strict=True))
     ordered = []
     for values in (x, y):
         bits, sign = _bits(values), _UINT[values.itemsize](1 << (8 * values.itemsize - 1))

@@ -13,6 +13,7 @@ from stepctl.errors import ConfigError, printable
 from stepctl.extras import require
 from stepctl.problems import did_you_mean
 from stepctl.rundir import RunDirectory
+from stepctl.runs import main_metric
 from stepctl.writers.base import Row
 from stepctl.writers.jsonl import as_number
 
@@ -53,6 +54,14 @@ def curves_of(paths: Sequence[str], metric: str) -> list[Curves]:
         Curves(name, _points(each, "train", metric), _points(each, "eval", metric), _boundaries(directory))
         for name, each, directory in zip(names, rows, directories, strict=True)
     ]
+
+
+def metric_of(paths: Sequence[str]) -> str:
+    """Return what to draw of runs if nobody says: the loss if one has it, or what the first of them goes by."""
+    directories = [RunDirectory(path) for path in paths]
+    if any("loss" in row for directory in directories for row in directory.read_metrics()):
+        return "loss"
+    return next(filter(None, map(main_metric, directories)), "loss")
 
 
 def _points(rows: list[Row], kind: str, metric: str) -> Points:

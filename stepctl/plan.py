@@ -26,6 +26,7 @@ from stepctl.run import (
 from stepctl.rundir import RunDirectory
 from stepctl.state import GLOBAL_STEP
 
+_LOOKED_AT = 10_000  # steps of an event
 _SHOWN = 8  # steps listed of an event before the rest is left out
 
 
@@ -43,7 +44,7 @@ def plan(assembly: Assembly, directory: RunDirectory) -> dict[str, Any]:
     config = assembly.config
     span = Span(config.initial_step, config.target(config.initial_step), [])
     notes = horizon_notes(assembly, span.last, locked=False)
-    return _plan(assembly, directory, span) | {"notes": [*notes, *_notes(config)]}
+    return _plan(assembly, directory, span) | {"notes": [*notes, *best_notes(assembly, span), *_notes(config)]}
 
 
 def plan_resume(
@@ -58,7 +59,7 @@ def plan_resume(
     config = changed_config(base, options, directory)
     changed = configs.changes(base, config)
     assembly = assemble(config)
-    store = Store(directory.checkpoints, directory.acknowledged())
+    store = Store(directory.checkpoints, directory.acknowledged)
 
     def accept(reader: codec.Reader) -> None:
         excused = excused_keys(ledger, changed)
@@ -70,8 +71,10 @@ def plan_resume(
         start, name = reader.header.global_step, reader.name
     target = target_of(config, options, ledger, start, changed)
     saved = [step for step in store.steps() if step <= start]
-    found = _plan(assembly, directory, Span(start, target, saved, rundir.forks(ledger)))
-    notes = [*horizon_notes(assembly, target, locked=True), *_notes(config), *_unlocking(changed, options.assignments)]
+    span = Span(start, target, saved, rundir.forks(ledger))
+    found = _plan(assembly, directory, span)
+    notes = [*horizon_notes(assembly, target, locked=True), *best_notes(assembly, span), *_notes(config)]
+    notes += _unlocking(changed, options.assignments)
     plain = target_of(base, ResumeOptions(), ledger, start, [])
     return found | {"from": name, "plain_target": plain, "notes": notes}, assembly
 
@@ -113,7 +116,7 @@ def _plan(assembly: Assembly, directory: RunDirectory, span: Span) -> dict[str, 
         "bytes": {"state": state.n_bytes, "gradients": n_bytes * n_sums, "checkpoint": size},
         "steps": [span.start, span.last],
         "events": {name: event.facts() for name, event in events.items()},
-        "checkpoints": _checkpoints(config.checkpoint, span, events["save"].grid, size),
+        "checkpoints": _checkpoints(_effective(assembly, span), span, events["save"].grid, size),
         "learning_rate": rates.table(assembly, span.start, span.last),
     }
 
@@ -226,6 +229,39 @@ def _checkpoints(keep: Checkpoint, span: Span, grid: Grid, size: int) -> dict[st
         "keep_every": keep.keep_every,
         "keep_best": keep.keep_best.model_dump() if keep.keep_best else None,
     }
+
+
+def best_notes(assembly: Assembly, span: Span) -> list[str]:
+    """Return what to say if `keep_best` keeps nothing: no step of the run has both an evaluation and a save."""
+    config = assembly.config
+    if config.checkpoint.keep_best is None or config.checkpoint.every_seconds is not None or span.last <= span.start:
+        return []
+    # of the whole run: what was saved before may be the best
+    evaluated = firing(config.evaluate, _counting(assembly, config.evaluate), config.initial_step, span.last)
+    saved = firing(config.checkpoint, _counting(assembly, config.checkpoint), span.start, span.last)
+    if any(step in evaluated for step in (*span.saved, span.last)) or _meet(evaluated, saved):
+        return []
+    cadences = {"evaluate": config.evaluate, "checkpoint": config.checkpoint}
+    grids = [f"{key}.every {each.every}, offset {each.offset}" for key, each in cadences.items()]
+    return [f"checkpoint.keep_best keeps nothing: no evaluation falls on a save up to step {span.last} "
+            f"({'; '.join(grids)}); let one fall on the other's steps"]  # fmt: skip
+
+
+def _counting(assembly: Assembly, cadence: Cadence) -> Callable[[int], int]:
+    return rates.counting(assembly, cadence.counter)
+
+
+def _meet(a: Grid, b: Grid) -> bool:
+    """Tell whether two grids have a step in common; what would take too long to tell is taken for a yes."""
+    few, many = sorted((a, b), key=len)
+    # of two ranges all that can happen happens within so many
+    n = min(len(few), many.step) if isinstance(few, range) and isinstance(many, range) else len(few)
+    return n > _LOOKED_AT or any(few[index] in many for index in range(n))
+
+
+def _effective(assembly: Assembly, span: Span) -> Checkpoint:
+    keep = assembly.config.checkpoint
+    return keep.model_copy(update={"keep_best": None}) if best_notes(assembly, span) else keep
 
 
 def kept(span: Span, keep: Checkpoint, grid: Grid) -> tuple[int, int]:

@@ -16,6 +16,17 @@ Path = tuple[str | int, ...]
 _MOST = 50  # problems shown
 _LONGEST = 1000  # characters of a line
 
+# names that other tools give to keys
+_USUAL = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "batchsize": "batch_size",
+    "steps": "num_steps",
+    "max_steps": "last_step",
+    "wd": "weight_decay",
+}
+_EPOCHS = ("epoch", "epochs", "num_epochs", "n_epochs", "max_epochs")
+
 # pydantic's error types -> what is needed there; the others speak for themselves
 _NEEDED = {
     "model_type": "a mapping is needed",
@@ -55,6 +66,11 @@ def reason(error: BaseException) -> str:
     return text if text and not isinstance(error, SystemExit | KeyError) else f"{type(error).__name__}: {text}"
 
 
+def counted(n: int, word: str) -> str:
+    """Return "1 problem", "2 problems"."""
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """Return "; did you mean 'x'?" for the closest known word, or nothing."""
     close = difflib.get_close_matches(word, known, n=1)
@@ -63,7 +79,12 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 def unknown_key(word: str, known: list[str]) -> str:
     """Return the message for a key that is none of the known ones."""
-    return f"unknown key{did_you_mean(word, known)}; allowed: {', '.join(known) or 'none'}"
+    if word.lower() in _EPOCHS:
+        meant = "; steps are counted, not epochs: give stop.num_steps or stop.last_step"
+    else:
+        usual = _USUAL.get(word.lower())
+        meant = f"; did you mean {usual!r}?" if usual in known else did_you_mean(word, known)
+    return f"unknown key{meant}; allowed: {', '.join(known) or 'none'}"
 
 
 def problems_of(error: ValidationError, value: Any) -> list[Problem]:

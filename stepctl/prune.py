@@ -9,7 +9,7 @@ from stepctl import rundir
 from stepctl.checkpoint import names, retention, userblock
 from stepctl.checkpoint.store import Store
 from stepctl.config import Checkpoint
-from stepctl.errors import CheckpointError, ConfigError, printable
+from stepctl.errors import CheckpointError, ConfigError, StepctlError, printable
 from stepctl.rundir import RunDirectory
 from stepctl.writers.evaluations import Evaluations
 
@@ -21,7 +21,7 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
     place, and count for nothing. CheckpointError if none is good, RunInUseError if a process trains the run.
     """
     with contextlib.nullcontext() if dry_run else directory.lock(say):
-        store = Store(directory.checkpoints, directory.acknowledged())
+        store = Store(directory.checkpoints, directory.acknowledged)
         evaluations = Evaluations(directory.read_metrics())
         if (best := keep.keep_best) and not any(best.metric in row for row in evaluations.rows.values()):
             raise ConfigError(f"keep_best: {directory.metrics} has no evaluation with {best.metric!r}")
@@ -34,10 +34,29 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
             children = printable(", ".join(dict.fromkeys(forks[step])))
             say(f"{names.file_name(step)} is kept for what was forked from it: {children}")
         if pruned and not dry_run:
-            directory.mend_ledger()
-            directory.append_ledger("prune", steps=pruned)
-            store.remove(pruned)
+            _remove(directory, store, pruned)
     return pruned
+
+
+def _remove(directory: RunDirectory, store: Store, pruned: list[int]) -> None:
+    # The ledger's line comes first: what is gone is then known to be meant. A full disk has no room for it before
+    # some file is gone: the oldest goes, and the line is tried again before the next one does.
+    for step in pruned:
+        try:
+            _record(directory, pruned)
+            break
+        except StepctlError as error:
+            if not rundir.is_full(error):
+                raise
+            store.remove([step])
+    else:
+        _record(directory, pruned)
+    store.remove(pruned)
+
+
+def _record(directory: RunDirectory, pruned: list[int]) -> None:
+    directory.mend_ledger()
+    directory.append_ledger("prune", steps=pruned)
 
 
 def _is_whole(store: Store, step: int, say: Callable[[str], None]) -> bool:

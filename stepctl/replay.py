@@ -31,7 +31,7 @@ def replay(
         raise ConfigError(f"--replay {first}:{last}: goes from a step to a later one")
     base = configs.parse(directory.newest_config())
     assembly = assemble(base)
-    state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged())
+    state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged)
 
     def restore(reader: codec.Reader) -> None:
         check_same_run(reader, base, set(), _ANOTHER)

@@ -27,7 +27,7 @@ def open_path(path: str, report: Callable[[str], None]) -> codec.Reader:
     directory = RunDirectory(path)
     if not directory.checkpoints.is_dir():
         raise CheckpointError("none", f"{path}: neither a checkpoint nor a run (no checkpoints/ in it)")
-    return Store(directory.checkpoints, directory.acknowledged()).newest(report)
+    return Store(directory.checkpoints, directory.acknowledged).newest(report)
 
 
 def inspect_path(path: str, pattern: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -117,9 +118,7 @@ class RunDirectory:
             dead = _parsed(os.pread(descriptor, _LINE, 0))
             mine = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": os.getpid()}
             try:
-                with writing(self.path / "lock"):
-                    # one write of one length, so that a reader finds the old name or the new one
-                    write_all(descriptor, (json.dumps(mine) + "\n").ljust(_LINE).encode())
+                self._sign(descriptor, mine)
                 if dead:
                     say(f"{self.path}: {_described(dead)} ended without letting go; taking over")
                 yield
@@ -130,6 +129,16 @@ class RunDirectory:
             _HELD.discard(descriptor)
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+    def _sign(self, descriptor: int, holder: Mapping[str, Any]) -> None:
+        """Write who holds the lock. A full disk has no room for it, and the run is held all the same."""
+        try:
+            with writing(self.path / "lock"):
+                # one write of one length, so that a reader finds the old name or the new one
+                write_all(descriptor, (json.dumps(holder) + "\n").ljust(_LINE).encode())
+        except StepctlError as error:
+            if not is_full(error):
+                raise
 
     def holder(self) -> str | None:
         """Return who holds the run, by what the lock says alone: nothing is locked, so no trainer can fail by it."""
@@ -204,6 +213,12 @@ class RunDirectory:
         kept = [line for line in lines if _stands(line, step)]
         if kept != lines:
             publish(self.metrics, kept)
+
+
+def refuse_nowhere(path: str) -> None:
+    """Raise ConfigError if there is nothing at all where a run or a checkpoint is to be read."""
+    if not os.path.lexists(path):
+        raise ConfigError(f"{path}: no run is there, and no checkpoint; list the runs with: stepctl runs")
 
 
 def _described(holder: Mapping[str, Any]) -> str:
@@ -321,6 +336,11 @@ class writing:
         if isinstance(error, OSError):
             remedy = "make room or mend the disk, then resume"
             raise StepctlError(f"{self._path}: cannot be written: {error.strerror}; {remedy}") from error
+
+
+def is_full(error: StepctlError) -> bool:
+    """Tell whether there was no room for what could not be written."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_directory(path: Path) -> None:

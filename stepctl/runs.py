@@ -97,9 +97,7 @@ def _ended(ledger: list[Row]) -> tuple[str, str]:
 
 def _metric(rows: list[Row], wanted: str | None, mode: str | None) -> tuple[str | None, float | None, float | None]:
     """Return the main metric's name, its last value and its best: of evaluations, if there are some."""
-    kind = "eval" if any(row.get("kind") == "eval" for row in rows) else "train"
-    rows = [row for row in rows if row.get("kind") == kind]
-    name = _main(dict.fromkeys(key for row in rows for key in row if as_number(row[key]) is not None), wanted)
+    kind, rows, name = _of_main_kind(rows, wanted)
     if name is None:
         return None, None, None
     values = [value for row in rows if (value := as_number(row.get(name))) is not None]
@@ -107,6 +105,21 @@ def _metric(rows: list[Row], wanted: str | None, mode: str | None) -> tuple[str 
     least = mode == "min" if mode and name == wanted else name.endswith(_LESS_IS_BETTER)
     best = (min if least else max)(finite, default=None)
     return f"{_KINDS[kind]} {name}", values[-1], best
+
+
+def _of_main_kind(rows: list[Row], wanted: str | None) -> tuple[str, list[Row], str | None]:
+    kind = "eval" if any(row.get("kind") == "eval" for row in rows) else "train"
+    rows = [row for row in rows if row.get("kind") == kind]
+    return (
+        kind,
+        rows,
+        _main(dict.fromkeys(key for row in rows for key in row if as_number(row[key]) is not None), wanted),
+    )
+
+
+def main_metric(directory: RunDirectory) -> str | None:
+    """Return the name of the metric that a run goes by, or its loss; None if it has no such row."""
+    return _of_main_kind(directory.read_metrics(), _asked(directory)[0])[2]
 
 
 def _main(known: Iterable[str], wanted: str | None) -> str | None:

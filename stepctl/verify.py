@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from stepctl import yamlio
+from stepctl import files, yamlio
 from stepctl.checkpoint import names
 from stepctl.errors import CheckpointError
 from stepctl.rundir import RunDirectory
@@ -41,7 +41,7 @@ def verify(path: str) -> tuple[list[Found], list[Problem]]:
     if not directory.checkpoints.is_dir():
         raise CheckpointError("none", f"{path}: neither a checkpoint nor a run (no checkpoints/ in it)")
     found, problems = verify_files([str(directory.checkpoints / names.file_name(step)) for step in _steps(directory)])
-    problems += check_ledger(directory, found)
+    problems = [*_without_pruned(directory, problems), *check_ledger(directory, found)]
     problems += check_metrics(directory)
     return found, problems
 
@@ -63,18 +63,33 @@ def _steps(directory: RunDirectory) -> list[int]:
     return names.steps(os.listdir(directory.checkpoints))
 
 
+def _without_pruned(directory: RunDirectory, problems: list[Problem]) -> Iterator[Problem]:
+    """Leave out the files that are gone by now, as the ledger, read after that was seen, says they may be."""
+    gone = {problem.file for problem in problems if not files.is_there(directory.checkpoints / problem.file)}
+    wanted = {names.file_name(step) for step in acknowledged_files(directory)} if gone else set()
+    for problem in problems:
+        if problem.file not in gone or problem.file in wanted:
+            yield problem
+
+
 def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Problem]:
-    """Compare the ledger with the good files: what it acknowledges is there, and what is there it acknowledges."""
-    present = set(_steps(directory))
-    for step, digest in sorted(acknowledged_files(directory).items()):
+    """Compare the ledger with the good files: what it acknowledges is there, and what is there it acknowledges.
+
+    Of a run that is being trained the newest file may still have to be acknowledged.
+    """
+    holder = directory.holder()  # looked for first: whoever lets go has written the ledger's line
+    expected, digests = acknowledged_files(directory), directory.acknowledged()
+    # listed after the ledger was read; what is missing may have been pruned since: the ledger says so before
+    missing = expected.keys() - set(_steps(directory))
+    for step in sorted(missing & acknowledged_files(directory).keys()) if missing else ():
         file = names.file_name(step)
-        if step not in present:
-            yield Problem("lost", file, f"{file}: acknowledged in ledger.jsonl, but it is not there")
-        for good in found:
-            if good.step == step and good.sha256 != digest:
-                yield Problem("other", file, f"{file}: whole, but not the file that ledger.jsonl acknowledges")
+        yield Problem("lost", file, f"{file}: acknowledged in ledger.jsonl, but it is not there")
     for good in found:
-        if good.sha256 not in directory.acknowledged():
+        if expected.get(good.step, good.sha256) != good.sha256:
+            yield Problem("other", good.file, f"{good.file}: whole, but not the file that ledger.jsonl acknowledges")
+    for good in found:
+        is_new = holder is not None and good.step > max(expected, default=-1)
+        if good.sha256 not in digests and not is_new:
             yield Problem("unknown", good.file, f"{good.file}: whole, but ledger.jsonl does not know it")
 
 
@@ -93,7 +108,12 @@ def acknowledged_files(directory: RunDirectory) -> dict[int, str]:
 
 
 def check_metrics(directory: RunDirectory) -> Iterator[Problem]:
-    """Compare metrics.jsonl with the ledger: no row twice, none missing up to the newest checkpoint, none late."""
+    """Compare metrics.jsonl with the ledger: no row twice, none missing up to the newest checkpoint, none late.
+
+    The run may be going on: rows are there before the ledger's line of a checkpoint, so what the ledger asks for is
+    looked for after it was read, and what it must allow is asked of a ledger that is read after the rows.
+    """
+    before, _ = _wanted(directory, most=len(directory.read_metrics()) + _SHOWN)
     rows = directory.read_metrics()
     file = directory.metrics.name
     seen: set[tuple[int, str]] = set()
@@ -103,7 +123,7 @@ def check_metrics(directory: RunDirectory) -> Iterator[Problem]:
             yield Problem("twice", file, f"{file}: two {key[1]} rows of step {key[0]}")
         seen.add(key)
     wanted, last = _wanted(directory, most=len(seen) + _SHOWN)
-    for step, kind in sorted(wanted - seen):
+    for step, kind in sorted((before & wanted) - seen):
         yield Problem("row", file, f"{file}: the {kind} row of step {step} is missing")
     if last is not None and (late := max((step for step, _ in seen), default=0)) > last:
         yield Problem("row", file, f"{file}: has a row of step {late}, but the run ended at step {last}")

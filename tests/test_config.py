@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import stepctl
+from helpers import make_config
 from stepctl import config as configs
 from stepctl import schema as schemas
 from stepctl import yamlio
+from stepctl.cli.main import cli
 from stepctl.config import Config
 from stepctl.errors import ConfigError
 
@@ -600,3 +603,34 @@ def test_checking_changes_no_document() -> None:
     before = copy.deepcopy(document.value)
     configs.parse(document)
     assert document.value == before
+
+
+def test_every_wrong_metric_and_counter_is_listed_by_config_check(tmp_path: Path) -> None:
+    config = make_config().plain()
+    config["checkpoint"]["keep_best"] = {"metric": "f1", "mode": "max"}
+    config["stop"]["early_stopping"] = {"metric": "f2", "patience": 1}
+    config["log"]["counter"] = "critic"
+    (tmp_path / "c.yaml").write_text(yamlio.dumps(config))
+    done = CliRunner().invoke(cli, ["config", "check", str(tmp_path / "c.yaml")])
+    lines = done.stderr.splitlines()
+    assert (done.exit_code, done.stdout, len(lines)) == (2, "", 3)
+    assert [word for word in ("f1", "f2", "critic") if any(repr(word) in line for line in lines)] == [
+        "f1",
+        "f2",
+        "critic",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("optimizer.lr", "did you mean 'learning_rate'?"),
+        ("data.bs", "did you mean 'batch_size'?"),
+        ("epochs", "steps are counted, not epochs: give stop.num_steps or stop.last_step"),
+    ],
+)
+def test_a_name_that_other_tools_use_leads_to_ours(key: str, hint: str) -> None:
+    document = yamlio.Document(make_config().plain())
+    document.set(f"{key}=1")
+    with pytest.raises(ConfigError, match=re.escape(f"{key}: unknown key; {hint}")):
+        configs.parse(document)

@@ -145,3 +145,22 @@ def test_a_run_without_rows_has_no_metric(tmp_path: Path) -> None:
     train(make_config(stop={"last_step": 0}), tmp_path / "run")
     with pytest.raises(ConfigError, match="no such metric; there are none yet"):
         curves_of([str(tmp_path / "run")], "loss")
+
+
+def other_metric(folder: Path) -> Path:
+    """Make a run whose rows have no loss."""
+    train(make_config(stop={"last_step": 20}, evaluate={"every": 5}), folder / "other")
+    path = folder / "other" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"loss"', '"wasserstein"'))
+    return folder / "other"
+
+
+def test_a_run_without_loss_is_drawn_by_what_it_has(tmp_path: Path) -> None:
+    done = call(other_metric(tmp_path), "--json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(done.stdout)[0]["validation"]
+
+
+def test_a_run_that_lacks_the_metric_is_named(run: Path, tmp_path: Path) -> None:
+    done = call(run, other_metric(tmp_path), "--json")
+    assert (done.exit_code, done.stderr) == (0, "other: has no row of loss; nothing is drawn of it\n")

@@ -52,6 +52,7 @@ ALLOWED = {
     ("rates", "assembly"),
     ("replay", "assembly"),
     ("compare", "report"),
+    ("curves", "runs"),
     ("doctor", "disk"),
     ("replay", "compare"),
     ("replay", "run"),

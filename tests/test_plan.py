@@ -300,6 +300,7 @@ def test_a_locked_key_may_be_tried_and_the_resume_that_takes_it_is_said() -> Non
         (["empty"], Exit.USAGE, "empty: no run is there"),
         (["c.yaml", "--last-step", "1", "--num-steps", "1"], Exit.USAGE, "give one (steps from here, or an absolute"),
         (["c.yaml", "--png", "none/a.png"], Exit.USAGE, "--png: none/a.png: cannot be written: No such file"),
+        (["c.yaml", "--png", "a.jpg"], Exit.USAGE, "--png a.jpg: the name must end in .png"),
         (["c.yaml", "--last-step", "0", "--png", "a.png"], Exit.USAGE, "--png: there is no learning rate to draw"),
     ],
 )
@@ -379,3 +380,31 @@ def test_a_task_of_several_models_is_planned() -> None:
         f"{critic}.decay_steps={5 * FAR})",
         f"{generator}.decay_steps={FAR})",
     ]
+
+
+BEST = {"every": 4, "keep_last": 2, "keep_best": {"metric": "loss", "mode": "min", "n": 1}}
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "checkpoint", "meet"),
+    [
+        ({"every": 4, "offset": 1}, {}, False),
+        ({"every": 3, "offset": 2}, {}, True),  # 8
+        ({"every": 6, "offset": 5}, {"every": 10**9}, False),
+        ({"every": 12}, {"every": 5}, True),  # the last step is saved too
+        ({"every": 4, "offset": 1}, {"every_seconds": 9.0}, True),
+        ({"every": 8 * 4, "counter": "samples_seen", "offset": 8}, {}, False),
+        ({"every": 8 * 4, "counter": "samples_seen"}, {}, True),
+    ],
+)
+def test_a_keep_best_that_can_keep_nothing_is_said_and_not_counted(
+    evaluate: dict[str, Any], checkpoint: dict[str, Any], meet: bool
+) -> None:
+    config = write(evaluate=evaluate, checkpoint={**BEST, **checkpoint})
+    plan, said = planned(config), "keep_best keeps nothing: no evaluation falls on a save up to step 12"
+    assert any(said in note for note in plan["notes"]) != meet
+    assert (plan["checkpoints"]["keep_best"] is not None) == meet
+    done = CliRunner().invoke(cli, ["train", "--config", config])
+    assert (done.exit_code, said in done.stderr) == (0, not meet)
+    kept = Store(Path("runs/c/checkpoints")).steps()
+    assert len(kept) <= plan["checkpoints"]["at_end"]

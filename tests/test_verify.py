@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from helpers import file_bytes, make_config, resume, train
 from stepctl import compare, verify, yamlio
 from stepctl.checkpoint import codec, names
 from stepctl.cli.main import cli
+from stepctl.cli.verify import describe
 from stepctl.rundir import RunDirectory
 from stepctl.state import TrainState
 
@@ -206,7 +209,40 @@ def test_a_cadence_changed_on_the_way_is_followed(tmp_path: Path) -> None:
 def test_what_is_no_checkpoint_has_its_code(make: Callable[[Path], object], code: str, tmp_path: Path) -> None:
     make(tmp_path / "file")
     assert [problem["code"] for problem in call("verify", tmp_path / "file", expect=1)["problems"]] == [code]
-    assert [problem["code"] for problem in call("verify", tmp_path / "nothing", expect=1)["problems"]] == ["open"]
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect", "there/is/none"], ["verify", "there/is/none"], ["diff", ".", "there/is/none"]]
+)
+def test_what_is_not_there_at_all_is_a_wrong_argument(command: list[str]) -> None:
+    done = CliRunner().invoke(cli, command)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("stepctl: there/is/none: no run is there")
+
+
+def test_one_problem_is_one_and_one_element_too(run: Path) -> None:
+    shutil.copy(file(run, 40), run / "before.h5")
+    altered(run, 40, "params/dense0/bias", 5, lambda value: value + np.float32(0.5))
+    said = CliRunner().invoke(cli, ["diff", str(run / "before.h5"), str(file(run, 40))]).stdout
+    assert "params/dense0/bias: 1 element differs, at 5; at most by 0.5, " in said
+    removed(run)
+    assert CliRunner().invoke(cli, ["verify", str(run)]).stdout.endswith(": 1 problem\n")
+
+
+def test_the_distance_of_integers_is_not_in_ulp() -> None:
+    found = compare.arrays(parts([1, 2], "int64"), parts([1, 5], "int64"))
+    assert found == {"equal": False, "n_different": 1, "first": 1, "max_abs": 3.0, "max_ulp": None}
+    assert "ULP" not in describe({"path": "hooks/log/count", **found})
+
+
+@pytest.mark.parametrize(("other", "code"), [(40, 0), (30, 1)])
+def test_an_answer_that_nobody_reads_keeps_its_exit_code(other: int, code: int, run: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "stepctl", "diff", str(file(run, 40)), str(file(run, other))]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 # --- replay

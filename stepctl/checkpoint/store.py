@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from stepctl.config import Checkpoint
 
 Accept = Callable[[codec.Reader], None]  # raises CheckpointError at a checkpoint that it cannot use
+Digests = Collection[str] | Callable[[], Collection[str]]
 Body = Iterable[bytes | memoryview]  # all that follows the user block
+_LOOKS = 10  # at a directory from which files go while it is looked through
 _UNFIT = {"mismatch", "config"}  # codes of whole checkpoints that belong to another config
 
 
@@ -32,8 +34,11 @@ class Abandoned(Exception):
 class Store:
     """A directory of `step-%08d.h5` files."""
 
-    def __init__(self, path: Path, acknowledged: Collection[str] | None = None) -> None:
-        """Files whose sha256 is not among the `acknowledged` ones are first opened in a sandbox (None: not so)."""
+    def __init__(self, path: Path, acknowledged: Digests | None = None) -> None:
+        """Files whose sha256 is not among the `acknowledged` ones are first opened in a sandbox (None: not so).
+
+        A function is asked for them anew at each file: the run may be going on.
+        """
         self.path = path
         self._acknowledged = acknowledged
 
@@ -81,23 +86,31 @@ class Store:
 
         Refused ones (CheckpointError) are reported and left in place. CheckpointError if there is no other.
         """
-        refused: list[CheckpointError] = []
-        for step in reversed(self.steps()):
-            try:
-                reader = self.open(step, accept)
-            except CheckpointError as error:
-                refused.append(error)
-                continue
-            for reason in refused:
-                report(f"{str(reason).splitlines()[0]}; using {reader.name}")
-            return reader
+        for look in range(_LOOKS):
+            refused: list[CheckpointError] = []
+            for step in reversed(self.steps()):
+                try:
+                    reader = self.open(step, accept)
+                except CheckpointError as error:
+                    if look + 1 < _LOOKS and not os.path.lexists(self.file(step)):
+                        break  # pruned since, so a newer one is there
+                    refused.append(error)
+                    continue
+                for reason in refused:
+                    report(f"{str(reason).splitlines()[0]}; using {reader.name}")
+                return reader
+            else:
+                break
+        raise self._none(refused)
+
+    def _none(self, refused: list[CheckpointError]) -> CheckpointError:
         if refused and all(error.code in _UNFIT for error in refused):
-            raise refused[0]  # all are whole, and none fits: the newest says why
+            return refused[0]  # all are whole, and none fits: the newest says why
         reasons = "; ".join(str(error).splitlines()[0] for error in refused)
-        if not refused and not self._acknowledged:
-            raise CheckpointError("none", f"{self.path}: no checkpoint is there; start the run with: stepctl train")
+        if not refused and not self._digests():
+            return CheckpointError("none", f"{self.path}: no checkpoint is there; start the run with: stepctl train")
         detail = f"{len(refused)} files, none good: {reasons}" if refused else "there is none any more"
-        raise CheckpointError("none", f"{self.path}: no usable checkpoint ({detail}); start again in a new --run-dir")
+        return CheckpointError("none", f"{self.path}: no usable checkpoint ({detail}); start again in a new --run-dir")
 
     def open(self, step: int, accept: Accept = lambda reader: None) -> codec.Reader:
         """Open the checkpoint of one step, if `accept` takes it; CheckpointError names the steps that there are."""
@@ -113,13 +126,16 @@ class Store:
         return reader
 
     def _vet(self, step: int, digest: str) -> None:
-        if self._acknowledged is not None and digest not in self._acknowledged:
+        if self._acknowledged is not None and digest not in self._digests():
             from stepctl.sandbox import Sandbox  # rarely needed, and not light
 
             with Sandbox() as sandbox:
                 answer = sandbox.call("stepctl.checkpoint.codec:check", str(self.file(step)))
             if answer["sha256"] != digest:
                 raise CheckpointError("changed", f"{self.file(step).name}: changed while it was read")
+
+    def _digests(self) -> Collection[str]:
+        return (self._acknowledged() if callable(self._acknowledged) else self._acknowledged) or ()
 
     def set_aside(self, step: int) -> Path:
         """Rename a step's file, so that it is kept but never loaded; return its new path."""

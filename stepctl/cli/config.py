@@ -25,7 +25,12 @@ def check(file: str, assignments: tuple[str, ...], as_json: bool) -> None:
 
     document = yamlio.load(file)
     document.set_all(assignments)
-    plain = configs.parse(document).plain()
+    parsed = configs.parse(document)
+
+    from stepctl.assembly import check_names
+
+    check_names(parsed)
+    plain = parsed.plain()
     click.echo(json.dumps(plain, indent=2) if as_json else yamlio.dumps(plain).rstrip())
 
 

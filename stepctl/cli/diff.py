@@ -20,8 +20,11 @@ def diff(a: str, b: str, as_json: bool) -> None:
 
     Exit 0 if counters and arrays are the same; keys of the config that differ are shown, and do not count.
     """
+    from stepctl.rundir import refuse_nowhere
     from stepctl.sandbox import Sandbox
 
+    for path in (a, b):
+        refuse_nowhere(path)
     with Sandbox() as sandbox:
         found = sandbox.call("stepctl.compare:paths", a, b)
     if as_json:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from stepctl.cli.options import say
 from stepctl.hooks.base import Hook
+from stepctl.plan import Span, best_notes
 from stepctl.segment import Segment
 from stepctl.writers.base import Writer
 from stepctl.writers.console import Console
@@ -23,6 +24,8 @@ def shown(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[tuple[lis
         yield [], []
         return
     segment.note = say
+    for note in best_notes(segment.assembly, Span(start, target, segment.store.steps())):
+        say(f"note: {note}")
     if sys.stderr is None or not sys.stderr.isatty():
         yield [Console(say, start=start, target=target)], []
     else:

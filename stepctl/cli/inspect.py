@@ -24,8 +24,10 @@ def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
     Of a run: its newest good checkpoint, its newest segment (one train or resume: from which global step to which,
     and why it ended), and the run and step that it was forked from.
     """
+    from stepctl.rundir import refuse_nowhere
     from stepctl.sandbox import Sandbox
 
+    refuse_nowhere(path)
     with Sandbox() as sandbox:
         answer = sandbox.call("stepctl.report:inspect_path", path, _NONE if step_only else pattern)
     facts = answer["facts"]

@@ -14,6 +14,7 @@ from stepctl.cli.doctor import doctor
 from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
 from stepctl.cli.options import WHOLE_PROCESS
+from stepctl.cli.pipes import let_stdout_end
 from stepctl.cli.plan import plan
 from stepctl.cli.plot import plot
 from stepctl.cli.prune import prune
@@ -75,8 +76,9 @@ def _plain(message: str, longest: int = 4000) -> str:
 def cli(debug: bool) -> None:
     """Train NumPy models; stop anywhere, and resume at the exact global step, bit for bit.
 
-    Exit codes: 0 done, 1 a negative answer, 2 usage or config, 3 no usable checkpoint, 4 the run is in use,
-    75 stopped before the target with a durable checkpoint (run it again).
+    Exit codes: 0 done, 1 a negative answer or an operation that failed, 2 usage or config, 3 no usable checkpoint,
+    4 the run is in use, 75 stopped before the target with a durable checkpoint (run it again), 130 interrupted
+    before training began.
     """
 
 
@@ -86,6 +88,7 @@ for command in (train, resume, fork, plan, inspect, verify, diff, prune, runs, p
 
 def main() -> None:
     """Run the command line."""
+    let_stdout_end()
     try:
         code = cli.main(prog_name="stepctl", obj=WHOLE_PROCESS, standalone_mode=False)
     except click.ClickException as error:

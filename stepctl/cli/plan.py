@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stepctl.cli.options import Place, say, set_option, stop_assignments, stop_section, target_options
-from stepctl.errors import printable
+from stepctl.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from stepctl.assembly import Assembly
@@ -36,6 +36,8 @@ def plan(
     Shapes, sizes in bytes, the global steps at which it logs, saves and evaluates, how many checkpoints are kept
     and the disk that they take, and the learning rate (per update) along the way.
     """
+    if png is not None and not png.lower().endswith(".png"):
+        raise ConfigError(f"--png {png}: the name must end in .png")
     if os.path.isdir(path):
         found, assembly = _of_run(path, stop_section(num_steps, last_step), assignments)
     else:

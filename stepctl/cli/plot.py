@@ -22,17 +22,21 @@ _MOST_LINES = 30
 
 @click.command()
 @click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=Place())
-@click.option("--metric", default="loss", metavar="NAME", help="What to draw; the loss, if not given.")
+@click.option("--metric", metavar="NAME", help="What to draw; the loss, or what the runs go by, if not given.")
 @click.option("-o", "--output", type=Place(), metavar="FILE", help="Write a .png, .svg or .pdf instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the points as JSON.")
-def plot(paths: tuple[str, ...], metric: str, output: str | None, as_json: bool) -> None:
+def plot(paths: tuple[str, ...], metric: str | None, output: str | None, as_json: bool) -> None:
     """Draw training and evaluation rows of one or more runs on the global step, and where segments began."""
     from stepctl import curves
 
     kind = Path(output or "").suffix.removeprefix(".").lower()
     if output is not None and kind not in curves.FORMATS:
         raise ConfigError(f"-o {output}: the name must end in one of .{', .'.join(curves.FORMATS)}")
+    metric = curves.metric_of(paths) if metric is None else metric
     found = curves.curves_of(paths, metric)
+    for each in found:
+        if not each.training and not each.validation:
+            say(printable(f"{each.run}: has no row of {metric}; nothing is drawn of it"))
     if output is not None:
         Path(output).write_bytes(curves.as_image(found, metric, kind))
         say(f"{printable(output)}: {printable(metric)} of {', '.join(printable(each.run) for each in found)}")

@@ -22,7 +22,11 @@ from stepctl.errors import ConfigError
 def prune(
     run_dir: str, keep_last: int | None, keep_every: int | None, keep_best: str | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Remove checkpoints of RUN that neither its config nor the options keep; the newest good one always stays."""
+    """Remove checkpoints of RUN that need not be kept; the newest good one always stays.
+
+    What its config keeps (checkpoint.keep_last, keep_every, keep_best) is kept; an option stands in place of the
+    config's key of that name.
+    """
     from stepctl import config as configs
     from stepctl.checkpoint import names
     from stepctl.prune import prune as prune_run

@@ -21,8 +21,11 @@ def verify(path: str, steps: str | None, as_json: bool) -> None:
     if steps is not None:
         _replay(path, steps, as_json)
         return
+    from stepctl.problems import counted
+    from stepctl.rundir import refuse_nowhere
     from stepctl.verify import verify as verify_path
 
+    refuse_nowhere(path)
     found, problems = verify_path(path)
     if as_json:
         files = [good._asdict() for good in found]
@@ -33,7 +36,7 @@ def verify(path: str, steps: str | None, as_json: bool) -> None:
             click.echo(f"{good.file}  global step {good.step}  good")
         for problem in problems:
             click.echo(f"{printable(problem.message)}  [{problem.code}]")
-        click.echo(f"{path}: {len(problems)} problems" if problems else f"{path}: good")
+        click.echo(f"{path}: {counted(len(problems), 'problem')}" if problems else f"{path}: good")
     click.get_current_context().exit(Exit.NEGATIVE if problems else Exit.DONE)
 
 
@@ -68,7 +71,6 @@ def describe(item: dict[str, Any]) -> str:
     """Return in words where two arrays, or two counters, differ."""
     if "a" in item:
         return f"{item['path']}: {item['a']} and {item['b']}"
-    return (
-        f"{item['path']}: {item['n_different']} elements differ, the first at {item['first']}; "
-        f"at most by {item['max_abs']:.3g}, {item['max_ulp']:,} ULP"
-    )
+    differ = "element differs, at" if item["n_different"] == 1 else "elements differ, the first at"
+    ulp = "" if item["max_ulp"] is None else f", {item['max_ulp']:,} ULP"
+    return f"{item['path']}: {item['n_different']:,} {differ} {item['first']}; at most by {item['max_abs']:.3g}{ulp}"

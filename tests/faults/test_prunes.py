@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from apart import apart
 from gates import Gated, at_the_gate, make_gated
 from moments import after
+from places import mount_memory, own_mounts
 from processes import Process, hold, start, until
 from trials import assert_nothing_lost, checkpoints, ledger
 
+from stepctl.verify import verify
+
 Figure = Callable[[str, int], None]
 DONE, IN_USE = 0, 4
+PAGE = 4096
 START_UP = 0.04  # seconds, or so, from the first line of a prune to its last
 
 
@@ -52,6 +59,32 @@ def test_a_prune_after_a_torn_line_is_recorded(gated: Gated, tmp_path: Path) -> 
     assert len(checkpoints(run)) == 1
     assert_nothing_lost(run, keep_last=1)
     gated.trial.finish(run)
+
+
+def prune_full_disk(made: Path, folder: Path, torn: str) -> tuple[int, str, list[int], list[str]]:
+    """Copy a run to a disk that it fills to the last byte; return what a prune there ended with, said and left."""
+    own_mounts()
+    mount_memory(folder / "disk", 1 << 20)
+    run = folder / "disk" / "run"
+    shutil.copytree(made, run)
+    with open(run / "ledger.jsonl", "a") as file:
+        file.write("\n" * (-(file.tell() + len(torn)) % PAGE) + torn)  # up to the end of its page
+    os.truncate(run / "lock", 0)
+    with contextlib.suppress(OSError), open(folder / "disk" / "filler", "wb") as filler:
+        while True:
+            filler.write(bytes(PAGE))
+            filler.flush()
+    with start(prune(run), cwd=folder) as child:
+        code, said = child.wait(), child.said()
+    return code, said, list(checkpoints(run)), [problem.message for problem in verify(str(run))[1]]
+
+
+@pytest.mark.parametrize("torn", ["", '{"event": "checkpoint", "st'])
+def test_a_prune_makes_room_on_a_full_disk(torn: str, gated: Gated, tmp_path: Path) -> None:
+    run = gated.copy_of_killed(tmp_path.name)
+    newest = max(checkpoints(run))
+    code, said, left, problems = apart(prune_full_disk, run, tmp_path, torn)
+    assert (code, left, problems) == (DONE, [newest], []), said
 
 
 @pytest.mark.faults

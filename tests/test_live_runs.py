@@ -1,0 +1,93 @@
+"""A run that is read while it is trained: what is pruned, saved or written meanwhile is nothing wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import make_config, resume, train
+from stepctl import report, verify
+from stepctl.rundir import RunDirectory
+from stepctl.sandbox import Sandbox
+
+KEEP = {"every": 2, "keep_last": 1}
+
+
+@pytest.fixture
+def goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
+    """Return what makes a run that goes on for 16 steps before each of the next looks at it, and at each again."""
+    path, left = tmp_path / "run", [6]
+    train(make_config(checkpoint=KEEP, log={"every": 3}, evaluate={"every": 5}, stop={"last_step": 10}), path)
+
+    def first(function: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*arguments: Any) -> Any:
+            if left[0] and not busy[0]:
+                left[0], busy[0] = left[0] - 1, True
+                resume(path, last_step=10 + 16 * (6 - left[0]))
+                busy[0] = False
+            return function(*arguments)
+
+        return look
+
+    busy = [False]
+
+    def begin() -> Path:
+        for owner, name in ((RunDirectory, "read_ledger"), (RunDirectory, "read_metrics"), (Sandbox, "call")):
+            monkeypatch.setattr(owner, name, first(getattr(owner, name)))
+        return path
+
+    return begin
+
+
+def test_a_run_that_goes_on_between_any_two_looks_verifies(goes_on: Callable[[], Path]) -> None:
+    assert verify.verify(str(goes_on()))[1] == []
+
+
+def test_a_file_that_goes_and_was_not_pruned_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, call = tmp_path / "run", Sandbox.call
+    train(make_config(checkpoint=KEEP, stop={"last_step": 2}), path)
+
+    def remove_first(sandbox: Sandbox, function: str, file: str) -> Any:
+        os.unlink(file)
+        return call(sandbox, function, file)
+
+    monkeypatch.setattr(Sandbox, "call", remove_first)
+    assert [problem.code for problem in verify.verify(str(path))[1]] == ["open", "lost"]
+
+
+def test_a_checkpoint_verifies_before_the_ledger_acknowledges_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, found = RunDirectory.append_ledger, []
+
+    def look_first(directory: RunDirectory, event: str, **facts: Any) -> None:
+        if event == "checkpoint" and facts["step"]:
+            found.append(verify.verify(str(directory.path)))
+        append(directory, event, **facts)
+
+    monkeypatch.setattr(RunDirectory, "append_ledger", look_first)
+    train(make_config(checkpoint=KEEP, stop={"last_step": 4}), tmp_path / "run")
+    assert [([good.step for good in files], problems) for files, problems in found] == [([0, 2], []), ([2, 4], [])]
+
+
+def test_the_newest_of_a_run_that_goes_on_is_no_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, listdir, left = tmp_path / "run", os.listdir, [3]
+    train(make_config(checkpoint={**KEEP, "keep_every": 10}, stop={"last_step": 12}), path)
+
+    def list_and_go_on(folder: Any) -> list[str]:
+        names = listdir(folder)
+        if left[0] and folder == path / "checkpoints":
+            monkeypatch.setattr(os, "listdir", listdir)
+            left[0] -= 1
+            resume(path, last_step=12 + 4 * (3 - left[0]))
+            monkeypatch.setattr(os, "listdir", list_and_go_on)
+        return names
+
+    monkeypatch.setattr(os, "listdir", list_and_go_on)
+    said: list[str] = []
+    with report.open_path(str(path), said.append) as reader:
+        assert (reader.header.global_step, said) == (24, [])
