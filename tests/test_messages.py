@@ -783,8 +783,8 @@ THERE: dict[str, tuple[list[str], int, str]] = {
     ),
     "inspect of nothing": (
         ["inspect", "nowhere"],
-        Exit.NO_CHECKPOINT,
-        "nowhere: cannot be opened (No such file or directory)",
+        Exit.USAGE,
+        "nowhere: no run is there, and no checkpoint; list the runs with: stepctl runs",
     ),
     "inspect of another file": (
         ["inspect", "c.yaml"],
