@@ -368,7 +368,7 @@ def refuse_locked(changed: list[dict[str, Any]], allowed: tuple[str, ...]) -> No
     """Raise ConfigError if a locked key changed that no `--allow-change` names (itself or a key above it)."""
     problems = [
         f"{change['key']}: {change['old']} -> {change['new']} would change the result, so a resume refuses it; "
-        f"keep {change['old']}, or pass --allow-change {change['key']}"
+        f"keep {change['old']}, or pass --allow-change {change['key']} to stepctl resume"
         for change in changed
         if policy(change["key"]) == "locked" and not any(f"{change['key']}.".startswith(f"{name}.") for name in allowed)
     ]

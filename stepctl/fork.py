@@ -16,7 +16,7 @@ from stepctl.checkpoint.store import Store
 from stepctl.config import Config
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.hooks.base import Hook
-from stepctl.run import check_same_run, founded, horizon_notes
+from stepctl.run import check_same_run, founded, horizon_notes, watched_with
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, silent
 
@@ -36,6 +36,7 @@ class Forked:
     step: int
     target: int
     changes: list[dict[str, Any]]
+    stopped: str = ""  # why a plain resume would do nothing, although the target is ahead; empty if it has work
 
 
 def fork(
@@ -57,11 +58,11 @@ def fork(
             config = assembly.config
             codec.restore(reader, assembly.state)
             assembly.task.check_counters(assembly.state.counters, config.initial_step)
-            for line in check_same_run(reader, config, set(Config.model_fields)):
+            for line in check_same_run(reader, config, set(Config.model_fields)).values():
                 say(line)
             header = reader.header
         changes = configs.changes(base, config)
-        for watch in assembly.forget(base):
+        for watch in assembly.forget(watched_with(header, base)):
             say(f"note: {watch} goes by something else in the fork, and begins anew")
         _check_data(assembly, parent, changes, say)
         assembly.trial()
@@ -78,7 +79,9 @@ def fork(
         with founded(child, config, say):
             _record(parent, child, header, changes, assembly.data_fingerprint())
             _publish(child, codec.encode(assembly.state, **texts), header.global_step)
-    return Forked(header.global_step, target, changes)
+    reasons = (rule.reason(assembly.state.counters) for rule in assembly.stop_rules())
+    stopped = next((f"{reason.text}; {reason.remedy}" for reason in reasons if reason), "")
+    return Forked(header.global_step, target, changes, stopped)
 
 
 def _configs(parent: RunDirectory, options: ForkOptions) -> tuple[Config, Config]:

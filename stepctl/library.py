@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from stepctl import config as configs
-from stepctl import report, run, yamlio
+from stepctl import numerics, report, run, yamlio
 from stepctl.arena import Array
 from stepctl.checkpoint.codec import Reader
 from stepctl.config import Config, Stop
-from stepctl.errors import ConfigError
+from stepctl.errors import ConfigError, StepctlError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Outcome, Say, Segment
@@ -40,6 +41,7 @@ class Run:
         self._fresh = segment.restored is None
         self._metrics: Metrics | None = None
         self._opened = contextlib.ExitStack()
+        atexit.register(self.close)  # for whoever forgets
 
     @property
     def path(self) -> Path:
@@ -101,12 +103,14 @@ class Run:
 
     def save(self) -> None:
         """Publish a checkpoint of the state as it is, if this step has none yet, and wait until it is durable."""
-        self._begin()
-        self._segment.saver.now(self.state)
+        if self._fresh or self._trainer is not None:  # what was restored, and not trained, has one
+            self._begin()
+            self._segment.saver.now(self.state)
 
     def evaluate(self, *, average: bool = False) -> Metrics:
         """Return the metrics over the validation part, with the moving average's weights if asked; nothing changes."""
         assembly = self._segment.assembly
+        numerics.give_again(assembly.numerics["threads"])
         if assembly.validation is None:
             raise ConfigError("data: there is no validation part; set data.validation_fraction")
         return assembly.task.evaluate(self.state, assembly.validation, average=average)
@@ -114,19 +118,23 @@ class Run:
     def close(self) -> Outcome | None:
         """Write the last row and checkpoint, and let the run go; None if nothing was begun.
 
-        A fresh run always is: its first checkpoint is that of no updates yet.
+        A fresh run always is: its first checkpoint is that of no updates yet. After a step that was broken off
+        (a hook's error, Ctrl-C) nothing is written: a resume goes on from the newest checkpoint.
         """
-        outcome = None
+        atexit.unregister(self.close)
         with self._stack:
             if self._fresh:
                 self._begin()
-            if self._trainer is not None:
-                trainer, self._trainer = self._trainer, None
-                reason = trainer.stop_reason() or StopReason("closed", done=False)
-                with self._opened:
-                    trainer.end(self._metrics, reason)
-                outcome = self._segment.ended(trainer, reason)
-        return outcome
+            if self._trainer is None:
+                return None
+            trainer, self._trainer = self._trainer, None
+            if not trainer.complete:
+                self._fail(StepctlError("closed after a step that failed"))
+                return None
+            reason = trainer.stop_reason() or StopReason("closed", done=False)
+            with self._opened:
+                trainer.end(self._metrics, reason)
+            return self._segment.ended(trainer, reason)
 
     def __enter__(self) -> Run:
         return self
@@ -135,9 +143,18 @@ class Run:
         if kind is None:
             self.close()
             return
-        with self._stack:  # an error saves what stands, and is recorded
-            self._trainer = None
-            self._opened.__exit__(kind, error, trace)
+        atexit.unregister(self.close)
+        with self._stack:
+            trainer, self._trainer = self._trainer, None
+            if trainer is not None and isinstance(error, KeyboardInterrupt):
+                self._segment.save_what_stands(trainer, self._segment.saver)
+                self._segment.record_end("KeyboardInterrupt")
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let the segment go as the error ends it: it saves the state of a whole step, and is recorded."""
+        with contextlib.suppress(type(error)):
+            self._opened.__exit__(type(error), error, error.__traceback__)
 
     def _finished(self) -> StopReason | None:
         # to begin a segment that makes no step would cut the last one's final rows
@@ -145,9 +162,14 @@ class Run:
 
     def _begin(self) -> Trainer:
         self._fresh = False
+        numerics.give_again(self._segment.assembly.numerics["threads"])
         if self._trainer is None:
             self._trainer = self._opened.enter_context(self._segment.opened())
             self._trainer.start()
+        if not self._trainer.complete:
+            raise StepctlError(
+                f"{self.path}: the last step was broken off in the middle; close this run, and resume it"
+            )
         return self._trainer
 
 

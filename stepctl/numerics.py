@@ -17,6 +17,7 @@ AUTO: Literal["auto"] = "auto"
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Below it, threads cost more than they give; on a busy machine they then cost a hundred times more.
 _WORTH_THREADS = 1 << 24
+_given = [0]  # threads that BLAS, one for the whole process, was last given
 _KERNEL_VARIABLE = "OPENBLAS_CORETYPE"
 
 # OpenBLAS does not check that the CPU can run a kernel that is asked for by name: a wrong one is a crash.
@@ -107,8 +108,19 @@ def threads_asked() -> int | None:
 def settle(threads: int) -> dict[str, Any]:
     """Give BLAS its number of threads, and return the fingerprint of the numerics as they now are."""
     blas = loaded_blas()
-    blas.limit(limits=threads)
+    _give(blas, threads)
     return fingerprint(blas.info())
+
+
+def give_again(threads: int) -> None:
+    """Give BLAS its number of threads where another run of this process has changed it since; quick if none has."""
+    if threads != _given[0]:
+        _give(loaded_blas(), threads)
+
+
+def _give(blas: Any, threads: int) -> None:
+    blas.limit(limits=threads)
+    _given[0] = threads
 
 
 def loaded_blas() -> Any:

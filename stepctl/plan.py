@@ -14,7 +14,15 @@ from stepctl.assembly import Assembly, assemble
 from stepctl.checkpoint import codec, userblock
 from stepctl.checkpoint.store import Store
 from stepctl.config import Cadence, Checkpoint, Config
-from stepctl.run import ResumeOptions, changed_config, check_same_run, excused_keys, horizon_notes, target_of
+from stepctl.run import (
+    ResumeOptions,
+    changed_config,
+    check_counters,
+    check_same_run,
+    excused_keys,
+    horizon_notes,
+    target_of,
+)
 from stepctl.rundir import RunDirectory
 from stepctl.state import GLOBAL_STEP
 
@@ -54,9 +62,10 @@ def plan_resume(
     store = Store(directory.checkpoints, directory.acknowledged)
 
     def accept(reader: codec.Reader) -> None:
-        check_same_run(reader, base, excused_keys(ledger, changed))
+        excused = excused_keys(ledger, changed)
+        check_same_run(reader, base, excused)
         codec.restore(reader, assembly.state)
-        assembly.task.check_counters(assembly.state.counters, config.initial_step)
+        check_counters(assembly, excused)
 
     with store.newest(say, accept) as reader:
         start, name = reader.header.global_step, reader.name

@@ -17,6 +17,8 @@ from stepctl.run import check_same_run
 from stepctl.rundir import RunDirectory
 from stepctl.trainer import Trainer
 
+_ANOTHER = "its {key} was changed on the way: replay from a checkpoint after the change, or up to one before it"
+
 
 def replay(
     directory: RunDirectory, first: int, last: int, say: Callable[[str], None]
@@ -32,7 +34,7 @@ def replay(
     state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged)
 
     def restore(reader: codec.Reader) -> None:
-        check_same_run(reader, base, set())
+        check_same_run(reader, base, set(), _ANOTHER)
         codec.restore(reader, state)
 
     with store.open(first, restore) as reader:
@@ -44,5 +46,5 @@ def replay(
         stop = [StopAtStep(step)]
         Trainer(assembly.task, assembly.training, state, stop=stop, hooks=assembly.hooks, skip=skip).run()
         with store.open(step) as reader:
-            check_same_run(reader, base, set())
+            check_same_run(reader, base, set(), _ANOTHER)
             yield step, compare.state(reader, state)

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from stepctl import config as configs
 from stepctl import numerics, rundir, yamlio
 from stepctl.assembly import Assembly, assemble, prepare
-from stepctl.checkpoint import codec
+from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config, Stop
 from stepctl.errors import CheckpointError, ConfigError, NumericsError
@@ -19,6 +21,8 @@ from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, Segment, silent
 from stepctl.state import GLOBAL_STEP
+
+_PUT_BACK = "put config.yaml back, or pass --allow-change {key} to stepctl resume"
 
 
 @contextlib.contextmanager
@@ -72,12 +76,13 @@ def resume(
         store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
         excused = excused_keys(ledger, changed) | set(options.allow_change)
 
+        asked = {change["key"] for change in changed}
+
         def accept(reader: codec.Reader) -> None:
-            words = check_same_run(reader, base, excused)
+            words = check_same_run(reader, config, excused)
             codec.restore(reader, assembly.state)
-            if not any(key.partition(".")[0] in ("task", "initial_step") for key in excused):
-                assembly.task.check_counters(assembly.state.counters, config.initial_step)
-            for line in words:
+            check_counters(assembly, excused)
+            for line in (line for key, line in words.items() if key not in asked):
                 say(line)
 
         back = options.from_step
@@ -86,7 +91,7 @@ def resume(
         _check_data(assembly, ledger, options)
         assembly.trial()
         step = header.global_step
-        for watch in assembly.forget(base):
+        for watch in assembly.forget(watched_with(header, base)):
             say(f"note: {watch} goes by something else from here on, and begins anew")
         target = target_of(config, options, ledger, step, changed)
         segment = Segment(directory, assembly, say, target=target, restored=name)
@@ -95,8 +100,7 @@ def resume(
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
-        if options.from_step is not None and segment.nothing_to_do() is None:
-            segment.facts["set_aside"] = _set_aside_later(store, step, say)
+        segment.goes_back = options.from_step is not None
         yield segment
 
 
@@ -108,6 +112,7 @@ def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory
         document = options.document
     for assignment in options.assignments:
         document.set(assignment)
+    _replace_stop(document, options.assignments)
     config = configs.parse(document)
     open_keys = [key for key, value in yamlio.flatten(config.numerics.model_dump()).items() if value == "auto"]
     decided = [f"numerics.{key}" for key in open_keys] + list(config.horizon_keys())
@@ -119,22 +124,50 @@ def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory
     return config.with_values({key: before.get(key) for key in decided})
 
 
-def check_same_run(reader: codec.Reader, base: Config, excused: set[str]) -> list[str]:
-    """Return in words what is excused; CheckpointError if a locked key differs that is not."""
+def _replace_stop(document: yamlio.Document, assignments: Sequence[str]) -> None:
+    # a run that has the one kind of stop may be given the other
+    keys = {assignment.partition("=")[0] for assignment in assignments}
+    for given, other in (("stop.last_step", "stop.num_steps"), ("stop.num_steps", "stop.last_step")):
+        if given in keys and other not in keys:
+            document.put(other, None, given)
+
+
+def check_same_run(reader: codec.Reader, config: Config, excused: set[str], remedy: str = _PUT_BACK) -> dict[str, str]:
+    """Return in words, by key, what is excused; CheckpointError if a locked key differs from `config` that is not."""
     # as plain values: what a checkpoint names is never imported
     made_with = yamlio.flatten(yamlio.loads(reader.header.config, f"{reader.name}:/config").value)
-    words = []
-    for key, value in yamlio.flatten(base.plain()).items():
+    words = {}
+    for key, value in yamlio.flatten(config.plain()).items():
         if configs.policy(key) == "live" or made_with.get(key, value) == value:
             continue
         if not any(f"{key}.".startswith(f"{name}.") for name in excused):
             raise CheckpointError(
                 "config",
                 f"{reader.name}: made with another config ({key}: {made_with[key]}, not {value}); "
-                f"put config.yaml back, or pass --allow-change {key}",
+                + remedy.format(key=key),
             )
-        words.append(f"{reader.name} was made with {key} {made_with[key]}; going on with {value}")
+        words[key] = f"{reader.name} was made with {key} {made_with[key]}; going on with {value}"
     return words
+
+
+def check_counters(assembly: Assembly, excused: set[str]) -> None:
+    """Raise CheckpointError if the counters do not belong together, unless what relates them was changed."""
+    if not any(key.partition(".")[0] in ("task", "initial_step") for key in excused):
+        assembly.task.check_counters(assembly.state.counters, assembly.config.initial_step)
+
+
+def watched_with(header: codec.Header, config: Config) -> Config:
+    """Return a config with what decides the watches as it was when a checkpoint was made.
+
+    The newest config may be of a segment that ended before it saved, or come after the checkpoint.
+    """
+    made_with = yamlio.loads(header.config, f"{names.file_name(header.global_step)}:/config").value
+    plain = config.plain()
+    kept = {section: made_with.get(section, plain[section]) for section in ("task", "stop", "evaluate")}
+    try:
+        return Config.model_validate(plain | kept)
+    except ValidationError as error:
+        raise CheckpointError("config", f"step {header.global_step}: its config is none of this version's") from error
 
 
 def excused_keys(ledger: list[dict[str, Any]], changed: list[dict[str, Any]]) -> set[str]:
@@ -175,7 +208,7 @@ def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: Resum
         origins = ", ".join(source.origin for source in assembly.sources)
         raise ConfigError(
             f"{origins}: the data are not those that the run was trained on; a resume would not be exact; "
-            "bring them back, or pass --allow-change data"
+            "bring them back, or pass --allow-change data to stepctl resume"
         )
 
 
@@ -188,10 +221,3 @@ def _numerics_facts(recorded: str, here: dict[str, Any], strict: bool, say: Say)
         raise NumericsError(f"not exact on this machine: {words}; resume where they agree, or drop --strict-numerics")
     say(f"warning: no longer exact: this machine computes other last bits ({words}); the ledger records it")
     return {"exact": False, "inexact_because": differences}
-
-
-def _set_aside_later(store: Store, step: int, say: Say) -> list[str]:
-    aside = [store.set_aside(later).name for later in store.steps() if later > step]
-    if aside:
-        say(f"going back to step {step}: later checkpoints are kept as {', '.join(aside)}")
-    return aside

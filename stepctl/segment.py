@@ -65,6 +65,7 @@ class Segment:
         self.restored = restored
         self.rules: list[StopRule] = [StopAtStep(target), StopFile(directory.stop), *assembly.stop_rules()]
         self.facts: dict[str, Any] = {}  # for the ledger
+        self.goes_back = False  # whether later checkpoints are set aside as it begins
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
         self._background, self._saved, self._number = Background(), deque[str](), 0  # anew for each `train`
@@ -135,6 +136,8 @@ class Segment:
         """
         self._background = Background()
         self.directory.mend_ledger()
+        if self.goes_back:
+            self._set_aside_later()
         self.directory.cut_metrics(self.start)
         self._record_start()
         evaluations = Evaluations(self.directory.read_metrics())
@@ -157,6 +160,9 @@ class Segment:
         except KeyboardInterrupt:
             self._background.abandon()
             raise
+        except NonFiniteError as error:
+            self._failed(trainer, self.saver, error)
+            raise NonFiniteError(f"{error}; {self._without_non_finite()}") from error
         except BaseException as error:
             self._failed(trainer, self.saver, error)
             raise
@@ -167,12 +173,15 @@ class Segment:
             rows.writers = []
 
     def _failed(self, trainer: Trainer, save: Save, error: BaseException) -> None:
-        self._save_what_stands(trainer, save)
-        if isinstance(error, NonFiniteError):
-            go_on = f"stepctl resume {self.directory.path} --set on_nonfinite=skip"
-            self.say(f"lower the learning rate or set optimizer.clip_norm; or go on without such batches: {go_on}")
+        self.save_what_stands(trainer, save)
         with contextlib.suppress(StepctlError):  # the disk may be what failed
             self.record_end(f"{type(error).__name__}: {error}")
+
+    def _without_non_finite(self) -> str:
+        go_on = f"stepctl resume {self.directory.path} --set"
+        skip = "" if self.config.on_nonfinite == "skip" else f", or pass over such batches: {go_on} on_nonfinite=skip"
+        key = "optimizer.clip_norm" if self.config.optimizer.name else "optimizer"
+        return f"lower the learning rate or clip the gradient: {go_on} {key}=... --allow-change {key}{skip}"
 
     def ended(self, trainer: Trainer, reason: StopReason) -> Outcome:
         """Record the end of what was `opened`, once it is closed."""
@@ -237,7 +246,8 @@ class Segment:
         self._saved.append(name)
         self.store.remove(pruned)
 
-    def _save_what_stands(self, trainer: Trainer, save: Save) -> None:
+    def save_what_stands(self, trainer: Trainer, save: Save) -> None:
+        """Publish the state, if it is that of a whole step, and say so."""
         with contextlib.suppress(StepctlError):  # of a save in flight; the first error is the one to tell
             self._background.finish()
         if not trainer.complete:
@@ -251,6 +261,12 @@ class Segment:
 
     def _skip(self, why: str) -> None:
         self.say(f"{why}; this batch is skipped")
+
+    def _set_aside_later(self) -> None:
+        aside = [self.store.set_aside(later).name for later in self.store.steps() if later > self.start]
+        self.facts["set_aside"] = aside
+        if aside:
+            self.say(f"going back to step {self.start}: later checkpoints are kept as {', '.join(aside)}")
 
     def _record_start(self) -> None:
         ledger = self.directory.read_ledger()

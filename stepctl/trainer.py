@@ -94,14 +94,15 @@ class Trainer:
         return self._step()
 
     def _step(self) -> Metrics | None:
-        counters = self.state.counters
+        counters, whole = self.state.counters, self.complete
         batch = self.batches.batch(counters.samples_seen + self._passed_over)
+        self.complete = False  # an interrupt may come anywhere
         try:
             metrics = self.task.step(self.state, batch)
         except TornUpdate:
-            self.complete = False
             raise
         except NonFiniteError as error:
+            self.complete = whole
             if self.skip is None or self._in_a_row == MAX_SKIPPED:
                 raise
             self.skip(str(error))
@@ -109,10 +110,14 @@ class Trainer:
             self._in_a_row += 1
             self._passed_over += len(batch.x)
             return None
+        except Exception:
+            self.complete = whole  # the state is as it was
+            raise
         increments = self.task.increments(counters, batch)
         increments[SAMPLES_SEEN] += self._passed_over
         self._in_a_row = self._passed_over = 0
         counters.advance(increments)
+        self.complete = whole
         return metrics
 
     def stop_reason(self) -> StopReason | None:

@@ -460,9 +460,9 @@ def test_locked_changes_are_refused_with_old_and_new() -> None:
         configs.refuse_locked(changed, ())
     reason = "would change the result, so a resume refuses it"
     assert str(caught.value).splitlines() == [
-        f"seed: 0 -> 3 {reason}; keep 0, or pass --allow-change seed",
+        f"seed: 0 -> 3 {reason}; keep 0, or pass --allow-change seed to stepctl resume",
         f"optimizer.learning_rate.value: 0.003 -> 1.0 {reason}; "
-        "keep 0.003, or pass --allow-change optimizer.learning_rate.value",
+        "keep 0.003, or pass --allow-change optimizer.learning_rate.value to stepctl resume",
     ]
     configs.refuse_locked(changed, ("seed", "optimizer.learning_rate.value"))
     configs.refuse_locked(changed, ("optimizer", "seed"))

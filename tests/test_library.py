@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import stepctl
 from helpers import BASE, make_config, rows, train
 from helpers import resume as resume_segment
 from stepctl.arena import Array
-from stepctl.errors import ConfigError, RunExistsError, RunInUseError
+from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
+from stepctl.optimizers.base import Optimizer
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics
 
@@ -113,6 +116,68 @@ def test_an_error_between_two_steps_saves_what_stands(unbroken: Any, tmp_path: P
     assert resume_segment(tmp_path / "run").same_bits(unbroken[0])
 
 
+class Break(stepctl.Hook):
+    """Breaks step 7 off with what it is given."""
+
+    name = "break"
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def after_step(self, state: TrainState, metrics: Metrics) -> None:
+        if state.counters.global_step == 7:
+            raise self.error
+
+
+def half_an_update(self: Optimizer, *arguments: Any, **options: Any) -> None:
+    update(self, *arguments, **options)
+    raise KeyboardInterrupt
+
+
+update = Optimizer.update
+
+
+@pytest.mark.parametrize("where", ["update", "hook", "hook's error"])
+def test_a_step_that_was_broken_off_is_neither_saved_nor_trained_on(
+    where: str, unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a notebook, where nothing ends with it: a step may be half made, or half told to the hooks."""
+    hooks = [] if where == "update" else [Break(KeyboardInterrupt if where == "hook" else ZeroDivisionError)]
+    run = stepctl.create(CONFIG, tmp_path / "run", hooks=hooks, say=silent)
+    run.step(5)
+    run.save()
+    run.step()
+    with monkeypatch.context() as patched:
+        if where == "update":
+            patched.setattr(Optimizer, "update", half_an_update)
+        with pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+            run.step()
+    for goes_on in (run.step, run.train, run.save):
+        with pytest.raises(StepctlError, match="broken off"):
+            goes_on()
+    assert run.close() is None
+    assert stepctl.global_step(tmp_path / "run") == 5
+    with stepctl.resume(tmp_path / "run", say=silent) as run:
+        run.train()
+        assert run.state.same_bits(unbroken[0])
+    assert rows(tmp_path / "run") == unbroken[1]
+
+
+@pytest.mark.parametrize("from_step", [None, 5])
+def test_a_run_that_was_only_looked_at_stays_as_it_was(from_step: int | None, unbroken: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with stepctl.create(CONFIG, path, say=silent) as run:
+        run.step(5)
+        run.save()
+        run.train()
+    files = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with stepctl.resume(path, from_step=from_step, say=silent) as run:
+        assert run.evaluate()["loss"] > 0
+        run.save()
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == files
+    assert rows(path) == unbroken[1]
+
+
 def test_a_run_is_held_until_it_is_closed(tmp_path: Path) -> None:
     run = stepctl.create(CONFIG, tmp_path / "run", say=silent)
     run.step()
@@ -125,6 +190,24 @@ def test_a_run_is_held_until_it_is_closed(tmp_path: Path) -> None:
     stepctl.resume(tmp_path / "run", say=silent).close()
     with pytest.raises(RunExistsError):
         stepctl.create(CONFIG, tmp_path / "run", say=silent)
+
+
+def test_each_of_two_runs_has_its_own_number_of_threads(tmp_path: Path) -> None:
+    """BLAS has one for the whole process, and it decides last bits."""
+
+    def threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    open_run = functools.partial(stepctl.create, say=silent)
+    with (
+        open_run(CONFIG, tmp_path / "one") as one,
+        open_run({**CONFIG, "numerics": {"threads": 2}}, tmp_path / "two") as two,
+    ):
+        for run, expected in ((one, {1}), (two, {2}), (one, {1})):
+            run.step()
+            assert threads() == expected
+        two.evaluate()
+        assert threads() == {2}
 
 
 def test_overrides_are_checked_as_a_config_is(tmp_path: Path) -> None:

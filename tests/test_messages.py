@@ -739,18 +739,18 @@ THERE: dict[str, tuple[list[str], int, str]] = {
     "a locked key": (
         ["resume", "run", "--set", "seed=5", "--num-steps", "1"],
         Exit.USAGE,
-        f"seed: 0 -> 5 {RESULT}; keep 0, or pass --allow-change seed",
+        f"seed: 0 -> 5 {RESULT}; keep 0, or pass --allow-change seed to stepctl resume",
     ),
     "a locked key by another config": (
         ["train", "--config", "other.yaml", "--run-dir", "run", "--or-resume"],
         Exit.USAGE,
-        f"data.batch_size: 2 -> 4 {RESULT}; keep 2, or pass --allow-change data.batch_size",
+        f"data.batch_size: 2 -> 4 {RESULT}; keep 2, or pass --allow-change data.batch_size to stepctl resume",
     ),
     "another locked key allowed": (
         ["resume", "run", "--set", "optimizer.learning_rate=1", "--allow-change", "seed"],
         Exit.USAGE,
         f"optimizer.learning_rate.value: 0.1 -> 1.0 {RESULT}; "
-        "keep 0.1, or pass --allow-change optimizer.learning_rate.value",
+        "keep 0.1, or pass --allow-change optimizer.learning_rate.value to stepctl resume",
     ),
     "a key to allow that there is not": (
         ["resume", "run", "--allow-change", "nonsense"],
@@ -869,7 +869,7 @@ def test_changed_data_are_named(there: Path, trained: Path) -> None:
     np.savez("a.npz", x=X + 1, y=Y)
     before = everything(there)
     reason = "the data are not those that the run was trained on; a resume would not be exact"
-    remedy = "bring them back, or pass --allow-change data"
+    remedy = "bring them back, or pass --allow-change data to stepctl resume"
     expected = f"stepctl: {there}/a.npz: {reason}; {remedy}\n"
     assert stepctl("resume", "run", "--num-steps", "1") == (Exit.USAGE, "", expected)
     Path("a.npz").unlink()

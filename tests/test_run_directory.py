@@ -123,6 +123,15 @@ def test_the_lock_excludes_in_one_process_too_and_ends_with_its_block(tmp_path: 
         pass
 
 
+def test_a_lock_that_is_a_link_harms_nothing(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("text")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to(tmp_path / "thesis.tex")
+    with pytest.raises(StepctlError, match="lock: cannot be written"), RunDirectory(tmp_path / "run").lock():
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "text"
+
+
 def test_a_lock_that_cannot_be_made_is_said_in_plain_words(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
     with pytest.raises(StepctlError, match=r"lock: cannot be written: Is a directory"), RunDirectory(tmp_path).lock():
@@ -418,6 +427,8 @@ def test_what_a_killed_writer_left_is_removed(samples: Path, tmp_path: Path) -> 
     path = tmp_path / "run"
     train(small(samples, stop={"last_step": 3}), path)
     left = [path / "checkpoints" / ".step-00000005.h5.tmp-99", path / ".metrics.jsonl.tmp-99"]
+    left.append(path / "samples" / ".step-00000005.png.tmp-99")  # in a container the next writer has the same pid
+    (path / "samples").mkdir()
     for file in left:
         file.write_bytes(b"half")
     resume(path, last_step=5)

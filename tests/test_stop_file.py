@@ -127,6 +127,9 @@ def test_the_rules_are_asked_once_so_that_all_hear_the_same(config: Config) -> N
     with run.resume(RunDirectory("run"), run.ResumeOptions(from_step=4), silent) as segment:
         Path("run/STOP").touch()
         segment.rules = [StopAtStep(12), StopFile(Path("run/STOP"))]
-        assert segment.nothing_to_do() is None, "later checkpoints are set aside: the ledger must say so"
-        segment.train()
+        said = segment.nothing_to_do()
+        assert said == "file STOP; remove run/STOP to go on"
+        Path("run/STOP").unlink()
+        assert segment.nothing_to_do() == said
+    assert not list(Path("run").rglob("*.aside-*")), "nothing is set aside by a segment that does not begin"
     assert verify("run")[1] == []

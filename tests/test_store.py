@@ -269,7 +269,7 @@ def test_none_good_is_exit_3_with_every_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize("there", [True, False])
 def test_none_at_all_is_exit_3(there: bool, tmp_path: Path) -> None:
     store = make_store(tmp_path) if there else Store(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no usable checkpoint") as caught:
+    with pytest.raises(CheckpointError, match="no checkpoint is there") as caught:
         store.newest(pytest.fail)
     assert caught.value.exit_code == 3
 

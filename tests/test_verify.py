@@ -162,6 +162,30 @@ def test_what_was_pruned_or_set_aside_is_not_lost(tmp_path: Path) -> None:
     assert call("verify", path)["ok"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"event": "checkpoint", "step": 10**13, "sha256": "", "pruned": [10**13]},
+        {"event": "checkpoint", "step": 10**4000, "sha256": "", "pruned": []},
+        {"event": "start", "segment": 9, "step": 40, "target": 10**40, "data": ""},
+        *(
+            {"event": "start", "segment": 9, "step": 40, "target": 40, "data": "", "config": bad}
+            for bad in (5, "", [1])
+        ),
+        {"event": "start", "segment": 9, "step": 40, "target": 40, "data": "", "config": {"log": [1], "evaluate": 5}},
+        *({"event": "start", "segment": 9, "step": 40, "target": 40, "data": "", "changes": bad} for bad in (5, [1])),
+    ],
+    ids=lambda line: str(line)[:100],
+)
+def test_no_ledger_makes_a_command_crash_or_hang(line: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    with (run / "ledger.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    for number, command in enumerate((["verify", run], ["plan", run], ["fork", run, "--run-dir", tmp_path / "fork"])):
+        done = CliRunner().invoke(cli, [*map(str, command)])
+        assert done.exit_code in (0, 1 if number == 0 else 2), done.output
+        assert "unexpected" not in done.output
+
+
 def test_a_run_that_was_killed_is_good(tmp_path: Path) -> None:
     """Rows past the newest checkpoint are cut by the next resume; until then they are no mistake."""
     path = tmp_path / "run"

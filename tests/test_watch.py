@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from helpers import make_config, resume, rows, train
 from stepctl import run, yamlio
 from stepctl.assembly import prepare
 from stepctl.cli.main import cli
-from stepctl.config import Config
+from stepctl.config import Config, Stop
+from stepctl.errors import StoppedAtOnce
+from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.state import TrainState
+from stepctl.tasks.base import Metrics
 
 # Waits up to 2 three times, once with NaN; as good as the best is not better. The third in a row comes at step 24.
 SCRIPT = [0.5, 0.6, 0.55, 0.58, 0.61, 0.6, None, 0.7, 0.72, 0.72, None, 0.71, 0.9, 0.95, 0.8, 0.8]
@@ -286,6 +290,34 @@ def test_a_rule_that_names_no_metric_begins_anew_with_that_of_evaluate(small: An
     state = resume(tmp_path / "run", last_step=8, assignments=("evaluate.metric=accuracy",), say=said.append)
     assert [line.split()[1] for line in said] == ["best", "early_stopping"]
     assert remembered(state, "early_stopping") == {"value": 0.58, "waited": 0}
+
+
+@pytest.mark.parametrize("back", [None, 4], ids=["killed", "from-step"])
+def test_a_watch_is_measured_against_what_its_checkpoint_was_made_with(
+    back: int | None, small: Any, tmp_path: Path
+) -> None:
+    """A segment that went by another metric left its config in the ledger, but no checkpoint that is restored."""
+    train(small(stop={"last_step": 6}, checkpoint={"every": 4, "keep_last": None}), tmp_path / "run")
+    changed = run.ResumeOptions(assignments=("evaluate.metric=accuracy",), stop=Stop(last_step=10))
+    with run.resume(RunDirectory(tmp_path / "run"), changed) as segment, contextlib.suppress(StoppedAtOnce):
+        if back is None:
+            segment.train(hooks=[Interrupt()])
+        else:
+            segment.train()
+    said: list[str] = []
+    with run.resume(RunDirectory(tmp_path / "run"), run.ResumeOptions(from_step=back), said.append) as segment:
+        assert segment.start == (back or 6)
+        assert math.isnan(remembered(segment.state, "best")["value"])
+    assert "note: best goes by something else from here on, and begins anew" in said
+
+
+class Interrupt(Hook):
+    """Ends a segment at once, as a kill does: nothing more is saved."""
+
+    name = "interrupt"
+
+    def after_step(self, state: TrainState, metrics: Metrics) -> None:
+        raise KeyboardInterrupt
 
 
 # --- the best

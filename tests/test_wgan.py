@@ -13,6 +13,7 @@ from stepctl import run
 from stepctl.arena import Arena
 from stepctl.assembly import Assembly, prepare
 from stepctl.errors import CheckpointError, ConfigError, NonFiniteError
+from stepctl.plan import plan_resume
 from stepctl.rundir import RunDirectory
 from stepctl.state import Counters, TrainState
 from stepctl.tasks.wgan import WGAN
@@ -133,6 +134,8 @@ def test_a_relation_that_changes_on_request_holds_from_there_on(tmp_path: Path) 
     changed = {"assignments": ("task.n_critic=3",), "allow_change": ("task.n_critic",)}
     assert resume(tmp_path / "run", last_step=5, **changed).counters["critic"] == 3 * 2 + 2 * 3
     assert resume(tmp_path / "run", last_step=6).counters["critic"] == 3 * 2 + 3 * 3
+    planned, _ = plan_resume(RunDirectory(tmp_path / "run"), run.ResumeOptions(), pytest.fail)
+    assert planned["steps"] == [6, 6]
 
 
 def test_counters_that_do_not_belong_together_are_refused() -> None:

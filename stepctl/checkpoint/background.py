@@ -24,7 +24,10 @@ class Background:
     def start(self, job: Callable[[], None]) -> None:
         """Begin a job, once the one before is finished."""
         assert not self.busy, "the job before must be finished"
-        self._future = self._executor.submit(self._run, job)
+        try:
+            self._future = self._executor.submit(self._run, job)
+        except RuntimeError:  # the interpreter ends, and takes no more for another thread
+            self._future = _done(self._run, job)
 
     def check(self) -> None:
         """Raise the error of a job that has ended, once."""
@@ -55,3 +58,13 @@ class Background:
     def _run(self, job: Callable[[], None]) -> None:
         if not self.abandoned():
             job()
+
+
+def _done(function: Callable[[Callable[[], None]], None], job: Callable[[], None]) -> Future[None]:
+    future: Future[None] = Future()
+    try:
+        function(job)
+        future.set_result(None)
+    except BaseException as error:
+        future.set_exception(error)
+    return future

@@ -302,7 +302,9 @@ def restore(reader: Reader, state: TrainState) -> None:
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     for path in [*expected, *(path for path in found if path not in expected)]:
         if expected.get(path) != found.get(path):
-            yield f"  /{path}: expected {_describe(expected.get(path))}, found {_describe(found.get(path))}"
+            foreign = path.startswith("hooks/") and not (expected.get(path) and found.get(path))
+            own = " (of a hook of your own? resume from Python, with that hook)" if foreign else ""
+            yield f"  /{path}: expected {_describe(expected.get(path))}, found {_describe(found.get(path))}{own}"
 
 
 def _describe(entry: tuple[tuple[int, ...], str] | None) -> str:

@@ -107,7 +107,9 @@ class Store:
         if refused and all(error.code in _UNFIT for error in refused):
             return refused[0]  # all are whole, and none fits: the newest says why
         reasons = "; ".join(str(error).splitlines()[0] for error in refused)
-        detail = f"{len(refused)} files, none good: {reasons}" if refused else "there is none"
+        if not refused and not self._digests():
+            return CheckpointError("none", f"{self.path}: no checkpoint is there; start the run with: stepctl train")
+        detail = f"{len(refused)} files, none good: {reasons}" if refused else "there is none any more"
         return CheckpointError("none", f"{self.path}: no usable checkpoint ({detail}); start again in a new --run-dir")
 
     def open(self, step: int, accept: Accept = lambda reader: None) -> codec.Reader:
@@ -123,10 +125,12 @@ class Store:
             raise
         return reader
 
+    def _digests(self) -> Collection[str] | None:
+        return self._acknowledged() if callable(self._acknowledged) else self._acknowledged
+
     def _vet(self, step: int, digest: str) -> None:
-        if self._acknowledged is None:
-            return
-        if digest not in (self._acknowledged() if callable(self._acknowledged) else self._acknowledged):
+        known = self._digests()
+        if known is not None and digest not in known:
             from stepctl.sandbox import Sandbox  # rarely needed, and not light
 
             with Sandbox() as sandbox:

@@ -40,4 +40,6 @@ def fork(
 
     forked = fork_run(parent, RunDirectory(new_dir), ForkOptions(at, assignments), say)
     more = "" if forked.target > forked.step else f" --num-steps N (its target, step {forked.target}, is reached)"
+    if forked.stopped:
+        more = f" ... ({forked.stopped})"
     say(f"{new_dir}: global step {forked.step}, forked from {run_dir}; go on with: stepctl resume {new_dir}{more}")

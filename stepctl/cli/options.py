@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -122,8 +123,9 @@ def hold_signals() -> None:
 
 def say(message: str) -> None:
     """Print a message to stderr; with nobody left to read it, training goes on all the same."""
-    with contextlib.suppress(OSError):
-        click.echo(message, err=True)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{message}\n")
 
 
 def train_segment(segment: Segment, *, began: float, max_time: float | None, quiet: bool, verbose: bool) -> NoReturn:

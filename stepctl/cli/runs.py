@@ -25,8 +25,8 @@ _COLORS = {"running": "green", "finished": "", "interrupted": "yellow", "damaged
 def runs(folder: str, as_json: bool) -> None:
     """List the runs in DIR (runs, if not given): step, target, how good, whether running, and since when.
 
-    A state is running, finished (its target was reached), interrupted, or damaged (why is said on stderr).
-    The metric is that of checkpoint.keep_best, or the loss; of evaluations, if there are some.
+    A state is running, finished (at its target, or stopped for good before), interrupted, or damaged (stderr says why).
+    The metric is that of evaluate or keep_best in the config, or the loss; of evaluations, if there are some.
     """
     import datetime
 

@@ -26,16 +26,17 @@ class ProgressBar(Hook):
         self, console: Console, *, title: str, target: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self._clock, self._title, self._target, self._shown = clock, title, target, float("-inf")
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}", table_column=Column(max_width=12, no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(target)) + 1)),
+            TextColumn("{task.fields[detail]}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
         )
-        self._progress = Progress(*columns, console=console, auto_refresh=False)
+        self._progress = Progress(*columns, console=console, auto_refresh=False, expand=True)
 
     def start(self, state: TrainState) -> None:
         step = state.counters.global_step

@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace) -> list[tuple[float, float]]:
 
         def whole() -> None:
             while trainer.stop_reason() is None and trainer.state.counters.global_step < end:
-                trainer.advance()
+                trainer.make_step()
 
         def bare() -> None:
             while trainer.state.counters.global_step < end:

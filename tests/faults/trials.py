@@ -123,7 +123,8 @@ def random_config(chance: random.Random, **sections: Any) -> dict[str, Any]:
         "checkpoint": {"every": every, "keep_last": chance.choice((1, 2, 3, None))},
         "numerics": {"threads": 1},
     }
-    return config | (_wgan(chance) if chance.random() < 0.2 else {}) | sections
+    one_model = {"model", "task", "optimizer"} & sections.keys()
+    return config | (_wgan(chance) if not one_model and chance.random() < 0.2 else {}) | sections
 
 
 def _wgan(chance: random.Random) -> dict[str, Any]:
