@@ -17,6 +17,9 @@ from stepctl.state import GLOBAL_STEP
 _SHOWN = 100  # missing rows of a segment that are listed, at least
 
 
+Span = tuple[int, int, dict[str, Any]]  # from a step, to a step, with this config
+
+
 class Problem(NamedTuple):
     """What is wrong: a short code, the file, and a sentence."""
 
@@ -113,7 +116,7 @@ def check_metrics(directory: RunDirectory) -> Iterator[Problem]:
     The run may be going on: rows are there before the ledger's line of a checkpoint, so what the ledger asks for is
     looked for after it was read, and what it must allow is asked of a ledger that is read after the rows.
     """
-    before, _ = _wanted(directory, most=len(directory.read_metrics()) + _SHOWN)
+    before, _ = _spans(directory)
     rows = directory.read_metrics()
     file = directory.metrics.name
     seen: set[tuple[int, str]] = set()
@@ -122,19 +125,17 @@ def check_metrics(directory: RunDirectory) -> Iterator[Problem]:
         if key in seen:
             yield Problem("twice", file, f"{file}: two {key[1]} rows of step {key[0]}")
         seen.add(key)
-    wanted, last = _wanted(directory, most=len(seen) + _SHOWN)
-    for step, kind in sorted((before & wanted) - seen):
+    after, last = _spans(directory)
+    most = len(seen) + _SHOWN
+    for step, kind in sorted((_wanted(before, most) & _wanted(after, most)) - seen):
         yield Problem("row", file, f"{file}: the {kind} row of step {step} is missing")
     if last is not None and (late := max((step for step, _ in seen), default=0)) > last:
         yield Problem("row", file, f"{file}: has a row of step {late}, but the run ended at step {last}")
 
 
-def _wanted(directory: RunDirectory, most: int) -> tuple[set[tuple[int, str]], int | None]:
-    """Return the rows on the grid that must be there, and the last step if the newest segment ended in order.
-
-    Of each segment and kind up to `most`: a ledger may speak of more steps than anybody can list.
-    """
-    spans: list[tuple[int, int, dict[str, Any]]] = []  # (from, to, config) of each segment
+def _spans(directory: RunDirectory) -> tuple[list[Span], int | None]:
+    """Return what each segment did that stands, and the last step if the newest segment ended in order."""
+    spans: list[Span] = []
     config, end = _first_config(directory), None
     for row in directory.read_ledger():
         if row["event"] == "start":
@@ -148,12 +149,20 @@ def _wanted(directory: RunDirectory, most: int) -> tuple[set[tuple[int, str]], i
             spans[-1] = (first, max(to, row["step"]), with_)
         elif row["event"] == "end":
             end = row["step"]
+    return spans, end
+
+
+def _wanted(spans: list[Span], most: int) -> set[tuple[int, str]]:
+    """Return the rows on the grid that must be there.
+
+    Of each segment and kind up to `most`: a ledger may speak of more steps than anybody can list.
+    """
     wanted = set()
     for first, to, with_ in spans:
         for kind, section in (("train", "log"), ("eval", "evaluate")):
             grid = _grid(with_.get(section), first + 1, to)
             wanted |= {(step, kind) for step in itertools.islice(grid, most)}
-    return wanted, end
+    return wanted
 
 
 def _first_config(directory: RunDirectory) -> dict[str, Any]:

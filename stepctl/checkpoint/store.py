@@ -125,17 +125,18 @@ class Store:
             raise
         return reader
 
+    def _digests(self) -> Collection[str] | None:
+        return self._acknowledged() if callable(self._acknowledged) else self._acknowledged
+
     def _vet(self, step: int, digest: str) -> None:
-        if self._acknowledged is not None and digest not in self._digests():
+        known = self._digests()
+        if known is not None and digest not in known:
             from stepctl.sandbox import Sandbox  # rarely needed, and not light
 
             with Sandbox() as sandbox:
                 answer = sandbox.call("stepctl.checkpoint.codec:check", str(self.file(step)))
             if answer["sha256"] != digest:
                 raise CheckpointError("changed", f"{self.file(step).name}: changed while it was read")
-
-    def _digests(self) -> Collection[str]:
-        return (self._acknowledged() if callable(self._acknowledged) else self._acknowledged) or ()
 
     def set_aside(self, step: int) -> Path:
         """Rename a step's file, so that it is kept but never loaded; return its new path."""
