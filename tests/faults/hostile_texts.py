@@ -15,7 +15,7 @@ BASE = {
     "stop": "{last_step: 3}",
 }
 TRAIN = ("train", "--config", "c.yaml")
-NAMES = "seed, dtype, initial_step, data, model, task, optimizer, stop, log, evaluate, checkpoint, "
+NAMES = "seed, dtype, initial_step, data, model, task, optimizer, ema, stop, log, evaluate, samples, checkpoint, "
 NOT_ALLOWED = "the character '\\x%02x' is not allowed; save the file as plain UTF-8 text"
 TOO_DEEP = "nested deeper than 20 levels"
 MISSING = [f"c.yaml:1:1: config: {name} is missing" for name in ("data", "model", "task", "optimizer", "stop")]
