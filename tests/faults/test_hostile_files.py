@@ -31,6 +31,7 @@ from stepctl.checkpoint import codec, walk
 from stepctl.checkpoint.store import Store
 from stepctl.state import Counters
 
+NO_FILE = ("a directory", "nothing")  # to a command the one is a run, and the other a slip of the user's
 Figure = Callable[[str, int], None]
 
 OLDER = "step-00000005.h5"
@@ -208,7 +209,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("case", [name for name in HOSTILE if name != "a directory"])  # commands take it for a run
+@pytest.mark.parametrize("case", [name for name in HOSTILE if name not in NO_FILE])
 def test_the_commands_refuse_a_hostile_file_within_a_second_and_200_megabytes(
     case: str, start: dict[str, float], tmp_path: Path, figure: Figure
 ) -> None:
