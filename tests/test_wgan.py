@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from stepctl.plan import plan_resume
 from stepctl.rundir import RunDirectory
 from stepctl.state import Counters, TrainState
 from stepctl.tasks.wgan import WGAN
+from stepctl.trainer import Trainer
 from stepctl.verify import verify
 
 LAST = 30
@@ -205,6 +207,35 @@ def assert_gradient(assembly: Assembly, name: str, compute: Any) -> None:
             losses.append(compute()[1][f"{name}_loss"])
         flat[i] = kept
         assert gradient[i] == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-4, abs=1e-7)
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("held", [{"weight_clip": 0.1}, {"gradient_penalty": 10}], ids=str)
+def test_after_the_first_a_step_allocates_no_array_larger_than_the_labels(held: dict[str, float]) -> None:
+    rows = 1000
+    task = {"name": "wgan", "n_critic": 2, "latent": 64, **held}
+    data = {"name": "digits", "batch_size": rows, "validation_fraction": 0.1}
+    model = {
+        "critic": {"name": "mlp", "hidden": [64], "activation": "leaky_relu"},
+        "generator": {"name": "mlp", "hidden": [64], "output": "sigmoid"},
+    }
+    assembly = prepare(wgan(task=task, data=data, model=model, ema={"decay": 0.9}))
+    trainer = Trainer(assembly.task, assembly.training, assembly.state, stop=[])
+    trainer.step()
+    # scores and norms, a number for each row, and NumPy's own buffers; a number for each row and feature breaks it
+    bound = 2 * rows * 2 * 8 + np.getbufsize() * 4 + 16 * 1024
+    assert bound < rows * 64 * 4
+    tracemalloc.start()
+    try:
+        for _ in range(4):
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            trainer.step()
+            assert tracemalloc.get_traced_memory()[1] - before < bound
+    finally:
+        tracemalloc.stop()
 
 
 # --- bad input

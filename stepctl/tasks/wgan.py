@@ -58,7 +58,8 @@ class WGAN(Task):
         self.n_critic, self.latent, self.clock = n_critic, latent, clock
         self.batches_per_step = n_critic if clock == _GENERATOR else 1
         self._weight_clip, self._penalty, self._seed, self._shards = weight_clip, gradient_penalty, seed, shards
-        self._training, self._evaluation = Workspace(dtype), Workspace(dtype)
+        self._training = {name: Workspace(dtype) for name in self.models}  # a pass finds the buffers of its like
+        self._evaluation = Workspace(dtype)
         self._sums: dict[str, TreeSum] = {}
         self._unused: dict[str, Arena] = {}
         self._undo = Undo()
@@ -130,7 +131,7 @@ class WGAN(Task):
     def _critic_gradient(
         self, state: TrainState, x: Array, number: int, *, checked: bool = False
     ) -> tuple[Arena, Metrics]:
-        critic, workspace, n = self.learners[_CRITIC], self._training, len(x)
+        critic, workspace, n = self.learners[_CRITIC], self._training[_CRITIC], len(x)
         params = critic.params(state)
         sums, parts = self._sum(_CRITIC, params), []
         for shard, at in enumerate(self._parts(n)):
@@ -159,16 +160,19 @@ class WGAN(Task):
     ) -> float:
         """Add the penalty's gradient; return this part's share of it: penalty / n sum_i (|grad D(x_i)| - 1)^2."""
         assert self._penalty is not None
-        critic, workspace, rows = self.learners[_CRITIC], self._training, len(real)
+        critic, workspace, rows = self.learners[_CRITIC], self._training[_CRITIC], len(real)
         share = self._rng(_CRITIC, number, shard, "between").random((rows, 1), dtype=real.dtype.type)
-        between = workspace.empty((rows, real.size // rows))
-        between[...] = share * real.reshape(rows, -1) + (1 - share) * fake.reshape(rows, -1)
+        between, along = (workspace.empty((rows, real.size // rows)) for _ in range(2))
+        np.subtract(real.reshape(rows, -1), fake.reshape(rows, -1), out=between)
+        np.multiply(between, share, out=between)
+        np.add(between, fake.reshape(rows, -1), out=between)
         scores, backward = critic.forward(params, between.reshape(real.shape), workspace)
         ones, extra = np.ones_like(scores), self._scratch(_CRITIC, params)
         slope = self._inputs(backward(ones, extra), _CRITIC).reshape(rows, -1)
-        norms = np.sqrt(np.square(slope).sum(axis=1, keepdims=True) + _TINY)
+        np.multiply(slope, slope, out=along)
+        norms = np.sqrt(along.sum(axis=1, keepdims=True) + _TINY)
         # d/dparams of sum_i u_i . grad D(x_i) with u held: backward through the derivative along u
-        along = (2 * self._penalty / n) * (norms - 1) / norms * slope
+        np.multiply(slope, (2 * self._penalty / n) * (norms - 1) / norms, out=along)
         outputs, tangents, back = critic.model.tangent(
             params, between.reshape(real.shape), along.reshape(real.shape), workspace
         )
@@ -179,7 +183,7 @@ class WGAN(Task):
     def _generator_gradient(
         self, state: TrainState, n: int, number: int, *, checked: bool = False
     ) -> tuple[Arena, Metrics]:
-        critic, generator, workspace = self.learners[_CRITIC], self.learners[_GENERATOR], self._training
+        critic, generator, workspace = self.learners[_CRITIC], self.learners[_GENERATOR], self._training[_GENERATOR]
         critic_params, params = critic.params(state), generator.params(state)
         sums, parts = self._sum(_GENERATOR, params), []
         for shard, at in enumerate(self._parts(n)):
