@@ -9,8 +9,8 @@ again, and pauses in between until the disk has it, as a long step would; timed 
 milliseconds: median (least..most). stepctl trains for real (batch 2048): timed is its hook, and the step after a
 save is compared with steps without one. Tools that cannot be imported are left out.
 
-share: what the steps that a save can touch (the one that begins it and the 60 after it) take longer than the other
-39 of each 100, on average over the saves. Where BLAS uses every core, a save takes one of them away for a while;
+share: what the steps that a save can touch (the one that begins it and the 20 after it) take longer than the other
+79 of each 100: the median over the saves, its quartiles, and the mean. Where BLAS uses every core, a save takes one of them away for a while;
 `--threads 1` leaves one free. Needs Debian's package dataset-fashion-mnist.
 """
 
@@ -34,7 +34,7 @@ UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
 SHAPES = [(1024, 4096), (4096,), (4096, 4096), (4096,), (4096, 10), (10,)]
 COPIES = ("params", "first_moment", "second_moment")
 ROOT = Path(__file__).parents[2]
-EVERY, TOUCHED = 100, 60  # steps from save to save, and those that a save can slow down
+EVERY, TOUCHED = 100, 20  # steps from save to save, and those that a save can slow down
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -195,9 +195,12 @@ def share(saves: int, threads: int | None) -> None:
     seconds = np.diff(ends[EVERY - 1 : EVERY * (saves + 1)]).reshape(saves, EVERY)
     quiet = seconds[:, TOUCHED:-1].mean(axis=1)
     extra = (seconds[:, :TOUCHED] - quiet[:, None]).sum(axis=1) + seconds[:, -1] - quiet
-    print(f"saving every {EVERY} steps: {100 * extra.mean() / (EVERY * quiet.mean()):.2f} % of wall time; a save takes "
-          f"{extra.mean() * 1e3:.1f} ms of training (standard error {extra.std() / saves**0.5 * 1e3:.1f}) beside steps "
-          f"of {quiet.mean() * 1e3:.2f} ms; {outcome.saves} saves, {outcome.waits} waits")  # fmt: skip
+    low, middle, high = np.quantile(extra, (0.25, 0.5, 0.75)) * 1e3
+    step = float(np.median(quiet)) * 1e3
+    print(f"saving every {EVERY} steps: {100 * middle / (EVERY * step):.2f} % of wall time; a save takes {middle:.1f} ms "
+          f"of training ({low:.1f}..{high:.1f}; mean {extra.mean() * 1e3:.1f}, standard error "
+          f"{extra.std() / saves**0.5 * 1e3:.1f}) beside steps of {step:.2f} ms; "
+          f"{outcome.saves} saves, {outcome.waits} waits")  # fmt: skip
 
 
 # --- what memory a save takes
