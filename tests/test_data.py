@@ -146,7 +146,7 @@ def test_x_is_scaled_in_the_run_s_type(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_slices_are_all_rows_in_order(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepctl.data.hdf5._SLICE_BYTES", 24)
+    monkeypatch.setattr("stepctl.data.base._SLICE_BYTES", 24)
     source = build({**KINDS[kind](tmp_path, X, Y), "scale": 0.5}).train
     parts = list(source.slices())
     assert len(parts) > 1 or isinstance(source, InMemory)
@@ -159,7 +159,7 @@ def test_slices_are_all_rows_in_order(kind: str, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_row_is_named_by_its_number(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepctl.data.hdf5._SLICE_BYTES", 24)
+    monkeypatch.setattr("stepctl.data.base._SLICE_BYTES", 24)
     source = build(KINDS[kind](tmp_path, X, np.where(np.arange(N) == 17, 6, Y).astype(np.uint8))).train
     with pytest.raises(DataError, match=r": row 17: label 6 is outside 0\.\.5; "):
         source.check(6)
@@ -167,7 +167,7 @@ def test_a_bad_row_is_named_by_its_number(kind: str, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("kind", ["npz", "hdf5, chunked and gzipped"])
 def test_a_bad_value_is_named_by_its_row(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepctl.data.hdf5._SLICE_BYTES", 24)
+    monkeypatch.setattr("stepctl.data.base._SLICE_BYTES", 24)
     x, y = X.astype(np.float64), Y.astype(np.float64)
     x[19, 1, 2], y[21] = np.nan, 0.5
     with pytest.raises(DataError, match=r": row 19: x holds a value that is not finite as float32; "):

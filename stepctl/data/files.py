@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import mmap
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 from stepctl.errors import DataError
 from stepctl.files import open_regular
 from stepctl.problems import in_one_line
 
-_GZIP = b"\x1f\x8b"
+GZIP = b"\x1f\x8b"
 # what the libraries that read these formats raise for a file that is not what it should be
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
@@ -35,4 +37,12 @@ def read_bytes(path: str) -> bytes:
     """Return a file's content, unpacked if it is gzipped."""
     with open_regular(path) as file:
         data = file.read()
-    return gzip.decompress(data) if data.startswith(_GZIP) else data
+    return gzip.decompress(data) if data.startswith(GZIP) else data
+
+
+def mapped(file: BinaryIO) -> mmap.mmap:
+    """Return a file's bytes as memory that cannot be written to: fetched page by page, shared between processes."""
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        memory.madvise(mmap.MADV_RANDOM)  # the pages of these rows, and none ahead of them
+    return memory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
 import os
 from collections.abc import Iterator
 from typing import Any, final
@@ -14,15 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stepctl.arena import Array
-from stepctl.data.base import Source, Sources, Targets
-from stepctl.data.files import reading
-from stepctl.data.memory import as_labels, as_values
+from stepctl.data.base import Source, Sources, Targets, ranges
+from stepctl.data.files import mapped, reading
+from stepctl.data.memory import as_labels, as_targets
 from stepctl.errors import DataError
 from stepctl.files import open_regular
 from stepctl.problems import in_one_line
 from stepctl.registry import File
 
-_SLICE_BYTES = 1 << 24
 _SAMPLED = 64  # rows in a fingerprint
 
 
@@ -100,13 +98,7 @@ class HDF5Rows(Source):
         return digest.hexdigest()
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        step = max(1, _SLICE_BYTES // (math.prod(self.sample_shape) * self._x.dtype.itemsize))
-        return ((first, min(first + step, self.n)) for first in range(0, self.n, step))
-
-
-def as_targets(origin: str, first_row: int, y: Array, targets: Targets, dtype: str) -> Array:
-    """Return a part of y as labels: (rows,) int64, or as values: (rows, columns)."""
-    return as_labels(origin, first_row, y) if targets == "classes" else as_values(y, dtype)
+        return ranges(self.n, math.prod(self.sample_shape) * self._x.dtype.itemsize)
 
 
 def _dataset(file: h5py.File, name: str) -> Any:
@@ -131,10 +123,7 @@ def _dataset(file: h5py.File, name: str) -> Any:
     if found.chunks is not None or offset is None or found.dtype.kind == "b" or not found.shape:
         return found
     with open(file.filename, "rb") as raw:
-        mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)  # the pages of these rows, and none ahead of them
-    return np.ndarray(found.shape, found.dtype, mapped, offset)
+        return np.ndarray(found.shape, found.dtype, mapped(raw), offset)
 
 
 def _rows(dataset: Any, rows: npt.NDArray[np.int64]) -> Array:
