@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from stepctl.arena import Array
 from stepctl.data.base import Source, Sources, Targets, ranges
-from stepctl.data.files import mapped, reading
+from stepctl.data.files import fetched, mapped, reading
 from stepctl.data.memory import as_labels, as_targets
 from stepctl.errors import DataError
 from stepctl.files import open_regular
@@ -81,11 +81,11 @@ class HDF5Rows(Source):
     def slices(self) -> Iterator[tuple[int, Array, Array]]:
         for first, end in self._ranges():
             with np.errstate(over="ignore"):  # check() finds and names what overflowed
-                x = self._x[first:end].astype(self._dtype) * np.dtype(self._dtype).type(self._scale)
-            yield first, x, as_targets(self.origin, first, self._y[first:end], self._targets, self._dtype)
+                x = fetched(self._x[first:end]).astype(self._dtype) * np.dtype(self._dtype).type(self._scale)
+            yield first, x, as_targets(self.origin, first, fetched(self._y[first:end]), self._targets, self._dtype)
 
     def n_classes(self) -> int:
-        parts = (as_labels(self.origin, first, self._y[first:end]) for first, end in self._ranges())
+        parts = (as_labels(self.origin, first, fetched(self._y[first:end])) for first, end in self._ranges())
         return max(int(labels.max()) for labels in parts) + 1
 
     def fingerprint(self) -> str:
@@ -140,7 +140,8 @@ def _rows(dataset: Any, rows: npt.NDArray[np.int64]) -> Array:
 
 
 def _take(dataset: Any, rows: npt.NDArray[np.int64], out: Array) -> None:
-    if isinstance(dataset, np.ndarray) and dataset.dtype == out.dtype:
+    # of an array that is not aligned, np.take makes a copy, whole, at every call
+    if isinstance(dataset, np.ndarray) and dataset.dtype == out.dtype and dataset.flags.aligned:
         np.take(dataset, rows, axis=0, out=out, mode="clip")
     else:
         out[...] = _rows(dataset, rows)

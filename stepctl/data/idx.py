@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from stepctl.arena import Array, aligned_empty
 from stepctl.data.base import Source, Sources, Targets, ranges
-from stepctl.data.files import GZIP, mapped, reading
+from stepctl.data.files import GZIP, fetched, mapped, reading
 from stepctl.data.memory import as_targets, check_arrays, scaled
 from stepctl.errors import DataError
 from stepctl.files import open_regular
@@ -83,11 +83,12 @@ class IDXRows(Source):
         return digest.hexdigest()
 
     def _samples(self, first: int, end: int) -> Array:
-        x = self._x.array[first:end]
+        x = fetched(self._x.array[first:end])
         return scaled(x, self._scale, out=aligned_empty(x.shape, self._dtype))
 
     def _targets_of(self, first: int, end: int) -> Array:
-        return as_targets(self.origin, first, self._y.array[first:end], self._targets, self._dtype)
+        y = fetched(self._y.array[first:end])
+        return as_targets(self.origin, first, y, self._targets, self._dtype)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         return ranges(self.n, math.prod(self.sample_shape) * np.dtype(self._dtype).itemsize)
