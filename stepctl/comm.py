@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +19,7 @@ from stepctl.errors import ConfigError, Exit, StepctlError
 
 if TYPE_CHECKING:
     from stepctl.arena import Arena, Array, TreeSum
+    from stepctl.window import Window
 
 # What launchers tell each process: Hydra (MPICH, Intel MPI) and Slurm's pmi2; Open MPI; Slurm's pmix.
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
@@ -158,6 +159,7 @@ class World(Comm):
         self.signal = 0  # the newest that came to this rank and was not told yet
         self.agreed: Exception | None = None  # the newest error that every rank knows of
         self._signals: set[int] = set()
+        self._windows: list[Any] = []  # every rank's, open
         here = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
         cores = here.allgather(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None)
         self._neighbours: int = cores.count(cores[here.rank])
@@ -174,6 +176,7 @@ class World(Comm):
             return MessagedSum(layout, self._comm, leaves, _wait, self._mpi.IN_PLACE)
         window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
         window.Lock_all()
+        self._windows.append(window)
         return SharedSum(layout, self._comm, leaves, _wait, window)
 
     def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
@@ -212,8 +215,21 @@ class World(Comm):
         return self._comm.bcast(value)
 
     def collect(self, value: Any) -> list[Any]:
-        found: list[Any] = self._comm.allgather(value)
-        return found
+        _wait(self._comm.Ibarrier())
+        found = self._comm.allgather((self.signal, value))
+        self.signal = 0
+        self._signals |= {number for number, _ in found if number}
+        return [value for _, value in found]
+
+    def window(self, n_bytes: int) -> Window:
+        """Return memory of rank 0's, of so many bytes, that every rank can read and write; for all together."""
+        from stepctl.window import Window
+
+        size = Window.size(n_bytes) if self.rank == 0 else 0
+        window = self._mpi.Win.Allocate(size, 1, comm=self._comm)
+        window.Lock_all()
+        self._windows.append(window)
+        return Window(window, self._mpi.SUM)
 
     def copy(self, values: Array) -> None:
         for start in range(0, values.size, _AT_ONCE):
@@ -239,6 +255,9 @@ class World(Comm):
         if not failed:
             if self.rank == 0:
                 self.lead(Order.END, code)
+            for window in self._windows:
+                window.Unlock_all()
+                window.Free()
             return
         # what MPI says of an end such as this is no news: the error was told
         sys.stderr.flush()
@@ -247,9 +266,13 @@ class World(Comm):
 
 
 def _wait(request: Any) -> None:
-    """Wait for a request of MPI's, which itself would hold the core while it waits: others may need it."""
+    until(request.Test)  # MPI itself would hold the core
+
+
+def until(ready: Callable[[], bool]) -> None:
+    """Wait, and leave the core to others that need it."""
     looks = 0
-    while not request.Test():
+    while not ready():
         looks += 1
         if looks < _EAGER:
             os.sched_yield()

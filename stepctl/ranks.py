@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from stepctl import numerics
 from stepctl.assembly import Assembly, assemble
+from stepctl.asynchronous import AsyncTrainer, next_cut
 from stepctl.comm import Comm, Order, RankError, World
 from stepctl.config import Config
 from stepctl.errors import NonFiniteError
-from stepctl.hooks.base import StopReason
+from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.signals import Signals
 from stepctl.problems import in_one_line
 from stepctl.state import Counters, TrainState
@@ -32,6 +33,31 @@ class Lead:
                 return why
         self._comm.lead(Order.STEP)
         return None
+
+
+def leader(
+    assembly: Assembly,
+    *,
+    rules: Sequence[StopRule],
+    hooks: Sequence[Hook],
+    signals: Signals,
+    skip: Callable[[str], None] | None,
+    target: int,
+) -> Trainer:
+    """Return rank 0's trainer, which the others follow; they must have been mustered."""
+    comm, config = assembly.comm, assembly.config
+    parts = (assembly.task, assembly.training, assembly.state)
+    stop = [Lead(comm, rules, signals)]
+    if not (isinstance(comm, World) and config.distributed.mode == "async"):
+        return Trainer(*parts, stop=stop, hooks=hooks, skip=skip)
+
+    def cut(step: int) -> int:
+        return next_cut(step, config.cadences().values(), target=target, first_step=config.initial_step + 1)
+
+    def urgent() -> bool:
+        return any(rule.reason(assembly.state.counters) is not None for rule in rules)
+
+    return AsyncTrainer(*parts, comm=comm, cut=cut, urgent=urgent, stop=stop, hooks=hooks)
 
 
 def muster(assembly: Assembly) -> list[str]:
@@ -87,8 +113,10 @@ def _enlist(comm: World) -> Trainer | None:
         return None
     _copy(comm, assembly.state)
     assembly.state.counters = Counters(counters)
-    skip = _pass_over if assembly.config.on_nonfinite == "skip" else None
-    return Trainer(assembly.task, assembly.training, assembly.state, stop=[], skip=skip)
+    parts = (assembly.task, assembly.training, assembly.state)
+    if assembly.config.distributed.mode == "async":
+        return AsyncTrainer(*parts, comm=comm)
+    return Trainer(*parts, stop=[], skip=_pass_over if assembly.config.on_nonfinite == "skip" else None)
 
 
 def _pass_over(why: str) -> None:
