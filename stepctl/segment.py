@@ -18,13 +18,14 @@ from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
 from stepctl.checkpoint.store import Store
-from stepctl.errors import NonFiniteError, StepctlError, StoppedAtOnce
+from stepctl.errors import NonFiniteError, NumericsError, StepctlError, StoppedAtOnce
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.histograms import histograms_of
 from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
 from stepctl.hooks.stop import StopAtStep, StopFile
+from stepctl.ranks import Lead, muster
 from stepctl.rundir import RunDirectory, publish
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
@@ -38,6 +39,15 @@ Say = Callable[[str], None]
 
 def silent(message: str) -> None:
     """Say nothing."""
+
+
+def inexact(differences: list[str], strict: bool, say: Say) -> dict[str, Any]:
+    """Say that other last bits are computed here, and return the ledger's facts; NumericsError if that is refused."""
+    words = "; ".join(differences)
+    if strict:
+        raise NumericsError(f"not exact on this machine: {words}; resume where they agree, or drop --strict-numerics")
+    say(f"warning: no longer exact: this machine computes other last bits ({words}); the ledger records it")
+    return {"exact": False, "inexact_because": differences}
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Segment:
         self.restored = restored
         self.rules: list[StopRule] = [StopAtStep(target), StopFile(directory.stop), *assembly.stop_rules()]
         self.facts: dict[str, Any] = {}  # for the ledger
+        self.strict = False  # whether other last bits than the checkpoint's are refused
         self.goes_back = False  # whether later checkpoints are set aside as it begins
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
@@ -139,6 +150,8 @@ class Segment:
         if self.goes_back:
             self._set_aside_later()
         self.directory.cut_metrics(self.start)
+        if differences := muster(self.assembly):
+            self.facts |= inexact(differences, self.strict, self.say)
         self._record_start()
         evaluations = Evaluations(self.directory.read_metrics())
         beside = self._writers_beside()
@@ -151,7 +164,7 @@ class Segment:
             self.assembly.task,
             self.assembly.training,
             self.state,
-            stop=[*self.rules, signals, *stop],
+            stop=[Lead(self.assembly.comm, [*self.rules, signals, *stop], signals)],
             hooks=[*self.assembly.hooks, *asked, self.saver, *hooks],
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
         )
@@ -193,8 +206,8 @@ class Segment:
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
 
     def _writers_beside(self) -> list[Writer]:
-        log, batch_size = self.config.log, self.assembly.training.batch_size
-        return open_beside(self.directory, log, segment=self._number, start=self.start, batch_size=batch_size)
+        log, samples = self.config.log, self.assembly.training.samples
+        return open_beside(self.directory, log, segment=self._number, start=self.start, batch_size=samples)
 
     def _samples(self) -> list[Hook]:
         if self.config.samples is None:

@@ -108,12 +108,12 @@ class Trainer:
             self.skip(str(error))
             self.skipped += 1
             self._in_a_row += 1
-            self._passed_over += len(batch.x)
+            self._passed_over += self.batches.samples
             return None
         except Exception:
             self.complete = whole  # the state is as it was
             raise
-        increments = self.task.increments(counters, batch)
+        increments = self.task.increments(counters, self.batches.samples)
         increments[SAMPLES_SEEN] += self._passed_over
         self._in_a_row = self._passed_over = 0
         counters.advance(increments)

@@ -304,7 +304,7 @@ def seen(batches: TrainingBatches, position: int) -> list[int]:
     """Return the rows of the batch at a position of a `numbers` source."""
     batch = batches.batch(position)
     assert batch.x[:, 0].tolist() == batch.y.tolist()
-    assert batch.x.shape == (batches.batch_size, 1)
+    assert batch.x.shape == (batches.samples, 1)
     return [int(row) for row in batch.y]
 
 

@@ -18,11 +18,11 @@ PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
     {"errors", "arena", "extras", "files", "sandbox"},
     {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
-    | {"yamlio", "config", "schema", "numerics", "rundir"},
+    | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"}
+    {"assembly", "ranks", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"}
     | {"runs", "curves", "rates", "disk", "doctor"},
     {"library", "cli"},
 ]
@@ -34,6 +34,7 @@ ALLOWED = {
     ("optimizers", "registry"),
     ("optimizers", "schedules"),
     ("registry", "problems"),
+    ("comm", "exchange"),
     ("config", "problems"),
     ("config", "state"),
     ("config", "registry"),
@@ -59,7 +60,9 @@ ALLOWED = {
     ("replay", "run"),
     ("run", "assembly"),
     ("run", "segment"),
+    ("ranks", "assembly"),
     ("segment", "assembly"),
+    ("segment", "ranks"),
     ("runs", "verify"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
