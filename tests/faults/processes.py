@@ -31,7 +31,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _BLAS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE")
 _MODULES = [found.name for found in pkgutil.walk_packages(stepctl.__path__, "stepctl.") if "__main__" not in found.name]
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([__name__, *_MODULES, "threadpoolctl", "rich.console", "rich.progress"])
+_server.set_forkserver_preload([__name__, *_MODULES, "threadpoolctl", "rich.console", "rich.progress", "warm"])
 
 
 class Process:

@@ -34,14 +34,15 @@ class Scene:
     damaged: int | None = None
     killed_at: Call | None = None
     on_error: str = "stop"  # what the config says of a save that fails
+    variation: bool = True  # whether it does what one of the first two does, but for a part of it
 
 
 SCENES = {
-    "saves on the grid and at the end, with pruning": Scene(),
-    "the first save of a fresh run, and all after it": Scene(words=FRESH, trained=None, since=None),
+    "saves on the grid and at the end, with pruning": Scene(variation=False),
+    "the first save of a fresh run, and all after it": Scene(words=FRESH, trained=None, since=None, variation=False),
     "the save of a stop by signal": Scene(since=ROW_OF_STEP_5, signals={ROW_OF_STEP_5: signal.SIGTERM}, code=75),
     "a save on request": Scene(since=ROW_OF_STEP_5, signals={ROW_OF_STEP_5: signal.SIGUSR2}),
-    "saves that may fail": Scene(on_error="continue"),
+    "saves that may fail": Scene(on_error="continue", variation=False),
     "a damaged file in the way": Scene(trained=4, damaged=4),
     "a resume after a kill": Scene(
         since=None, killed_at=Call("rename", "checkpoints/.step-00000006.h5.tmp-PID -> checkpoints/step-00000006.h5")

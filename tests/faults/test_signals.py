@@ -74,7 +74,8 @@ def signalled_run(trial: Trial, run: Path, attacks: int, chance: random.Random, 
         assert_nothing_lost(run, trial.keep_last)
         figure("signals", len(shots))
         figure(f"signalled processes that ended with {code}", bool(shots))
-    trial.finish(run)
+    if code != 0:  # else it is judged already
+        trial.finish(run)
     return done
 
 
