@@ -143,7 +143,7 @@ class Segment:
         evaluations = Evaluations(self.directory.read_metrics())
         beside = self._writers_beside()
         rows = self.assembly.rows
-        rows.writers = [JSONLines(self.directory.metrics), evaluations, *beside, *writers]
+        rows.open([JSONLines(self.directory.metrics), evaluations, *beside, *writers])
         signals = signals or Signals()
         self.saver = self._save_hook(evaluations, signals)
         asked = [*histograms_of(self.config.log, beside), *self._samples()]
@@ -157,6 +157,7 @@ class Segment:
         )
         try:
             yield trainer
+            rows.flush()
         except KeyboardInterrupt:
             self._background.abandon()
             raise
@@ -170,7 +171,6 @@ class Segment:
             self._background.close()
             self._report_saved()
             rows.close()
-            rows.writers = []
 
     def _failed(self, trainer: Trainer, save: Save, error: BaseException) -> None:
         self.save_what_stands(trainer, save)
@@ -222,6 +222,7 @@ class Segment:
         return Save(
             self.config.checkpoint,
             save,
+            flush=self.assembly.rows.flush,
             background=self._background,
             requested=requested,
             say=self.say,

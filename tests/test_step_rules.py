@@ -406,6 +406,7 @@ def test_a_save_asked_for_is_made_once_also_on_the_grid(small: Any) -> None:
     hook = Save(
         Checkpoint(every=5),
         publish=lambda state: published.append(state.counters.global_step),
+        flush=lambda: None,
         requested=lambda: state.counters.global_step in requests and not requests.remove(state.counters.global_step),
         background=background,
         say=pytest.fail,

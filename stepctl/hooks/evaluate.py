@@ -10,7 +10,7 @@ from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.watch import Watch
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics, Task
-from stepctl.writers.base import Writer
+from stepctl.writers.rows import Rows
 
 
 class Evaluate(Hook):
@@ -26,7 +26,7 @@ class Evaluate(Hook):
         config: EvaluateConfig,
         task: Task,
         batches: EvaluationBatches,
-        rows: Writer,
+        rows: Rows,
         watches: Sequence[Watch] = (),
     ) -> None:
         self._config, self._task, self._batches, self._rows = config, task, batches, rows
@@ -44,10 +44,11 @@ class Evaluate(Hook):
             self._write(state, extra=True)
 
     def _write(self, state: TrainState, **marks: bool) -> Metrics:
+        self._rows.flush()  # this may take its time
         found = self._task.evaluate(state, self._batches)
         if self._config.ema:
             averaged = self._task.evaluate(state, self._batches, average=True)
             found |= {f"ema_{name}": value for name, value in averaged.items()}
         self._last = state.counters.global_step
-        self._rows.write({"step": self._last, "kind": "eval", **found, **marks})
+        self._rows.add({"step": self._last, "kind": "eval", **found, **marks})
         return found

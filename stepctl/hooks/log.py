@@ -13,7 +13,7 @@ from stepctl.config import Log as LogConfig
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics
-from stepctl.writers.base import Writer
+from stepctl.writers.rows import Rows
 
 
 class Log(Hook):
@@ -28,7 +28,7 @@ class Log(Hook):
     def __init__(
         self,
         config: LogConfig,
-        rows: Writer,
+        rows: Rows,
         metrics: Sequence[str],
         *,
         first_step: int,
@@ -80,4 +80,4 @@ class Log(Hook):
         if self._config.means:
             found = zip(self._names, self._sums.tolist(), self._counts.tolist(), strict=True)
             row |= {f"mean_{name}": total / count for name, total, count in found if count}
-        self._rows.write({**row, "samples_per_second": round(rate, 1), **marks})
+        self._rows.add({**row, "samples_per_second": round(rate, 1), **marks})

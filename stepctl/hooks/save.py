@@ -16,7 +16,7 @@ from stepctl.tasks.base import Metrics
 class Save(Hook):
     """Publishes in the background while training goes on; at the start and the end it waits. Never twice on one step.
 
-    `publish` writes a state that nothing changes any more. What it raised is raised at the next step, or with
+    `publish` writes a state that nothing changes any more; `flush`, called before, what belongs to it. What it raised is raised at the next step, or with
     `on_error: continue` said, and made good at the next save. `waits` and `wait_seconds` are what training
     waited for a checkpoint that was still being written when the next was due.
     """
@@ -28,6 +28,7 @@ class Save(Hook):
         config: CheckpointConfig,
         publish: Callable[[TrainState], None],
         *,
+        flush: Callable[[], None],
         background: Background,
         requested: Callable[[], bool],
         say: Callable[[str], None],
@@ -36,7 +37,7 @@ class Save(Hook):
         target: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._publish, self._background = config, publish, background
+        self._config, self._publish, self._flush, self._background = config, publish, flush, background
         self._requested, self._say, self._note, self._clock = requested, say, note, clock
         self._saved_step, self._target = saved_step, target
         self._saved_at = clock()
@@ -70,6 +71,7 @@ class Save(Hook):
         return self._config.fires(state.counters) or (seconds is not None and self._clock() - self._saved_at >= seconds)
 
     def _begin(self, state: TrainState) -> None:
+        self._flush()
         self._saved_step, self._saved_at = state.counters.global_step, self._clock()
         self.saves += 1
         self._background.start(lambda: self._publish(state))
