@@ -215,16 +215,13 @@ class Segment:
             self.assembly.rows.sync()
             self._publish(state, evaluations)
 
-        def requested() -> bool:
-            self._report_saved()
-            return signals.save_requested()
-
         return Save(
             self.config.checkpoint,
             save,
             flush=self.assembly.rows.flush,
             background=self._background,
-            requested=requested,
+            requested=signals.save_requested,
+            report=self._report_saved,
             say=self.say,
             note=self.note,
             saved_step=self.start if self.restored else None,

@@ -30,11 +30,11 @@ class Evaluate(Hook):
         watches: Sequence[Watch] = (),
     ) -> None:
         self._config, self._task, self._batches, self._rows = config, task, batches, rows
-        self._watches = watches
+        self._fires, self._watches = config.trigger(), watches
         self._last = -1
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        if self._config.fires(state.counters):
+        if self._fires(state.counters):
             found = self._write(state)
             for watch in self._watches:
                 watch.observe(state.counters.global_step, found)

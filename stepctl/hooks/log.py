@@ -35,8 +35,9 @@ class Log(Hook):
         n_samples: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._rows, self._first_step, self._n_samples = config, rows, first_step, n_samples
+        self._rows, self._first_step, self._n_samples = rows, first_step, n_samples
         self._clock, self._since = clock, (0.0, 0)
+        self._fires, self._means = config.trigger(), config.means
         self._last_row = -1
         self._names = tuple(metrics)
         self._sums, self._counts = np.zeros(len(self._names)), np.zeros(len(self._names), np.int64)
@@ -47,13 +48,14 @@ class Log(Hook):
 
     def start(self, state: TrainState) -> None:
         self._since = (self._clock(), state.counters.samples_seen)
-        if not self._config.means:
+        if not self._means:
             self._forget()
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        if self._config.means:
+        counters = state.counters
+        if self._means:
             self._add(metrics)
-        if state.counters.global_step == self._first_step or self._config.fires(state.counters):
+        if self._fires(counters) or counters.global_step == self._first_step:
             self._write(state, metrics)
             self._forget()
 
@@ -77,7 +79,7 @@ class Log(Hook):
         self._since, self._last_row = (now, seen), state.counters.global_step
         rate = (seen - before) / max(now - then, 1e-9)
         row = {"step": state.counters.global_step, "kind": "train", "epoch": seen // self._n_samples, **metrics}
-        if self._config.means:
+        if self._means:
             found = zip(self._names, self._sums.tolist(), self._counts.tolist(), strict=True)
             row |= {f"mean_{name}": total / count for name, total, count in found if count}
         self._rows.add({**row, "samples_per_second": round(rate, 1), **marks})

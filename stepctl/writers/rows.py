@@ -38,7 +38,7 @@ class Rows:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits. Once that has failed it always fails: a line that is half there must not be gone on with."""
+        """Write what waits. What failed once always fails: a line that is half there must not be gone on with."""
         if self._failed is not None:
             raise self._failed
         if self._held:
