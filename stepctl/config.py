@@ -119,8 +119,11 @@ class Cadence(Section):
             raise ValueError(f"offset {self.offset} never comes with every {self.every}; it must be below it")
         return self
 
-    def trigger(self) -> Callable[[Counters], bool]:
-        """Return what tells, asked after every update of a segment, whether this one came to the grid."""
+    def trigger(self, also: int | None = None) -> Callable[[Counters], bool]:
+        """Return what tells, asked after every update of a segment, whether this one came to the grid.
+
+        If the segment's first came to the global step `also`, it fires too.
+        """
         name, every, offset = self.counter, self.every, self.offset
         if every is None:
             return lambda counters: False
@@ -132,7 +135,7 @@ class Cadence(Section):
             if value < next_value:  # most often, and at once
                 return False
             next_value = value - (value - offset) % every + every
-            return counters.crossed(name, every, offset)
+            return counters.crossed(name, every, offset) or counters.global_step == also
 
         return fires
 

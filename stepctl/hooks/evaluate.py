@@ -30,14 +30,13 @@ class Evaluate(Hook):
         watches: Sequence[Watch] = (),
     ) -> None:
         self._config, self._task, self._batches, self._rows = config, task, batches, rows
-        self._fires, self._watches = config.trigger(), watches
+        self.trigger, self._watches = config.trigger(), watches
         self._last = -1
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        if self._fires(state.counters):
-            found = self._write(state)
-            for watch in self._watches:
-                watch.observe(state.counters.global_step, found)
+        found = self._write(state)
+        for watch in self._watches:
+            watch.observe(state.counters.global_step, found)
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         if metrics is not None and reason.done and self._last != state.counters.global_step:

@@ -35,9 +35,10 @@ class Log(Hook):
         n_samples: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._rows, self._first_step, self._n_samples = rows, first_step, n_samples
+        self._rows, self._n_samples = rows, n_samples
         self._clock, self._since = clock, (0.0, 0)
-        self._fires, self._means = config.trigger(), config.means
+        self._fires, self._means = config.trigger(also=first_step), config.means
+        self.trigger = None if self._means else self._fires
         self._last_row = -1
         self._names = tuple(metrics)
         self._sums, self._counts = np.zeros(len(self._names)), np.zeros(len(self._names), np.int64)
@@ -52,12 +53,12 @@ class Log(Hook):
             self._forget()
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        counters = state.counters
         if self._means:
             self._add(metrics)
-        if self._fires(counters) or counters.global_step == self._first_step:
-            self._write(state, metrics)
-            self._forget()
+            if not self._fires(state.counters):
+                return
+        self._write(state, metrics)
+        self._forget()
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         if metrics is not None and self._last_row != state.counters.global_step:
