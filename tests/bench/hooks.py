@@ -54,11 +54,13 @@ def measure(options: argparse.Namespace) -> list[tuple[Stretch, Stretch]]:
     from stepctl.cli.display import shown
     from stepctl.rundir import RunDirectory
     from stepctl.trainer import Trainer
+    from stepctl.writers import rows
 
     found: list[tuple[Stretch, Stretch]] = []
 
     def measured_run(trainer: Trainer) -> Any:
         trainer.start()
+        rows.HOLD *= 2  # as the bare steps take half of the time
         metrics = segment.directory.metrics
 
         def whole() -> None:
@@ -126,16 +128,16 @@ def main() -> None:
     with tempfile.TemporaryFile() as console:
         os.dup2(console.fileno(), 2)
         try:
-            rounds = measure(options)
+            found = measure(options)
         finally:
             os.dup2(kept, 2)
-    size, steps = len(rounds) // 10, len(rounds[0][0].seconds)
-    parts = [tuple(map(interval, zip(*rounds[at : at + size], strict=True))) for at in range(0, 10 * size, size)]
+    size, steps = len(found) // 10, len(found[0][0].seconds)
+    parts = [tuple(map(interval, zip(*found[at : at + size], strict=True))) for at in range(0, 10 * size, size)]
     print(f"with everything {quartiles([1e6 * whole / steps for whole, _ in parts], '.1f')} us a step")
     print(f"bare            {quartiles([1e6 * bare / steps for _, bare in parts], '.1f')} us a step")
     print(f"the difference  {quartiles([1e6 * (whole - bare) / steps for whole, bare in parts], '.1f')} us")
     print(f"as a share      {quartiles([whole / bare - 1 for whole, bare in parts], '.2%')}")
-    print(f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, {len(rounds)} rounds of {steps} steps")
+    print(f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, {len(found)} rounds of {steps} steps")
 
 
 if __name__ == "__main__":
