@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,6 +54,11 @@ class Trainer:
         self._in_a_row, self._passed_over = 0, 0  # batches, and their samples
         acting = [hook for hook in hooks if type(hook).after_step is not Hook.after_step]
         self._after_step = [(hook.trigger, hook.after_step) for hook in acting]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the ledger says of a segment at its end."""
+        return {"skipped_batches": self.skipped} if self.skipped else {}
 
     def run(self) -> StopReason:
         """Train until a stop rule says why to stop; return that reason."""
@@ -110,12 +115,12 @@ class Trainer:
             self.skip(str(error))
             self.skipped += 1
             self._in_a_row += 1
-            self._passed_over += len(batch.x)
+            self._passed_over += self.batches.samples
             return None
         except Exception:
             self.complete = whole  # the state is as it was
             raise
-        increments = self.task.increments(counters, batch)
+        increments = self.task.increments(counters, self.batches.samples)
         increments[SAMPLES_SEEN] += self._passed_over
         self._in_a_row = self._passed_over = 0
         counters.advance(increments)

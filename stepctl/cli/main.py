@@ -3,11 +3,11 @@
 import os
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from stepctl import __version__
+from stepctl import __version__, comm
 from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
@@ -38,17 +38,22 @@ class Main(click.Group):
             raise
         except KeyboardInterrupt:
             click.echo("stepctl: interrupted before training began; nothing was changed", err=True)
-            ctx.exit(Exit.INTERRUPTED)
+            _fail(ctx, Exit.INTERRUPTED)
         except StepctlError as error:
             if ctx.params["debug"]:
                 raise
             click.echo(f"stepctl: {_plain(str(error))}", err=True)
-            ctx.exit(error.exit_code)
+            _fail(ctx, error.exit_code)
         except (Exception, SystemExit) as error:  # a user's own module may raise anything
             if ctx.params["debug"]:
                 raise
             click.echo(f"stepctl: {_unexpected(error)}", err=True)
-            ctx.exit(Exit.NEGATIVE)
+            _fail(ctx, Exit.NEGATIVE)
+
+
+def _fail(ctx: click.Context, code: int) -> NoReturn:
+    comm.end(code, failed=True)  # the other processes of the job may be waiting for this one
+    ctx.exit(code)
 
 
 def _unexpected(error: BaseException) -> str:
@@ -96,8 +101,14 @@ def main() -> None:
         code = error.exit_code
     except click.Abort:
         code = Exit.INTERRUPTED
+    except BaseException:
+        if comm.is_rank():
+            traceback.print_exc()
+            comm.end(Exit.NEGATIVE, failed=True)
+        raise
     finally:
         _let_go_of_stderr()
+    comm.end(code, failed=False)
     sys.exit(code)
 
 

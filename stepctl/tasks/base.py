@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 from stepctl.arena import Arena, Array, Shape, all_finite
+from stepctl.comm import ALONE, Comm
 from stepctl.data.base import Targets
 from stepctl.data.batches import Batch
 from stepctl.errors import CheckpointError, ConfigError, NonFiniteError
@@ -46,7 +47,8 @@ class Task(ABC):
     """One update of the state, and its evaluation.
 
     Its constructor takes keyword arguments: `seed`, `dtype` and `shards` come from the config's other sections if it
-    asks for them; every other argument from its own. Then it is handed `learners`, one for each of its `models`.
+    asks for them; every other argument from its own. Then it is handed `learners`, one for each of its `models`, and
+    `comm`. A batch that a task gets is this process's part: of each batch of a step its share of the shards.
     """
 
     targets: Targets
@@ -56,6 +58,9 @@ class Task(ABC):
     clock: str = MODEL  # the counter that the global step follows
     batches_per_step: int = 1
     learners: dict[str, Learner]
+    divisible: ClassVar[bool] = False  # whether `step` computes only `comm.mine` of the shards
+    comm: Comm = ALONE  # the processes that share a step
+    asynchronous: ClassVar[bool] = False  # whether a step is a `gradient`, and then an `apply`
 
     @abstractmethod
     def ends(self, n_classes: int | None, sample_shape: Shape, target_shape: Shape) -> dict[str, Ends]:
@@ -82,6 +87,14 @@ class Task(ABC):
         NonFiniteError, or any error of the model's, must leave the state as it was; TornUpdate says that it is not.
         """
 
+    def gradient(self, state: TrainState, batch: Batch) -> tuple[Arena, Metrics]:
+        """Return the gradient, finite, of the one model's parameters, and what was measured; nothing changes."""
+        raise NotImplementedError
+
+    def apply(self, state: TrainState, gradient: Arena, counts: Mapping[str, int]) -> Metrics:
+        """Update the arrays, when the counters stand so; return what was measured. The gradient is used up."""
+        raise NotImplementedError
+
     @abstractmethod
     def evaluate(self, state: TrainState, batches: Iterable[Batch], *, average: bool = False) -> Metrics:
         """Return the metrics over all batches, with the moving average's weights if asked; nothing changes."""
@@ -90,11 +103,11 @@ class Task(ABC):
         """Return n samples, always of the same noise: (n, *sample_shape); None from a task that makes none."""
         return None
 
-    def increments(self, counters: Counters, batch: Batch) -> dict[str, int]:
-        """Return by how much each counter rises once this batch's update is complete."""
+    def increments(self, counters: Counters, samples: int) -> dict[str, int]:
+        """Return by how much each counter rises once an update that used so many samples is complete."""
         made = counters[self.clock]
         before, after = self.counts(made), self.counts(made + 1)
-        return {GLOBAL_STEP: 1, SAMPLES_SEEN: len(batch.x)} | {name: after[name] - before[name] for name in after}
+        return {GLOBAL_STEP: 1, SAMPLES_SEEN: samples} | {name: after[name] - before[name] for name in after}
 
     def count_at(self, name: str, steps: int, *, initial_step: int, batch_size: int) -> int:
         """Return what a counter stands at after so many global steps that nothing disturbed."""
