@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
 from typing import NamedTuple
 
 from stepctl.arena import Array
-from stepctl.state import Counters, TrainState
+from stepctl.state import TrainState, Trigger
 from stepctl.tasks.base import Metrics
 
 
@@ -27,7 +26,7 @@ class Hook(ABC):
     """
 
     name: str
-    trigger: Callable[[Counters], bool] | None = None  # asked after every update; without one, all count
+    trigger: Trigger | None = None  # asked after every update; without one, all count
 
     def state(self) -> dict[str, Array]:
         """Return the arrays that this hook changes and must find again after a resume."""
