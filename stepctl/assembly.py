@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -80,8 +81,9 @@ class Assembly:
         for source in self.sources:
             source.check(self.config.data.n_classes)
 
+    @cached_property
     def data_fingerprint(self) -> str:
-        """Return a text that changes when the data do."""
+        """A text that changes when the data do."""
         return "; ".join(source.fingerprint() for source in self.sources)
 
 

@@ -119,7 +119,7 @@ class AsyncTrainer(Trainer):
         while (ticket := self._ticket()) is not None:
             counts = counts_at(ticket)
             self._update(TrainState(Counters(counts), self._mine), counts_at, tally)
-            if self._comm.signal or self._urgent():
+            if self._comm.signalled() or self._urgent():
                 with self._window.exclusive():
                     self._window.set(Cell.LIMIT, self._window.add(Cell.TICKET))
         return tally

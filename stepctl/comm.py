@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -156,7 +157,7 @@ class World(Comm):
     def __init__(self, mpi: Any) -> None:
         self._mpi, self._comm = mpi, mpi.COMM_WORLD
         self.rank, self.size = self._comm.rank, self._comm.size
-        self.signal = 0  # the newest that came to this rank and was not told yet
+        self._untold: deque[int] = deque()  # signals that came to this rank
         self.agreed: Exception | None = None  # the newest error that every rank knows of
         self._signals: set[int] = set()
         self._windows: list[Any] = []  # every rank's, open
@@ -184,10 +185,9 @@ class World(Comm):
 
         table = np.zeros((self.size, 1 + parts * len(names)))
         mine = table[self.rank]
-        mine[0] = _FAILED if error is not None else self.signal
+        mine[0] = _FAILED if error is not None else self._signal()
         if error is None:
             mine[1:] = [row[name] for row in rows for name in names]
-            self.signal = 0
         _wait(self._comm.Iallgather(self._mpi.IN_PLACE, table))
         codes = table[:, 0].astype(int).tolist()
         if _FAILED in codes:
@@ -216,8 +216,7 @@ class World(Comm):
 
     def collect(self, value: Any) -> list[Any]:
         _wait(self._comm.Ibarrier())
-        found = self._comm.allgather((self.signal, value))
-        self.signal = 0
+        found = self._comm.allgather((self._signal(), value))
         self._signals |= {number for number, _ in found if number}
         return [value for _, value in found]
 
@@ -243,10 +242,17 @@ class World(Comm):
         """From now on, tell the others of signals that come to this rank."""
 
         def take(number: int, frame: object) -> None:
-            self.signal = number
+            self._untold.append(number)
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, take)
+
+    def signalled(self) -> bool:
+        """Tell whether a signal came to this rank that the others do not know of yet."""
+        return bool(self._untold)
+
+    def _signal(self) -> int:
+        return self._untold.popleft() if self._untold else 0
 
     def neighbours(self) -> int:
         return self._neighbours

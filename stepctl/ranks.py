@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from stepctl import numerics
 from stepctl.assembly import Assembly, assemble
 from stepctl.asynchronous import AsyncTrainer, next_cut
 from stepctl.comm import Comm, Order, RankError, World
 from stepctl.config import Config
-from stepctl.errors import NonFiniteError
+from stepctl.errors import DataError, NonFiniteError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.signals import Signals
 from stepctl.problems import in_one_line
@@ -67,13 +68,18 @@ def muster(assembly: Assembly) -> list[str]:
     """
     comm, state = assembly.comm, assembly.state
     comm.lead(Order.TRAIN)
-    comm.share((assembly.config.plain(), dict(state.counters), assembly.numerics))
+    comm.share(None if comm.size == 1 else _known(assembly))
     answers = comm.collect(None)[1:]
     failed = next((problem for problem, _ in answers if problem), None)
     if failed:
         raise RankError(failed)
     _copy(comm, state)
     return [difference for _, difference in answers if difference]
+
+
+def _known(assembly: Assembly) -> tuple[Any, ...]:
+    counters = dict(assembly.state.counters)
+    return assembly.config.plain(), counters, assembly.numerics, assembly.data_fingerprint
 
 
 def _copy(comm: Comm, state: TrainState) -> None:
@@ -100,10 +106,14 @@ def follow(comm: World) -> int:
 
 def _enlist(comm: World) -> Trainer | None:
     """Build what rank 0 has, and take up its state; None if that fails, which rank 0 is told."""
-    plain, counters, theirs = comm.share()
+    plain, counters, theirs, data = comm.share()
     try:
         assembly = assemble(Config.model_validate(plain), comm=comm)
         assembly.trial()
+        if assembly.data_fingerprint != data:
+            raise DataError(
+                "the data are not those that rank 0 reads; copy them, or keep them where all ranks see them"
+            )
     except Exception as error:
         comm.collect((_of(comm, error), ""))
         return None

@@ -299,7 +299,7 @@ class Segment:
             restored=self.restored,
             **holder,
             numerics=self.assembly.numerics,
-            data=self.assembly.data_fingerprint(),
+            data=self.assembly.data_fingerprint,
             **self.facts,
         )
 
