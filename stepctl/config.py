@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -119,9 +119,25 @@ class Cadence(Section):
             raise ValueError(f"offset {self.offset} never comes with every {self.every}; it must be below it")
         return self
 
-    def fires(self, counters: Counters) -> bool:
-        """Tell whether the last update came to the grid."""
-        return self.every is not None and counters.crossed(self.counter, self.every, self.offset)
+    def trigger(self, also: int | None = None) -> Callable[[Counters], bool]:
+        """Return what tells, asked after every update of a segment, whether this one came to the grid.
+
+        If the segment's first came to the global step `also`, it fires too.
+        """
+        name, every, offset = self.counter, self.every, self.offset
+        if every is None:
+            return lambda counters: False
+        next_value = 0
+
+        def fires(counters: Counters) -> bool:
+            nonlocal next_value
+            value = counters[name]
+            if value < next_value:  # most often, and at once
+                return False
+            next_value = value - (value - offset) % every + every
+            return counters.crossed(name, every, offset) or counters.global_step == also
+
+        return fires
 
 
 class Log(Cadence):

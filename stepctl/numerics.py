@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -150,6 +151,7 @@ def fingerprint(libraries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _probe() -> str:
     """Return a digest of elementary functions at fixed points: libm and NumPy choose their kernels by CPU too."""
     import numpy as np

@@ -162,7 +162,7 @@ class Segment:
         evaluations = Evaluations(self.directory.read_metrics())
         beside = self._writers_beside()
         rows = self.assembly.rows
-        rows.writers = [JSONLines(self.directory.metrics), evaluations, *beside, *writers]
+        rows.open([JSONLines(self.directory.metrics), evaluations, *beside, *writers])
         signals = signals or Signals()
         self.saver = self._save_hook(evaluations, signals)
         asked = [*histograms_of(self.config.log, beside), *self._samples()]
@@ -176,6 +176,7 @@ class Segment:
         )
         try:
             yield trainer
+            rows.flush()
         except KeyboardInterrupt:
             self._background.abandon()
             raise
@@ -189,7 +190,6 @@ class Segment:
             self._background.close()
             self._report_saved()
             rows.close()
-            rows.writers = []
 
     def _failed(self, trainer: Trainer, save: Save, error: BaseException) -> None:
         self.save_what_stands(trainer, save)
@@ -233,15 +233,13 @@ class Segment:
             self.assembly.rows.sync()
             self._publish(state, evaluations)
 
-        def requested() -> bool:
-            self._report_saved()
-            return signals.save_requested()
-
         return Save(
             self.config.checkpoint,
             save,
+            flush=self.assembly.rows.flush,
             background=self._background,
-            requested=requested,
+            requested=signals.save_requested,
+            report=self._report_saved,
             say=self.say,
             note=self.note,
             saved_step=self.start if self.restored else None,

@@ -52,7 +52,8 @@ class Trainer:
         self.stop, self.hooks, self.skip = stop, hooks, skip
         self.complete, self.skipped = False, 0
         self._in_a_row, self._passed_over = 0, 0  # batches, and their samples
-        self._after_step = [hook.after_step for hook in hooks if type(hook).after_step is not Hook.after_step]
+        acting = [hook for hook in hooks if type(hook).after_step is not Hook.after_step]
+        self._after_step = [(hook.trigger, hook.after_step) for hook in acting]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -81,8 +82,9 @@ class Trainer:
         metrics = self._step()
         if metrics is not None:
             self.complete = False
-            for after_step in self._after_step:
-                after_step(self.state, metrics)
+            for fires, after_step in self._after_step:
+                if fires is None or fires(self.state.counters):
+                    after_step(self.state, metrics)
             self.complete = True
         return metrics
 

@@ -5,6 +5,7 @@ Refused: duplicate keys, anchors and aliases, tags, merge keys, more than one do
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from stepctl.problems import Path, in_lines, in_one_line
 
 MAX_BYTES = 1 << 15  # half a second's work
 _MAX_DEPTH = 20
+_MAX_KNOWN = 4  # texts
 _LONGEST_NAME = 200  # characters of a file's name in a message
 
 # YAML 1.2.2, section 10.3.2: the core schema's scalars
@@ -57,7 +59,7 @@ class Document:
         if len(assignment) > MAX_BYTES:
             raise ConfigError(f"{option}: longer than {MAX_BYTES} bytes; a config is a page of text")
         parsed = _Parser(text, option).parse()
-        self._put(path, parsed.root, option, parsed.places, parsed.key_places)
+        self._put(path, parsed.root, option, *parsed.places_in(option))
 
     def set_all(self, assignments: Iterable[str]) -> None:
         """Apply each "a.b=VALUE"; ConfigError with the problems of all."""
@@ -111,20 +113,32 @@ def load(path: str) -> Document:
 
 def loads(text: str, name: str) -> Document:
     """Read YAML text whose top is a mapping; `name` stands for the file in messages."""
-    parsed = _Parser(text, name).parse()
+    parsed = _parsed(text, name)
     if not isinstance(parsed.root, dict):
         raise ConfigError(f"{name}:1:1: a mapping of keys is needed, such as 'seed: 0'")
-    return Document(parsed.root, parsed.places, parsed.key_places)
+    return Document(copy.deepcopy(parsed.root), *parsed.places_in(name))
+
+
+_known: dict[str, _Parser] = {}  # a run reads the same text from its config, its frozen one and each checkpoint
+
+
+def _parsed(text: str, name: str) -> _Parser:
+    if text not in _known:
+        parser = _Parser(text, name).parse()
+        if len(_known) == _MAX_KNOWN:
+            _known.clear()
+        _known[text] = parser
+    return _known[text]
 
 
 class _Parser:
-    """Builds plain values from the event stream, and notes the places."""
+    """Builds plain values from the event stream, and notes where each stands (":line:column")."""
 
     def __init__(self, text: str, name: str) -> None:
         self.text, self.name = text, name
         self.root: Any = None
-        self.places: dict[Path, str] = {}
-        self.key_places: dict[Path, str] = {}
+        self.spots: dict[Path, str] = {}
+        self.key_spots: dict[Path, str] = {}
         self.problems: list[str] = []
         self._events: Iterator[yaml.Event] = iter(())
 
@@ -146,6 +160,13 @@ class _Parser:
             raise ConfigError(in_lines(self.problems))
         return self
 
+    def places_in(self, name: str) -> tuple[dict[Path, str], dict[Path, str]]:
+        """Return the places of values and of keys in a file of this name."""
+        values, keys = (
+            {path: f"{name}{spot}" for path, spot in spots.items()} for spots in (self.spots, self.key_spots)
+        )
+        return values, keys
+
     def _documents(self) -> None:
         # one event at a time: the depth limit must come before the scanner's quadratic time
         self._events = yaml.parse(self.text, yaml.SafeLoader)
@@ -165,12 +186,15 @@ class _Parser:
         self.problems.append(f"{self._place(event)}: {message}")
 
     def _place(self, event: yaml.Event) -> str:
+        return f"{self.name}{self._spot(event)}"
+
+    def _spot(self, event: yaml.Event) -> str:
         mark = event.start_mark
         assert mark is not None
-        return f"{self.name}:{mark.line + 1}:{mark.column + 1}"
+        return f":{mark.line + 1}:{mark.column + 1}"
 
     def _value(self, event: Any, path: Path) -> Any:
-        self.places.setdefault(path, self._place(event))
+        self.spots.setdefault(path, self._spot(event))
         if isinstance(event, yaml.AliasEvent):
             self._problem(event, f"alias *{event.anchor}; write the value out")
             return None
@@ -196,9 +220,9 @@ class _Parser:
             key = self._key(event, path)
             below = (*path, key)
             if key in values:
-                self._problem(event, f"duplicate key {key!r}; the first stands at {self.key_places[below]}")
+                self._problem(event, f"duplicate key {key!r}; the first stands at {self.name}{self.key_spots[below]}")
             else:
-                self.key_places[below] = self._place(event)
+                self.key_spots[below] = self._spot(event)
             value = self._value(next(self._events), below)
             values.setdefault(key, value)
         return values

@@ -327,7 +327,7 @@ def test_the_grid(every: int | None, offset: int, expected: list[int]) -> None:
     counters, fired = Counters({"global_step": 0, "samples_seen": 0}), []
     for step in range(1, 13):
         counters.advance({"global_step": 1})
-        fired += [step] if cadence.fires(counters) else []
+        fired += [step] if cadence.trigger()(counters) else []
     assert fired == [step for step in expected if step]
 
 
@@ -406,6 +406,8 @@ def test_a_save_asked_for_is_made_once_also_on_the_grid(small: Any) -> None:
     hook = Save(
         Checkpoint(every=5),
         publish=lambda state: published.append(state.counters.global_step),
+        flush=lambda: None,
+        report=lambda: None,
         requested=lambda: state.counters.global_step in requests and not requests.remove(state.counters.global_step),
         background=background,
         say=pytest.fail,

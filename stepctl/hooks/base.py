@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from typing import NamedTuple
 
 from stepctl.arena import Array
-from stepctl.state import TrainState
+from stepctl.state import Counters, TrainState
 from stepctl.tasks.base import Metrics
 
 
@@ -26,6 +27,7 @@ class Hook(ABC):
     """
 
     name: str
+    trigger: Callable[[Counters], bool] | None = None  # asked after every update; without one, all count
 
     def state(self) -> dict[str, Array]:
         """Return the arrays that this hook changes and must find again after a resume."""
@@ -36,7 +38,7 @@ class Hook(ABC):
         return
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        """Run when an update is complete and counted."""
+        """Run when an update is complete and counted, if the trigger fires."""
         return
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:

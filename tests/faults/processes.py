@@ -31,7 +31,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _BLAS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE")
 _MODULES = [found.name for found in pkgutil.walk_packages(stepctl.__path__, "stepctl.") if "__main__" not in found.name]
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([__name__, *_MODULES, "threadpoolctl", "rich.console", "rich.progress"])
+_server.set_forkserver_preload([__name__, *_MODULES, "threadpoolctl", "rich.console", "rich.progress", "warm"])
 
 
 class Process:
@@ -190,6 +190,14 @@ def _enter(
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def rows_at_once() -> None:
+    """Be `stepctl`, as a `call`, that writes each row as it comes: it tells how far training has come."""
+    from stepctl.writers import rows
+
+    rows.HOLD = 0.0
+    _stepctl()
 
 
 def _stepctl() -> None:

@@ -16,9 +16,10 @@ from apart import warm_up
 CONFIG = """\
 seed: 3
 data: {name: arrays, path: data.npz, batch_size: 16, validation_fraction: 0.25}
-model: {name: mlp, hidden: [8], dropout: 0.1}
+model: {name: linear}
 task: {name: classification}
-optimizer: {name: adam, learning_rate: 0.01}
+optimizer: {name: sgd, momentum: 0.9, learning_rate: 0.01}
+ema: {decay: 0.9}
 stop: {last_step: LAST}
 log: {every: 1}
 evaluate: {every: 3}

@@ -7,7 +7,7 @@ import faulthandler
 import json
 import os
 import random
-import select
+import resource
 import shutil
 import struct
 import subprocess
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import processes
 import pytest
 from attempts import MANNERS, attempt, large
 from hostile import GOOD, HOSTILE, UNFIT
@@ -27,6 +28,7 @@ from metadata_bytes import patched, sealed_spans
 
 from helpers import make_config, resume, rows, train
 from states import NAME, small_state, written
+from stepctl.__main__ import main
 from stepctl.checkpoint import codec, walk
 from stepctl.checkpoint.store import Store
 from stepctl.state import Counters
@@ -176,19 +178,26 @@ class Outcome:
 
 
 def measured(command: list[str], folder: Path) -> Outcome:
-    """Run a command of stepctl as a user does."""
-    with open(folder / "out", "w+") as out, open(folder / "err", "w+") as err:
-        child = subprocess.Popen([sys.executable, "-m", "stepctl", *command], stdout=out, stderr=err)
-        ready, _, _ = select.select([waiting := os.pidfd_open(child.pid)], [], [], DEADLINE)
-        os.close(waiting)
-        if not ready:
-            child.kill()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        err.seek(0)
-        seconds, n_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-        return Outcome(child.returncode, out.read(), err.read(), seconds, n_bytes)
+    """Run a command of stepctl in a process of its own, in the folder."""
+    with processes.start(command, cwd=folder, output="said", call=_measuring) as child:
+        code = child.wait(DEADLINE)
+    taken = json.loads((folder / "taken").read_text())
+    return Outcome(code, (folder / "out").read_text(), (folder / "err").read_text(), **taken)
+
+
+def _measuring() -> None:
+    """Run `stepctl` as it is run, and write down what it said and took, what it started included."""
+    for number, name in ((1, "out"), (2, "err")):
+        with open(name, "w") as file:
+            os.dup2(file.fileno(), number)
+    before = time.process_time()
+    try:
+        main()
+    finally:
+        own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        seconds = time.process_time() - before + others.ru_utime + others.ru_stime
+        n_bytes = max(own.ru_maxrss, others.ru_maxrss) * 1024
+        Path("taken").write_text(json.dumps({"seconds": seconds, "n_bytes": n_bytes}))
 
 
 def quickest(command: list[str], folder: Path, start: float) -> Outcome:

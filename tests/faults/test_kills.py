@@ -50,7 +50,8 @@ def broken_run(trial: Trial, run: Path, kills: int, chance: random.Random) -> tu
             code = child.wait()
         assert_nothing_lost(run, trial.keep_last)
         if code == 0:
-            break
+            trial.assert_finished(run)
+            return killed, inside
         assert code == -9, child.said()
         killed, inside = killed + 1, inside + was_saving(run, before, trial.keep_last)
     trial.finish(run)

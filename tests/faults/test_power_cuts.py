@@ -42,6 +42,7 @@ class Bench:
         self.unbroken = unbroken
         self.assembly = prepare(configs.parse(yamlio.load(str(self.unbroken.config))))
         self.disk = Disk(kind, memory)
+        warm_up(["resume", unbroken.path, "-q"])  # the config that its checkpoints hold is read once, here
         warm_up(["train", "--config", unbroken.config, "--run-dir", memory / "warm", "--last-step", 2, "-q"])
 
     def begin(self, run: Path, before: Callable[[], None] = lambda: None) -> Process:
