@@ -187,32 +187,41 @@ def check_names(names: Collection[str]) -> None:
 class Workspace:
     """The temporary arrays of one forward and backward pass, made once and reused by every later pass.
 
-    The n-th request of a pass gets the n-th buffer, so a pass that asks for the same shapes in the same order
+    The n-th request of a pass gets the n-th array, so a pass that asks for the same shapes in the same order
     allocates nothing. `rng(stream)` gives the pass's random generator for a named stream; it is None when
-    there is nothing random about the pass (evaluation), and layers then act in inference mode.
+    there is nothing random about the pass (evaluation), and layers then act in inference mode. `buffers` are the
+    model's, to be read; into `new_buffers`, None in evaluation, goes all of what each becomes by this pass.
     """
 
     def __init__(self, dtype: npt.DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
         self.rng: Callable[[str], np.random.Generator] | None = None
-        self._buffers: list[Array] = []
+        self.buffers: Mapping[str, Array] = {}
+        self.new_buffers: Mapping[str, Array] | None = None
+        self._arrays: list[Array] = []
         self._next = 0
 
-    def start(self, rng: Callable[[str], np.random.Generator] | None = None) -> None:
-        """Begin a pass: every buffer is free again."""
-        self.rng = rng
+    def start(
+        self,
+        rng: Callable[[str], np.random.Generator] | None = None,
+        buffers: Mapping[str, Array] | None = None,
+        new_buffers: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Begin a pass: every array is free again."""
+        self.rng, self.new_buffers = rng, new_buffers
+        self.buffers = {} if buffers is None else buffers
         self._next = 0
 
     def empty(self, shape: Shape, dtype: npt.DTypeLike | None = None) -> Array:
         """Return an uninitialised array that is this caller's until the next `start`."""
         dtype = self.dtype if dtype is None else dtype
-        if self._next == len(self._buffers):
-            self._buffers.append(aligned_empty(shape, dtype))
-        buffer = self._buffers[self._next]
-        if buffer.shape != shape or buffer.dtype != dtype:
-            buffer = self._buffers[self._next] = aligned_empty(shape, dtype)
+        if self._next == len(self._arrays):
+            self._arrays.append(aligned_empty(shape, dtype))
+        array = self._arrays[self._next]
+        if array.shape != shape or array.dtype != dtype:
+            array = self._arrays[self._next] = aligned_empty(shape, dtype)
         self._next += 1
-        return buffer
+        return array
 
 
 T = TypeVar("T")
@@ -283,7 +292,8 @@ class TreeSum:
         return total
 
     def drop(self) -> None:
-        """Forget the summands since the last total."""
+        """Forget the summands since the last total, and what stands in `leaf()`."""
+        self._leaf = None
         self._free += [arena for _, _, arena in self._fold.take()]
         self._begin()
 

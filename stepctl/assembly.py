@@ -116,6 +116,7 @@ def _assemble(config: Config, hooks: Sequence[Hook], target: int, comm: Comm) ->
     batch_size, sharing = config.data.batch_size, task.comm
     learners, here = _learners(config, task, task.ends(config.data.n_classes, train.sample_shape, train.target_shape))
     task.learners = learners
+    _check_buffers(config, task)
     try:
         state = task.initial_state(config.initial_step)
     except ValueError as error:
@@ -183,6 +184,19 @@ def _learners(config: Config, task: Task, ends: dict[str, Ends]) -> tuple[dict[s
     return {
         name: Learner(name, built[name], trained[name], ends[name], average=average, **common) for name in task.models
     }, here
+
+
+def _check_buffers(config: Config, task: Task) -> None:
+    """Raise ConfigError if a model has buffers that its task, or the mode, would not fill."""
+    names = [name for learner in task.learners.values() for name in learner.model.buffer_shapes()]
+    if not names:
+        return
+    has = f"the model has buffers ({names[0]}{', ...' if len(names) > 1 else ''})"
+    if not task.buffered:
+        raise ConfigError(f"model: {has}, which the task {config.task.name} does not fill; leave batch_norm out, or "
+                          "use layer_norm")  # fmt: skip
+    if config.distributed.mode == "async":
+        raise ConfigError(f"distributed.mode: {has}, which async ranks would not share; use sync, or layer_norm")
 
 
 def _own_hooks(

@@ -171,7 +171,7 @@ def test_a_step_that_fails_after_the_critic_s_updates_puts_them_back(monkeypatch
 
 
 def bad_part(self: WGAN, *arguments: Any) -> Part:
-    def part(shard: int, at: slice, gradient: Arena) -> dict[str, float]:
+    def part(shard: int, at: slice, gradient: Arena, _: Arena) -> dict[str, float]:
         gradient.flat.fill(np.nan)
         return {"generator_loss": 1.0}
 
@@ -208,7 +208,7 @@ def assert_gradient(assembly: Assembly, name: str, compute: Any) -> None:
         losses, kept = [], flat[i]
         for step in (1e-6, -1e-6):
             flat[i] = kept + step
-            losses.append(compute()[1][f"{name}_loss"])
+            losses.append(compute()[2][f"{name}_loss"])
         flat[i] = kept
         assert gradient[i] == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-4, abs=1e-7)
 

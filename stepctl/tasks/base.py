@@ -20,21 +20,30 @@ Metrics = dict[str, float]
 Mode = Literal["min", "max"]  # which value of a metric is the better one
 
 
-def refuse_non_finite(step: int, loss: float, gradient: Arena, whose: str = "") -> None:
-    """Raise NonFiniteError, with the first bad array, if the update to `step` would spoil the parameters."""
-    if math.isfinite(loss) and all_finite(gradient.flat):
+def refuse_non_finite(
+    step: int, loss: float, gradient: Arena, whose: str = "", *, buffers: Arena | None = None
+) -> None:
+    """Raise NonFiniteError, with the first bad array, if the update to `step` would spoil parameters or buffers."""
+    parts = {f"the gradient of {whose}": gradient} | ({} if buffers is None else {"the new value of buffers/": buffers})
+    if math.isfinite(loss) and all(all_finite(arena.flat) for arena in parts.values()):
         return
-    bad = next((name for name, array in gradient.items() if not all_finite(array)), None)
-    where = f"first bad array: the gradient of {whose}{bad}" if bad else "the gradient is finite"
+    found = (what + name for what, arena in parts.items() for name, array in arena.items() if not all_finite(array))
+    bad = next(found, None)
+    where = f"first bad array: {bad}" if bad else "the gradient is finite"
     raise NonFiniteError(f"step {step}: the loss is {loss}; {where}")
 
 
-def refuse_unwritten(gradient: Arena, whose: str = "model") -> None:
-    """Raise ConfigError if a part of a gradient that was marked before is as it was."""
+def refuse_unwritten(gradient: Arena, buffers: Arena, whose: str = "model") -> None:
+    """Raise ConfigError if a part of a gradient or of new buffers that were marked before is as it was."""
     if unwritten := gradient.marked():
         raise ConfigError(
             f"{whose}: backward left the gradient of {', '.join(unwritten)} unwritten; "
             "it must write all of it: grads[name][...] = ..."
+        )
+    if unwritten := buffers.marked():
+        raise ConfigError(
+            f"{whose}: forward left the new values of the buffers {', '.join(unwritten)} unwritten; in training it "
+            "must write all of them: workspace.new_buffers[name][...] = ..."
         )
 
 
@@ -61,6 +70,7 @@ class Task(ABC):
     divisible: ClassVar[bool] = False  # whether `step` computes only `comm.mine` of the shards
     comm: Comm = ALONE  # the processes that share a step
     asynchronous: ClassVar[bool] = False  # whether a step is a `gradient`, and then an `apply`
+    buffered: ClassVar[bool] = False  # whether `step` fills the buffers of its one model
 
     @abstractmethod
     def ends(self, n_classes: int | None, sample_shape: Shape, target_shape: Shape) -> dict[str, Ends]:
@@ -73,8 +83,12 @@ class Task(ABC):
     def initial_state(self, initial_step: int) -> TrainState:
         """Return the state before the first update."""
         counters = {GLOBAL_STEP: initial_step, SAMPLES_SEEN: 0} | dict.fromkeys(self.models, 0)
-        arenas = [learner.initial_arenas() for learner in self.learners.values()]
-        return TrainState(Counters(counters), {path: arena for each in arenas for path, arena in each.items()})
+        learners = list(self.learners.values())
+        arenas = {path: arena for learner in learners for path, arena in learner.initial_arenas().items()}
+        state = TrainState(Counters(counters), arenas)
+        for learner in learners[:1]:  # of several models none has any
+            state.buffers = learner.initial_buffers()
+        return state
 
     @abstractmethod
     def trial(self, state: TrainState, batch: Batch) -> None:

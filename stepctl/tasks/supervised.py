@@ -26,10 +26,11 @@ class Supervised(Task):
     """One global step is one update of one model from one batch.
 
     The batch is cut into `shards` equal parts; each part's gradient is that of its share of the batch's mean
-    loss, and they are summed in a fixed binary tree.
+    loss, and they are summed in a fixed binary tree. The model's buffers become the mean of what they become by
+    each part.
     """
 
-    divisible = asynchronous = True
+    divisible = asynchronous = buffered = True
 
     def __init__(self, *, seed: int, dtype: str, shards: int) -> None:
         self._seed, self._shards = seed, shards
@@ -58,27 +59,34 @@ class Supervised(Task):
         self._learner.trial(state)
 
     def step(self, state: TrainState, batch: Batch) -> Metrics:
-        gradient, metrics = self.gradient(state, batch)
-        return metrics | self.apply(state, gradient, state.counters)
+        gradient, buffers, metrics = self._computed(state, batch)
+        metrics |= self.apply(state, gradient, state.counters)
+        state.buffers.copy_from(buffers)
+        return metrics
 
     def gradient(self, state: TrainState, batch: Batch) -> tuple[Arena, Metrics]:
-        gradient, metrics = self._sum(state)(len(batch.x), self._part(state, batch))
-        refuse_non_finite(state.counters.global_step + 1, metrics["loss"], gradient)
+        gradient, _, metrics = self._computed(state, batch)
         return gradient, metrics
+
+    def _computed(self, state: TrainState, batch: Batch) -> tuple[Arena, Arena, Metrics]:
+        gradient, buffers, metrics = self._sum(state)(len(batch.x), self._part(state, batch))
+        refuse_non_finite(state.counters.global_step + 1, metrics["loss"], gradient, buffers=buffers)
+        return gradient, buffers, metrics
 
     def apply(self, state: TrainState, gradient: Arena, counts: Mapping[str, int]) -> Metrics:
         return self._learner.update(state, gradient, counts)
 
     def _sum(self, state: TrainState) -> ShardSum:
         if self._gradients is None:
-            self._gradients = ShardSum(self._learner.params(state), self._shards, self.comm, MODEL)
+            params = self._learner.params(state)
+            self._gradients = ShardSum(params, state.buffers, self._shards, self.comm, MODEL)
         return self._gradients
 
     def _part(self, state: TrainState, batch: Batch) -> Part:
         params, step, n = self._learner.params(state), state.counters.global_step, len(batch.x) * self.comm.size
 
-        def part(shard: int, at: slice, gradient: Arena) -> Metrics:
-            self._training.start(partial(self._rng, step, shard))
+        def part(shard: int, at: slice, gradient: Arena, buffers: Arena) -> Metrics:
+            self._training.start(partial(self._rng, step, shard), state.buffers, buffers)
             outputs, backward = self._learner.forward(params, batch.x[at], self._training)
             metrics, doutputs = self.measure(outputs, batch.y[at], n, self._training)
             backward(doutputs, gradient)
@@ -89,7 +97,7 @@ class Supervised(Task):
     def evaluate(self, state: TrainState, batches: Iterable[Batch], *, average: bool = False) -> Metrics:
         params, parts, n = self._learner.params(state, average=average), [], 0
         for batch in batches:
-            self._evaluation.start()
+            self._evaluation.start(buffers=state.buffers)
             outputs, _ = self._learner.forward(params, batch.x, self._evaluation)
             parts.append(self.measure(outputs, batch.y, 1, self._evaluation)[0])
             n += len(batch.x)

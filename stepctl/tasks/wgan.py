@@ -88,13 +88,13 @@ class WGAN(Task):
         with self._undo.on_error(critic.arenas(state)):
             for first in range(0, len(batch.x), rows):
                 part = self._critic_part(state, batch.x[first : first + rows], counts[_CRITIC])
-                gradient, metrics = self._sum(_CRITIC, state)(rows, part)
+                gradient, _, metrics = self._sum(_CRITIC, state)(rows, part)
                 refuse_non_finite(step, metrics["critic_loss"], gradient, "critic/")
                 metrics |= critic.update(state, gradient, counts, clip=self._weight_clip)
                 counts[_CRITIC] += 1
             if counts[_CRITIC] % self.n_critic == 0:
                 part = self._generator_part(state, rows, counts[_GENERATOR])
-                gradient, made = self._sum(_GENERATOR, state)(rows, part)
+                gradient, _, made = self._sum(_GENERATOR, state)(rows, part)
                 refuse_non_finite(step, made["generator_loss"], gradient, "generator/")
                 metrics |= made | generator.update(state, gradient, counts)
         return metrics
@@ -136,7 +136,7 @@ class WGAN(Task):
         critic, workspace, n = self.learners[_CRITIC], self._training[_CRITIC], len(x) * self.comm.size
         params = critic.params(state)
 
-        def part(shard: int, at: slice, gradient: Arena) -> Metrics:
+        def part(shard: int, at: slice, gradient: Arena, _: Arena) -> Metrics:
             real = x[at]
             workspace.start(partial(self._rng, _CRITIC, number, shard))
             fake = self._generated(state, real, self._rng(_CRITIC, number, shard, "latent"), workspace)
@@ -181,7 +181,7 @@ class WGAN(Task):
         critic, generator, workspace = self.learners[_CRITIC], self.learners[_GENERATOR], self._training[_GENERATOR]
         critic_params, params, n = critic.params(state), generator.params(state), rows * self.comm.size
 
-        def part(shard: int, at: slice, gradient: Arena) -> Metrics:
+        def part(shard: int, at: slice, gradient: Arena, _: Arena) -> Metrics:
             workspace.start(partial(self._rng, _GENERATOR, number, shard))
             z = self._latent(at.stop - at.start, self._rng(_GENERATOR, number, shard, "latent"), workspace)
             made, back_through_generator = generator.forward(params, z, workspace)
@@ -197,7 +197,8 @@ class WGAN(Task):
 
     def _sum(self, name: str, state: TrainState) -> ShardSum:
         if name not in self._sums:
-            self._sums[name] = ShardSum(self.learners[name].params(state), self._shards, self.comm, name)
+            params = self.learners[name].params(state)
+            self._sums[name] = ShardSum(params, state.buffers, self._shards, self.comm, name)
         return self._sums[name]
 
     def _scratch(self, name: str, params: Arena) -> Arena:
