@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stepctl import extras
-from stepctl.errors import ConfigError, Exit, StepctlError
+from stepctl.errors import ConfigError, Exit, NonFiniteError, StepctlError
 
 if TYPE_CHECKING:
     from stepctl.arena import Arena, Array, TreeSum
@@ -26,6 +26,7 @@ _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 _FAILED = -1  # where others tell a signal's number, or 0
 _EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of sleep between two looks
 _AT_ONCE = 1 << 28  # elements that are sent together
+_LOST = 1  # the tag of what a rank that cannot go on tells rank 0
 
 Row = dict[str, float]
 
@@ -40,7 +41,7 @@ class Order(IntEnum):
 
 
 class RankError(StepctlError):
-    """Another rank failed in a step; the state is that of the step before, in every rank."""
+    """Another rank failed; rank 0 has the state of the last whole step."""
 
 
 class Comm:
@@ -154,6 +155,7 @@ class World(Comm):
 
     def __init__(self, mpi: Any) -> None:
         self._mpi, self._comm = mpi, mpi.COMM_WORLD
+        self._orders = self._comm.Dup()  # so that a rank that cannot take part in a step can still follow
         self.rank, self.size = self._comm.rank, self._comm.size
         self.signal = 0  # the newest that came to this rank and was not told yet
         self.agreed: Exception | None = None  # the newest error that every rank knows of
@@ -171,10 +173,10 @@ class World(Comm):
         leaves = [range(rank * each, (rank + 1) * each) for rank in range(self.size)]
         n_bytes = SharedSum.n_bytes(layout, leaves)
         if not self.share(self._one_host and _room(n_bytes * self.size)):
-            return MessagedSum(layout, self._comm, leaves, _wait, self._mpi.IN_PLACE)
+            return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
         window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
         window.Lock_all()
-        return SharedSum(layout, self._comm, leaves, _wait, window)
+        return SharedSum(layout, self._comm, leaves, self._wait, window)
 
     def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
         import numpy as np
@@ -185,7 +187,7 @@ class World(Comm):
         if error is None:
             mine[1:] = [row[name] for row in rows for name in names]
             self.signal = 0
-        _wait(self._comm.Iallgather(self._mpi.IN_PLACE, table))
+        self._wait(self._comm.Iallgather(self._mpi.IN_PLACE, table))
         codes = table[:, 0].astype(int).tolist()
         if _FAILED in codes:
             self._fail(codes.index(_FAILED), error)
@@ -193,19 +195,25 @@ class World(Comm):
         return [dict(zip(names, row, strict=True)) for row in table[:, 1:].reshape(-1, len(names)).tolist()]
 
     def _fail(self, rank: int, error: Exception | None) -> NoReturn:
-        """Raise this rank's own error, or what the first rank that has one says of it."""
-        told = self._comm.bcast((_host(), type(error).__name__, str(error)) if rank == self.rank else None, rank)
-        self.agreed = error or RankError(f"rank {rank} on {told[0]}: {told[1]}: {told[2]}")
+        """Raise this rank's own error, or what the first rank that has one says of it: of one kind in every rank."""
+        mine = (_host(), type(error).__name__, str(error), isinstance(error, NonFiniteError))
+        host, name, text, skippable = self._comm.bcast(mine if rank == self.rank else None, rank)
+        told = (NonFiniteError if skippable else RankError)(f"rank {rank} on {host}: {name}: {text}")
+        self.agreed = error if error is not None and isinstance(error, NonFiniteError) == skippable else told
         raise self.agreed
+
+    def give_up(self, why: str) -> None:
+        """Tell rank 0 that this rank can make no step any more; from now on it may only follow."""
+        self._lost = self._comm.isend(why, 0, _LOST)
 
     def lead(self, order: Order, value: int = 0) -> None:
         # not NumPy's: it may not be loaded yet
-        _wait(self._comm.Ibcast(array("q", [order, value])))
+        self._wait(self._orders.Ibcast(array("q", [order, value])))
 
     def follow(self) -> tuple[Order, int]:
         """Return rank 0's next order; wait for it."""
         told = array("q", [0, 0])
-        _wait(self._comm.Ibcast(told))
+        self._wait(self._orders.Ibcast(told))
         return Order(told[0]), told[1]
 
     def share(self, value: Any = None) -> Any:
@@ -217,7 +225,7 @@ class World(Comm):
 
     def copy(self, values: Array) -> None:
         for start in range(0, values.size, _AT_ONCE):
-            _wait(self._comm.Ibcast(values[start : start + _AT_ONCE]))
+            self._wait(self._comm.Ibcast(values[start : start + _AT_ONCE]))
 
     def signals(self) -> set[int]:
         heard, self._signals = self._signals, set()
@@ -235,6 +243,21 @@ class World(Comm):
     def neighbours(self) -> int:
         return self._neighbours
 
+    def _wait(self, request: Any) -> None:
+        """Wait for a request of MPI's, which itself would hold the core while it waits: others may need it.
+
+        RankError in rank 0 if another rank gave up.
+        """
+        looks = 0
+        while not request.Test():
+            looks += 1
+            if looks < _EAGER:
+                os.sched_yield()
+                continue
+            time.sleep(_REST)
+            if self.rank == 0 and self._comm.Iprobe(tag=_LOST):
+                raise RankError(self._comm.recv(tag=_LOST))
+
     def end(self, code: int, *, failed: bool) -> None:
         if not failed:
             if self.rank == 0:
@@ -244,17 +267,6 @@ class World(Comm):
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         self._comm.Abort(code)
-
-
-def _wait(request: Any) -> None:
-    """Wait for a request of MPI's, which itself would hold the core while it waits: others may need it."""
-    looks = 0
-    while not request.Test():
-        looks += 1
-        if looks < _EAGER:
-            os.sched_yield()
-        else:
-            time.sleep(_REST)
 
 
 def _room(n_bytes: int) -> bool:

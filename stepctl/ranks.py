@@ -56,7 +56,7 @@ def _copy(comm: Comm, state: TrainState) -> None:
 
 
 def follow(comm: World) -> int:
-    """Do what rank 0 says until it says that it is over; return the exit code. RankError if this rank alone fails."""
+    """Do what rank 0 says until it says that it is over; return the exit code. What fails here is for rank 0 to tell."""
     trainer: Trainer | None = None
     while True:
         order, value = comm.follow()
@@ -69,7 +69,8 @@ def follow(comm: World) -> int:
                 trainer.step()
         except Exception as error:
             if error is not comm.agreed and not isinstance(error, NonFiniteError):
-                raise RankError(_of(comm, error)) from error
+                comm.give_up(_of(comm, error))
+                trainer = None
 
 
 def _enlist(comm: World) -> Trainer | None:
