@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -80,8 +81,9 @@ class Assembly:
         for source in self.sources:
             source.check(self.config.data.n_classes)
 
+    @cached_property
     def data_fingerprint(self) -> str:
-        """Return a text that changes when the data do."""
+        """A text that changes when the data do."""
         return "; ".join(source.fingerprint() for source in self.sources)
 
 
@@ -111,7 +113,7 @@ def _assemble(config: Config, hooks: Sequence[Hook], target: int, comm: Comm) ->
     training_part, validation_part = _parts(config, train, validation)
     _check_names(config, task)
     config = _with_horizons(config, task, target)
-    batch_size = config.data.batch_size
+    batch_size, sharing = config.data.batch_size, task.comm
     learners, here = _learners(config, task, task.ends(config.data.n_classes, train.sample_shape, train.target_shape))
     task.learners = learners
     try:
@@ -125,8 +127,8 @@ def _assemble(config: Config, hooks: Sequence[Hook], target: int, comm: Comm) ->
         batch_size=batch_size,
         dtype=config.dtype,
         per_step=task.batches_per_step,
-        rank=comm.rank,
-        ranks=comm.size,
+        rank=sharing.rank,
+        ranks=sharing.size,
     )
     evaluation = None
     if validation_part is not None:
@@ -153,6 +155,10 @@ def _task(config: Config) -> Task:
 
 def _share_out(config: Config, task: Task, comm: Comm) -> None:
     """Let the processes share the task's steps; ConfigError if they cannot."""
+    if config.distributed.mode == "async":
+        if not task.asynchronous:
+            raise ConfigError(f"distributed.mode: {config.task.name} has more than one update a step; use sync")
+        return
     comm.refuse_uneven(config.data.shards)
     if comm.size > 1 and not task.divisible:
         raise ConfigError(f"task.name: {config.task.name} cannot be shared by {comm.size} processes; start one, or "

@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +20,7 @@ from stepctl.errors import ConfigError, Exit, NonFiniteError, StepctlError
 
 if TYPE_CHECKING:
     from stepctl.arena import Arena, Array, TreeSum
+    from stepctl.window import Window
 
 # What launchers tell each process: Hydra (MPICH, Intel MPI) and Slurm's pmi2; Open MPI; Slurm's pmix.
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
@@ -157,9 +159,10 @@ class World(Comm):
         self._mpi, self._comm = mpi, mpi.COMM_WORLD
         self._orders = self._comm.Dup()  # so that a rank that cannot take part in a step can still follow
         self.rank, self.size = self._comm.rank, self._comm.size
-        self.signal = 0  # the newest that came to this rank and was not told yet
+        self._untold: deque[int] = deque()  # signals that came to this rank
         self.agreed: Exception | None = None  # the newest error that every rank knows of
         self._signals: set[int] = set()
+        self._windows: list[Any] = []  # every rank's, open
         here = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
         cores = here.allgather(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None)
         self._neighbours: int = cores.count(cores[here.rank])
@@ -176,6 +179,7 @@ class World(Comm):
             return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
         window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
         window.Lock_all()
+        self._windows.append(window)
         return SharedSum(layout, self._comm, leaves, self._wait, window)
 
     def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
@@ -183,10 +187,9 @@ class World(Comm):
 
         table = np.zeros((self.size, 1 + parts * len(names)))
         mine = table[self.rank]
-        mine[0] = _FAILED if error is not None else self.signal
+        mine[0] = _FAILED if error is not None else self._signal()
         if error is None:
             mine[1:] = [row[name] for row in rows for name in names]
-            self.signal = 0
         self._wait(self._comm.Iallgather(self._mpi.IN_PLACE, table))
         codes = table[:, 0].astype(int).tolist()
         if _FAILED in codes:
@@ -220,8 +223,20 @@ class World(Comm):
         return self._comm.bcast(value)
 
     def collect(self, value: Any) -> list[Any]:
-        found: list[Any] = self._comm.allgather(value)
-        return found
+        self._wait(self._comm.Ibarrier())
+        found = self._comm.allgather((self._signal(), value))
+        self._signals |= {number for number, _ in found if number}
+        return [value for _, value in found]
+
+    def window(self, n_bytes: int) -> Window:
+        """Return memory of rank 0's, of so many bytes, that every rank can read and write; for all together."""
+        from stepctl.window import Window
+
+        size = Window.size(n_bytes) if self.rank == 0 else 0
+        window = self._mpi.Win.Allocate(size, 1, comm=self._comm)
+        window.Lock_all()
+        self._windows.append(window)
+        return Window(window, self._mpi.SUM)
 
     def copy(self, values: Array) -> None:
         for start in range(0, values.size, _AT_ONCE):
@@ -235,38 +250,53 @@ class World(Comm):
         """From now on, tell the others of signals that come to this rank."""
 
         def take(number: int, frame: object) -> None:
-            self.signal = number
+            self._untold.append(number)
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, take)
+
+    def signalled(self) -> bool:
+        """Tell whether a signal came to this rank that the others do not know of yet."""
+        return bool(self._untold)
+
+    def _signal(self) -> int:
+        return self._untold.popleft() if self._untold else 0
 
     def neighbours(self) -> int:
         return self._neighbours
 
     def _wait(self, request: Any) -> None:
-        """Wait for a request of MPI's, which itself would hold the core while it waits: others may need it.
+        """Wait for a request of MPI's, which itself would hold the core. RankError in rank 0 if another gave up."""
+        until(request.Test, self._hear)
 
-        RankError in rank 0 if another rank gave up.
-        """
-        looks = 0
-        while not request.Test():
-            looks += 1
-            if looks < _EAGER:
-                os.sched_yield()
-                continue
-            time.sleep(_REST)
-            if self.rank == 0 and self._comm.Iprobe(tag=_LOST):
-                raise RankError(self._comm.recv(tag=_LOST))
+    def _hear(self) -> None:
+        if self.rank == 0 and self._comm.Iprobe(tag=_LOST):
+            raise RankError(self._comm.recv(tag=_LOST))
 
     def end(self, code: int, *, failed: bool) -> None:
         if not failed:
             if self.rank == 0:
                 self.lead(Order.END, code)
+            for window in self._windows:
+                window.Unlock_all()
+                window.Free()
             return
         # what MPI says of an end such as this is no news: the error was told
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         self._comm.Abort(code)
+
+
+def until(ready: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Wait, and leave the core to others that need it; if it takes long, `meanwhile` is called now and then."""
+    looks = 0
+    while not ready():
+        looks += 1
+        if looks < _EAGER:
+            os.sched_yield()
+        else:
+            time.sleep(_REST)
+            meanwhile()
 
 
 def _room(n_bytes: int) -> bool:

@@ -206,6 +206,12 @@ class Numerics(Section):
     blas_kernel: str = "auto"
 
 
+class Distributed(Section):
+    """How several processes share a run: each step together, or each updating on its own (other bits every time)."""
+
+    mode: Literal["sync", "async"] = "sync"
+
+
 class Config(Section):
     """A whole config. Locked keys decide the result; live ones only when to stop, look and save."""
 
@@ -226,6 +232,14 @@ class Config(Section):
         "stop", description="what to do with a batch whose loss or gradient is not finite", json_schema_extra=LIVE
     )
     numerics: Numerics = Field(default_factory=Numerics, json_schema_extra=LOCKED)
+    distributed: Distributed = Field(default_factory=Distributed, json_schema_extra=LOCKED)
+
+    @model_validator(mode="after")
+    def _asynchronous(self) -> Config:
+        if self.distributed.mode == "async" and (self.on_nonfinite == "skip" or self.log.means):
+            wrong = "log.means" if self.log.means else "on_nonfinite: skip"
+            raise ValueError(f"distributed.mode: async cannot do {wrong}; leave one of them out")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """Return plain values, every default written out."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from stepctl import numerics
 from stepctl.assembly import Assembly, assemble
+from stepctl.asynchronous import AsyncTrainer, next_cut
 from stepctl.comm import Comm, Order, RankError, World
 from stepctl.config import Config
-from stepctl.errors import NonFiniteError
-from stepctl.hooks.base import StopReason
+from stepctl.errors import DataError, NonFiniteError
+from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.signals import Signals
 from stepctl.problems import in_one_line
 from stepctl.state import Counters, TrainState
@@ -34,6 +36,31 @@ class Lead:
         return None
 
 
+def leader(
+    assembly: Assembly,
+    *,
+    rules: Sequence[StopRule],
+    hooks: Sequence[Hook],
+    signals: Signals,
+    skip: Callable[[str], None] | None,
+    target: int,
+) -> Trainer:
+    """Return rank 0's trainer, which the others follow; they must have been mustered."""
+    comm, config = assembly.comm, assembly.config
+    parts = (assembly.task, assembly.training, assembly.state)
+    stop = [Lead(comm, rules, signals)]
+    if not (isinstance(comm, World) and config.distributed.mode == "async"):
+        return Trainer(*parts, stop=stop, hooks=hooks, skip=skip)
+
+    def cut(step: int) -> int:
+        return next_cut(step, config.cadences().values(), target=target, first_step=config.initial_step + 1)
+
+    def urgent() -> bool:
+        return any(rule.reason(assembly.state.counters) is not None for rule in rules)
+
+    return AsyncTrainer(*parts, comm=comm, cut=cut, urgent=urgent, stop=stop, hooks=hooks)
+
+
 def muster(assembly: Assembly) -> list[str]:
     """Have the other ranks take up the state that rank 0 has; return where they compute other last bits than it.
 
@@ -41,13 +68,18 @@ def muster(assembly: Assembly) -> list[str]:
     """
     comm, state = assembly.comm, assembly.state
     comm.lead(Order.TRAIN)
-    comm.share((assembly.config.plain(), dict(state.counters), assembly.numerics))
+    comm.share(None if comm.size == 1 else _known(assembly))
     answers = comm.collect(None)[1:]
     failed = next((problem for problem, _ in answers if problem), None)
     if failed:
         raise RankError(failed)
     _copy(comm, state)
     return [difference for _, difference in answers if difference]
+
+
+def _known(assembly: Assembly) -> tuple[Any, ...]:
+    counters = dict(assembly.state.counters)
+    return assembly.config.plain(), counters, assembly.numerics, assembly.data_fingerprint
 
 
 def _copy(comm: Comm, state: TrainState) -> None:
@@ -75,10 +107,14 @@ def follow(comm: World) -> int:
 
 def _enlist(comm: World) -> Trainer | None:
     """Build what rank 0 has, and take up its state; None if that fails, which rank 0 is told."""
-    plain, counters, theirs = comm.share()
+    plain, counters, theirs, data = comm.share()
     try:
         assembly = assemble(Config.model_validate(plain), comm=comm)
         assembly.trial()
+        if assembly.data_fingerprint != data:
+            raise DataError(
+                "the data are not those that rank 0 reads; copy them, or keep them where all ranks see them"
+            )
     except Exception as error:
         comm.collect((_of(comm, error), ""))
         return None
@@ -88,8 +124,10 @@ def _enlist(comm: World) -> Trainer | None:
         return None
     _copy(comm, assembly.state)
     assembly.state.counters = Counters(counters)
-    skip = _pass_over if assembly.config.on_nonfinite == "skip" else None
-    return Trainer(assembly.task, assembly.training, assembly.state, stop=[], skip=skip)
+    parts = (assembly.task, assembly.training, assembly.state)
+    if assembly.config.distributed.mode == "async":
+        return AsyncTrainer(*parts, comm=comm)
+    return Trainer(*parts, stop=[], skip=_pass_over if assembly.config.on_nonfinite == "skip" else None)
 
 
 def _pass_over(why: str) -> None:

@@ -211,7 +211,7 @@ def horizon_notes(assembly: Assembly, target: int, *, locked: bool) -> Iterator[
 
 def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:
     recorded = rundir.newest_data(ledger)
-    if recorded not in (None, assembly.data_fingerprint()) and "data" not in options.allow_change:
+    if recorded not in (None, assembly.data_fingerprint) and "data" not in options.allow_change:
         origins = ", ".join(source.origin for source in assembly.sources)
         raise ConfigError(
             f"{origins}: the data are not those that the run was trained on; a resume would not be exact; "

@@ -25,7 +25,7 @@ from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
 from stepctl.hooks.stop import StopAtStep, StopFile
-from stepctl.ranks import Lead, muster
+from stepctl.ranks import leader, muster
 from stepctl.rundir import RunDirectory, publish
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
@@ -152,6 +152,12 @@ class Segment:
         self.directory.cut_metrics(self.start)
         if differences := muster(self.assembly):
             self.facts |= inexact(differences, self.strict, self.say)
+        if self.assembly.comm.size > 1:
+            mode = self.config.distributed.mode
+            self.facts |= {"ranks": self.assembly.comm.size, "mode": mode}
+            if mode == "async":
+                self.note("note: asynchronous: the ranks' updates come in another order each time, and so do the bits")
+                self.facts |= {"exact": False, "inexact_because": ["asynchronous"]}
         self._record_start()
         evaluations = Evaluations(self.directory.read_metrics())
         beside = self._writers_beside()
@@ -160,13 +166,13 @@ class Segment:
         signals = signals or Signals()
         self.saver = self._save_hook(evaluations, signals)
         asked = [*histograms_of(self.config.log, beside), *self._samples()]
-        trainer = Trainer(
-            self.assembly.task,
-            self.assembly.training,
-            self.state,
-            stop=[Lead(self.assembly.comm, [*self.rules, signals, *stop], signals)],
+        trainer = leader(
+            self.assembly,
+            rules=[*self.rules, signals, *stop],
             hooks=[*self.assembly.hooks, *asked, self.saver, *hooks],
+            signals=signals,
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
+            target=self.target,
         )
         try:
             yield trainer
@@ -200,8 +206,7 @@ class Segment:
         """Record the end of what was `opened`, once it is closed."""
         save = self.saver
         waits = {"waits": save.waits, "wait_seconds": round(save.wait_seconds, 3)} if save.waits else {}
-        skipped = {"skipped_batches": trainer.skipped} if trainer.skipped else {}
-        self.record_end(reason.text, done=reason.done, **waits, **skipped)
+        self.record_end(reason.text, done=reason.done, **waits, **trainer.facts)
         step = self.state.counters.global_step
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
 
@@ -294,7 +299,7 @@ class Segment:
             restored=self.restored,
             **holder,
             numerics=self.assembly.numerics,
-            data=self.assembly.data_fingerprint(),
+            data=self.assembly.data_fingerprint,
             **self.facts,
         )
 

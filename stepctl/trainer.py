@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,6 +53,11 @@ class Trainer:
         self.complete, self.skipped = False, 0
         self._in_a_row, self._passed_over = 0, 0  # batches, and their samples
         self._after_step = [hook.after_step for hook in hooks if type(hook).after_step is not Hook.after_step]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the ledger says of a segment at its end."""
+        return {"skipped_batches": self.skipped} if self.skipped else {}
 
     def run(self) -> StopReason:
         """Train until a stop rule says why to stop; return that reason."""

@@ -45,9 +45,7 @@ class Fault:
 class Fails(TwoLayers):
     """In the so-manieth forward pass of training; or where it is built: at time 0."""
 
-    def __init__(
-        self, *, rank: int, time: int = 5, error: str = "value", input_shape: Shape, n_outputs: int
-    ) -> None:
+    def __init__(self, *, rank: int, time: int = 5, error: str = "value", input_shape: Shape, n_outputs: int) -> None:
         super().__init__(input_shape=input_shape, n_outputs=n_outputs)
         self._fault = Fault(rank, time or 1, error)
         if time == 0:

@@ -18,11 +18,24 @@ PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
     {"errors", "arena", "extras", "files", "sandbox"},
     {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
-    | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange"},
+    | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange", "window"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "ranks", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"}
+    {
+        "assembly",
+        "ranks",
+        "asynchronous",
+        "segment",
+        "run",
+        "fork",
+        "replay",
+        "plan",
+        "report",
+        "compare",
+        "verify",
+        "prune",
+    }
     | {"runs", "curves", "rates", "disk", "doctor"},
     {"library", "cli"},
 ]
@@ -35,6 +48,8 @@ ALLOWED = {
     ("optimizers", "schedules"),
     ("registry", "problems"),
     ("comm", "exchange"),
+    ("comm", "window"),
+    ("window", "comm"),
     ("config", "problems"),
     ("config", "state"),
     ("config", "registry"),
@@ -61,6 +76,7 @@ ALLOWED = {
     ("run", "assembly"),
     ("run", "segment"),
     ("ranks", "assembly"),
+    ("ranks", "asynchronous"),
     ("segment", "assembly"),
     ("segment", "ranks"),
     ("runs", "verify"),

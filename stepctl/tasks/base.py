@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 from stepctl.arena import Arena, Array, Shape, all_finite
@@ -60,6 +60,7 @@ class Task(ABC):
     learners: dict[str, Learner]
     divisible: ClassVar[bool] = False  # whether `step` computes only `comm.mine` of the shards
     comm: Comm = ALONE  # the processes that share a step
+    asynchronous: ClassVar[bool] = False  # whether a step is a `gradient`, and then an `apply`
 
     @abstractmethod
     def ends(self, n_classes: int | None, sample_shape: Shape, target_shape: Shape) -> dict[str, Ends]:
@@ -85,6 +86,14 @@ class Task(ABC):
 
         NonFiniteError, or any error of the model's, must leave the state as it was; TornUpdate says that it is not.
         """
+
+    def gradient(self, state: TrainState, batch: Batch) -> tuple[Arena, Metrics]:
+        """Return the gradient, finite, of the one model's parameters, and what was measured; nothing changes."""
+        raise NotImplementedError
+
+    def apply(self, state: TrainState, gradient: Arena, counts: Mapping[str, int]) -> Metrics:
+        """Update the arrays, when the counters stand so; return what was measured. The gradient is used up."""
+        raise NotImplementedError
 
     @abstractmethod
     def evaluate(self, state: TrainState, batches: Iterable[Batch], *, average: bool = False) -> Metrics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import ClassVar, final
 
@@ -29,7 +29,7 @@ class Supervised(Task):
     loss, and they are summed in a fixed binary tree.
     """
 
-    divisible = True
+    divisible = asynchronous = True
 
     def __init__(self, *, seed: int, dtype: str, shards: int) -> None:
         self._seed, self._shards = seed, shards
@@ -58,9 +58,16 @@ class Supervised(Task):
         self._learner.trial(state)
 
     def step(self, state: TrainState, batch: Batch) -> Metrics:
+        gradient, metrics = self.gradient(state, batch)
+        return metrics | self.apply(state, gradient, state.counters)
+
+    def gradient(self, state: TrainState, batch: Batch) -> tuple[Arena, Metrics]:
         gradient, metrics = self._sum(state)(len(batch.x), self._part(state, batch))
         refuse_non_finite(state.counters.global_step + 1, metrics["loss"], gradient)
-        return metrics | self._learner.update(state, gradient, state.counters)
+        return gradient, metrics
+
+    def apply(self, state: TrainState, gradient: Arena, counts: Mapping[str, int]) -> Metrics:
+        return self._learner.update(state, gradient, counts)
 
     def _sum(self, state: TrainState) -> ShardSum:
         if self._gradients is None:
