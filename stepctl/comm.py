@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stepctl import extras
-from stepctl.errors import ConfigError, Exit, NonFiniteError, StepctlError
+from stepctl.errors import ConfigError, NonFiniteError, StepctlError
 
 if TYPE_CHECKING:
     from stepctl.arena import Arena, Array, TreeSum
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What launchers tell each process: Hydra (MPICH, Intel MPI) and Slurm's pmi2; Open MPI; Slurm's pmix.
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
-_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _FAILED = -1  # where others tell a signal's number, or 0
 _EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of sleep between two looks
 _AT_ONCE = 1 << 28  # elements that are sent together
@@ -44,6 +44,10 @@ class Order(IntEnum):
 
 class RankError(StepctlError):
     """Another rank failed; rank 0 has the state of the last whole step."""
+
+
+class SaidElsewhere(ConfigError):
+    """What is wrong here is wrong in rank 0 too, which says it."""
 
 
 class Comm:
@@ -122,6 +126,11 @@ def is_rank() -> bool:
     return any(name in os.environ for name in _RANKS)
 
 
+def is_first() -> bool:
+    """Tell whether this process speaks for its job: it is rank 0, or no job's."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+
+
 def end(code: int, *, failed: bool) -> None:
     """End the job that `world` found, if it was asked for."""
     for comm in _world:
@@ -129,14 +138,16 @@ def end(code: int, *, failed: bool) -> None:
 
 
 def _joined() -> Comm:
-    started = next((int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdecimal()), 1)
-    rank = next(os.environ[name] for name in _RANKS if name in os.environ)
+    # what is not told is 0
+    started = next((int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdecimal()), 0)
+    if started == 1:
+        return ALONE
     try:
         return _loaded(started)
-    except ConfigError:
-        if rank != "0":  # which says what is wrong
-            sys.exit(Exit.USAGE)
-        raise
+    except ConfigError as error:
+        if is_first():
+            raise
+        raise SaidElsewhere(str(error)) from error
 
 
 def _loaded(started: int) -> Comm:

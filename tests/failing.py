@@ -16,6 +16,7 @@ from stepctl.errors import DataError, NonFiniteError
 from stepctl.models.base import Backward
 from stepctl.optimizers.base import Tick
 from stepctl.optimizers.sgd import SGD
+from stepctl.tasks.supervised import Classification
 from user_model import TwoLayers
 
 ERRORS: dict[str, Callable[[str], BaseException]] = {
@@ -95,3 +96,18 @@ class FailingSource(Source):
 def failing_digits(*, rank: int, time: int = 5, error: str = "data", targets: Targets, dtype: str) -> Sources:
     """The digits, on a disk that fails in one rank."""
     return Sources(FailingSource(digits(targets=targets, dtype=dtype).train, Fault(rank, time, error)))
+
+
+def own_digits(*, targets: Targets, dtype: str) -> Sources:
+    """Rank 0's file is there; the other ranks' are not."""
+    rank = os.environ["PMI_RANK"]
+    found = digits(targets=targets, dtype=dtype)
+    if rank != "0":
+        np.load(f"digits-{rank}.npz")
+    return found
+
+
+class Indivisible(Classification):
+    """A task whose step computes all of a batch by itself."""
+
+    divisible = False

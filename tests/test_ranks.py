@@ -25,7 +25,7 @@ WGAN = {
         "critic": {"name": "mlp", "hidden": [8], "activation": "leaky_relu"},
         "generator": {"name": "mlp", "hidden": [8], "output": "sigmoid"},
     },
-    "optimizer": dict.fromkeys(("critic", "generator"), {"name": "adam", "learning_rate": 0.001}),
+    "optimizer": {name: {"name": "adam", "learning_rate": 0.001} for name in ("critic", "generator")},
 }
 MOMENTUM = {"name": "sgd", "learning_rate": {"name": "cosine", "peak": 0.1, "decay_steps": 20}, "momentum": 0.9}
 OPTIMIZERS = {"adam": BASE["optimizer"], "momentum": MOMENTUM}
