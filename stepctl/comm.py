@@ -168,6 +168,7 @@ class World(Comm):
 
     def __init__(self, mpi: Any) -> None:
         self._mpi, self._comm = mpi, mpi.COMM_WORLD
+        self._parent = os.getppid()
         self._orders = self._comm.Dup()  # so that a rank that cannot take part in a step can still follow
         self.rank, self.size = self._comm.rank, self._comm.size
         self._untold: deque[int] = deque()  # signals that came to this rank
@@ -221,6 +222,7 @@ class World(Comm):
         self._lost = self._comm.isend(why, 0, _LOST)
 
     def lead(self, order: Order, value: int = 0) -> None:
+        self._hear()
         # not NumPy's: it may not be loaded yet
         self._wait(self._orders.Ibcast(array("q", [order, value])))
 
@@ -277,14 +279,24 @@ class World(Comm):
         return self._neighbours
 
     def _wait(self, request: Any) -> None:
-        """Wait for a request of MPI's, which itself would hold the core. RankError in rank 0 if another gave up."""
+        """Wait for a request of MPI's, which itself would hold the core.
+
+        RankError in rank 0 if another gave up; in any if the launcher is gone, and with it whoever could end this job.
+        """
         until(request.Test, self._hear)
 
     def _hear(self) -> None:
+        if self._orphaned():
+            raise RankError("what started this process was killed; start the job again, with resume")
         if self.rank == 0 and self._comm.Iprobe(tag=_LOST):
             raise RankError(self._comm.recv(tag=_LOST))
 
+    def _orphaned(self) -> bool:
+        return os.getppid() != self._parent
+
     def end(self, code: int, *, failed: bool) -> None:
+        if self._orphaned():
+            os._exit(code)  # MPI would wait for the launcher
         if not failed:
             if self.rank == 0:
                 self.lead(Order.END, code)

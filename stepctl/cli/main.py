@@ -1,5 +1,6 @@
 """`stepctl`: the group of commands, and what becomes of errors."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -110,7 +111,8 @@ def main() -> None:
         code = Exit.INTERRUPTED
     except BaseException:
         if comm.is_rank():
-            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             comm.end(Exit.NEGATIVE, failed=True)
         raise
     finally:
