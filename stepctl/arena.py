@@ -292,9 +292,11 @@ class TreeSum:
         return total
 
     def drop(self) -> None:
-        """Forget the summands since the last total, and what stands in `leaf()`."""
-        self._leaf = None
+        """Forget the summands since the last total, and a leaf that was not added."""
         self._free += [arena for _, _, arena in self._fold.take()]
+        if self._leaf is not None:
+            self._free.append(self._leaf)
+            self._leaf = None
         self._begin()
 
     def _begin(self) -> None:

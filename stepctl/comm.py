@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stepctl import extras
-from stepctl.errors import ConfigError, Exit, StepctlError
+from stepctl.errors import ConfigError, NonFiniteError, StepctlError
 
 if TYPE_CHECKING:
     from stepctl.arena import Arena, Array, TreeSum
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 # What launchers tell each process: Hydra (MPICH, Intel MPI) and Slurm's pmi2; Open MPI; Slurm's pmix.
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
-_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _FAILED = -1  # where others tell a signal's number, or 0
 _EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of sleep between two looks
 _AT_ONCE = 1 << 28  # elements that are sent together
+_LOST = 1  # the tag of what a rank that cannot go on tells rank 0
 
 Row = dict[str, float]
 
@@ -42,7 +43,11 @@ class Order(IntEnum):
 
 
 class RankError(StepctlError):
-    """Another rank failed in a step; the state is that of the step before, in every rank."""
+    """Another rank failed; rank 0 has the state of the last whole step."""
+
+
+class SaidElsewhere(ConfigError):
+    """What is wrong here is wrong in rank 0 too, which says it."""
 
 
 class Comm:
@@ -121,6 +126,11 @@ def is_rank() -> bool:
     return any(name in os.environ for name in _RANKS)
 
 
+def is_first() -> bool:
+    """Tell whether this process speaks for its job: it is rank 0, or no job's."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+
+
 def end(code: int, *, failed: bool) -> None:
     """End the job that `world` found, if it was asked for."""
     for comm in _world:
@@ -128,14 +138,16 @@ def end(code: int, *, failed: bool) -> None:
 
 
 def _joined() -> Comm:
-    started = next((int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdecimal()), 1)
-    rank = next(os.environ[name] for name in _RANKS if name in os.environ)
+    # what is not told is 0
+    started = next((int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdecimal()), 0)
+    if started == 1:
+        return ALONE
     try:
         return _loaded(started)
-    except ConfigError:
-        if rank != "0":  # which says what is wrong
-            sys.exit(Exit.USAGE)
-        raise
+    except ConfigError as error:
+        if is_first():
+            raise
+        raise SaidElsewhere(str(error)) from error
 
 
 def _loaded(started: int) -> Comm:
@@ -156,6 +168,8 @@ class World(Comm):
 
     def __init__(self, mpi: Any) -> None:
         self._mpi, self._comm = mpi, mpi.COMM_WORLD
+        self._parent = os.getppid()
+        self._orders = self._comm.Dup()  # so that a rank that cannot take part in a step can still follow
         self.rank, self.size = self._comm.rank, self._comm.size
         self._untold: deque[int] = deque()  # signals that came to this rank
         self.agreed: Exception | None = None  # the newest error that every rank knows of
@@ -174,11 +188,11 @@ class World(Comm):
         leaves = [range(rank * each, (rank + 1) * each) for rank in range(self.size)]
         n_bytes = SharedSum.n_bytes(layout, leaves)
         if not self.share(self._one_host and _room(n_bytes * self.size)):
-            return MessagedSum(layout, self._comm, leaves, _wait, self._mpi.IN_PLACE)
+            return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
         window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
         window.Lock_all()
         self._windows.append(window)
-        return SharedSum(layout, self._comm, leaves, _wait, window)
+        return SharedSum(layout, self._comm, leaves, self._wait, window)
 
     def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
         import numpy as np
@@ -188,7 +202,7 @@ class World(Comm):
         mine[0] = _FAILED if error is not None else self._signal()
         if error is None:
             mine[1:] = [row[name] for row in rows for name in names]
-        _wait(self._comm.Iallgather(self._mpi.IN_PLACE, table))
+        self._wait(self._comm.Iallgather(self._mpi.IN_PLACE, table))
         codes = table[:, 0].astype(int).tolist()
         if _FAILED in codes:
             self._fail(codes.index(_FAILED), error)
@@ -196,26 +210,33 @@ class World(Comm):
         return [dict(zip(names, row, strict=True)) for row in table[:, 1:].reshape(-1, len(names)).tolist()]
 
     def _fail(self, rank: int, error: Exception | None) -> NoReturn:
-        """Raise this rank's own error, or what the first rank that has one says of it."""
-        told = self._comm.bcast((_host(), type(error).__name__, str(error)) if rank == self.rank else None, rank)
-        self.agreed = error or RankError(f"rank {rank} on {told[0]}: {told[1]}: {told[2]}")
+        """Raise this rank's own error, or what the first rank that has one says of it: of one kind in every rank."""
+        mine = (_host(), type(error).__name__, str(error), isinstance(error, NonFiniteError))
+        host, name, text, skippable = self._comm.bcast(mine if rank == self.rank else None, rank)
+        told = (NonFiniteError if skippable else RankError)(f"rank {rank} on {host}: {name}: {text}")
+        self.agreed = error if error is not None and isinstance(error, NonFiniteError) == skippable else told
         raise self.agreed
 
+    def give_up(self, why: str) -> None:
+        """Tell rank 0 that this rank can make no step any more; from now on it may only follow."""
+        self._lost = self._comm.isend(why, 0, _LOST)
+
     def lead(self, order: Order, value: int = 0) -> None:
+        self._hear()
         # not NumPy's: it may not be loaded yet
-        _wait(self._comm.Ibcast(array("q", [order, value])))
+        self._wait(self._orders.Ibcast(array("q", [order, value])))
 
     def follow(self) -> tuple[Order, int]:
         """Return rank 0's next order; wait for it."""
         told = array("q", [0, 0])
-        _wait(self._comm.Ibcast(told))
+        self._wait(self._orders.Ibcast(told))
         return Order(told[0]), told[1]
 
     def share(self, value: Any = None) -> Any:
         return self._comm.bcast(value)
 
     def collect(self, value: Any) -> list[Any]:
-        _wait(self._comm.Ibarrier())
+        self._wait(self._comm.Ibarrier())
         found = self._comm.allgather((self._signal(), value))
         self._signals |= {number for number, _ in found if number}
         return [value for _, value in found]
@@ -232,7 +253,7 @@ class World(Comm):
 
     def copy(self, values: Array) -> None:
         for start in range(0, values.size, _AT_ONCE):
-            _wait(self._comm.Ibcast(values[start : start + _AT_ONCE]))
+            self._wait(self._comm.Ibcast(values[start : start + _AT_ONCE]))
 
     def signals(self) -> set[int]:
         heard, self._signals = self._signals, set()
@@ -257,7 +278,25 @@ class World(Comm):
     def neighbours(self) -> int:
         return self._neighbours
 
+    def _wait(self, request: Any) -> None:
+        """Wait for a request of MPI's, which itself would hold the core.
+
+        RankError in rank 0 if another gave up; in any if the launcher is gone, and with it whoever could end this job.
+        """
+        until(request.Test, self._hear)
+
+    def _hear(self) -> None:
+        if self._orphaned():
+            raise RankError("what started this process was killed; start the job again, with resume")
+        if self.rank == 0 and self._comm.Iprobe(tag=_LOST):
+            raise RankError(self._comm.recv(tag=_LOST))
+
+    def _orphaned(self) -> bool:
+        return os.getppid() != self._parent
+
     def end(self, code: int, *, failed: bool) -> None:
+        if self._orphaned():
+            os._exit(code)  # MPI would wait for the launcher
         if not failed:
             if self.rank == 0:
                 self.lead(Order.END, code)
@@ -271,12 +310,8 @@ class World(Comm):
         self._comm.Abort(code)
 
 
-def _wait(request: Any) -> None:
-    until(request.Test)  # MPI itself would hold the core
-
-
-def until(ready: Callable[[], bool]) -> None:
-    """Wait, and leave the core to others that need it."""
+def until(ready: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Wait, and leave the core to others that need it; if it takes long, `meanwhile` is called now and then."""
     looks = 0
     while not ready():
         looks += 1
@@ -284,6 +319,7 @@ def until(ready: Callable[[], bool]) -> None:
             os.sched_yield()
         else:
             time.sleep(_REST)
+            meanwhile()
 
 
 def _room(n_bytes: int) -> bool:

@@ -88,7 +88,7 @@ def _copy(comm: Comm, state: TrainState) -> None:
 
 
 def follow(comm: World) -> int:
-    """Do what rank 0 says until it says that it is over; return the exit code. RankError if this rank alone fails."""
+    """Do what rank 0 says until it says that it is over; return the exit code. What fails here, rank 0 tells."""
     trainer: Trainer | None = None
     while True:
         order, value = comm.follow()
@@ -99,9 +99,10 @@ def follow(comm: World) -> int:
                 trainer = _enlist(comm)
             elif order == Order.STEP and trainer is not None:
                 trainer.step()
-        except Exception as error:
+        except BaseException as error:  # a user's own code may raise anything
             if error is not comm.agreed and not isinstance(error, NonFiniteError):
-                raise RankError(_of(comm, error)) from error
+                comm.give_up(_of(comm, error))
+                trainer = None
 
 
 def _enlist(comm: World) -> Trainer | None:
