@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -56,21 +56,25 @@ class Arena(Mapping[str, Array]):
     itself, unless `hand_over` gave this memory away: then it is a second buffer, and the two change places.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], dtype: npt.DTypeLike) -> None:
+    def __init__(self, shapes: Mapping[str, Shape], dtype: npt.DTypeLike, flat: Array | None = None) -> None:
+        """`flat` is the buffer if it is made already: 64-byte aligned, of zeros, and as long as the layout asks."""
         check_names(shapes)
         self.shapes: dict[str, Shape] = {name: tuple(shape) for name, shape in shapes.items()}
         self.dtype = np.dtype(dtype)
-        self._memory = self._new_memory()
+        self._memory = self._new_memory(flat)
         self._spare: _Memory | None = None
         self._handed_over = False
 
-    def _new_memory(self) -> _Memory:
+    def _new_memory(self, flat: Array | None = None) -> _Memory:
         step = ALIGNMENT // self.dtype.itemsize
         starts, end = {}, 0
         for name, shape in self.shapes.items():
             starts[name] = end
             end += -(-math.prod(shape) // step) * step
-        flat = aligned_zeros((end,), self.dtype)
+        if flat is None:
+            flat = aligned_zeros((end,), self.dtype)
+        elif flat.shape != (end,) or flat.ctypes.data % ALIGNMENT:
+            raise ValueError("this memory is of another layout")
         views = {
             name: flat[starts[name] : starts[name] + math.prod(shape)].reshape(shape)
             for name, shape in self.shapes.items()
@@ -130,9 +134,9 @@ class Arena(Mapping[str, Array]):
         """Bytes of the whole buffer."""
         return self.flat.nbytes
 
-    def like(self) -> Arena:
-        """Return a new arena of the same layout, filled with zeros."""
-        return Arena(self.shapes, self.dtype)
+    def like(self, flat: Array | None = None) -> Arena:
+        """Return a new arena of the same layout, filled with zeros, or over a buffer that is made already."""
+        return Arena(self.shapes, self.dtype, flat)
 
     def copy_from(self, other: Arena) -> None:
         """Take over every value of an arena of the same layout."""
@@ -183,69 +187,123 @@ def check_names(names: Collection[str]) -> None:
 class Workspace:
     """The temporary arrays of one forward and backward pass, made once and reused by every later pass.
 
-    The n-th request of a pass gets the n-th buffer, so a pass that asks for the same shapes in the same order
+    The n-th request of a pass gets the n-th array, so a pass that asks for the same shapes in the same order
     allocates nothing. `rng(stream)` gives the pass's random generator for a named stream; it is None when
-    there is nothing random about the pass (evaluation), and layers then act in inference mode.
+    there is nothing random about the pass (evaluation), and layers then act in inference mode. `buffers` are the
+    model's, to be read; into `new_buffers`, None in evaluation, goes all of what each becomes by this pass.
     """
 
     def __init__(self, dtype: npt.DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
         self.rng: Callable[[str], np.random.Generator] | None = None
-        self._buffers: list[Array] = []
+        self.buffers: Mapping[str, Array] = {}
+        self.new_buffers: Mapping[str, Array] | None = None
+        self._arrays: list[Array] = []
         self._next = 0
 
-    def start(self, rng: Callable[[str], np.random.Generator] | None = None) -> None:
-        """Begin a pass: every buffer is free again."""
-        self.rng = rng
+    def start(
+        self,
+        rng: Callable[[str], np.random.Generator] | None = None,
+        buffers: Mapping[str, Array] | None = None,
+        new_buffers: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Begin a pass: every array is free again."""
+        self.rng, self.new_buffers = rng, new_buffers
+        self.buffers = {} if buffers is None else buffers
         self._next = 0
 
     def empty(self, shape: Shape, dtype: npt.DTypeLike | None = None) -> Array:
         """Return an uninitialised array that is this caller's until the next `start`."""
         dtype = self.dtype if dtype is None else dtype
-        if self._next == len(self._buffers):
-            self._buffers.append(aligned_empty(shape, dtype))
-        buffer = self._buffers[self._next]
-        if buffer.shape != shape or buffer.dtype != dtype:
-            buffer = self._buffers[self._next] = aligned_empty(shape, dtype)
+        if self._next == len(self._arrays):
+            self._arrays.append(aligned_empty(shape, dtype))
+        array = self._arrays[self._next]
+        if array.shape != shape or array.dtype != dtype:
+            array = self._arrays[self._next] = aligned_empty(shape, dtype)
         self._next += 1
-        return buffer
+        return array
+
+
+T = TypeVar("T")
+
+
+class Fold(Generic[T]):
+    """Joins values in the order of a fixed binary tree over the leaves 0, 1, ...: ((0 + 1) + (2 + 3)) + ...
+
+    What comes is the values of whole subtrees, one after another, from any leaf on: as long as every value spans
+    2^height leaves and begins at a multiple of that, it does not matter who joined what is in it.
+    """
+
+    def __init__(self, join: Callable[[T, T], T]) -> None:
+        self._join = join
+        self._stack: list[tuple[int, int, T]] = []  # (height, first leaf, value)
+
+    def push(self, height: int, first: int, value: T) -> None:
+        """Take the value of the leaves first .. first + 2^height - 1; join what belongs together."""
+        while self._stack and self._stack[-1][0] == height and not self._stack[-1][1] >> height & 1:
+            _, first, left = self._stack.pop()
+            value = self._join(left, value)
+            height += 1
+        self._stack.append((height, first, value))
+
+    def take(self) -> list[tuple[int, int, T]]:
+        """Return what is joined as far as can be, (height, first leaf, value), and begin anew."""
+        taken, self._stack = self._stack, []
+        return taken
+
+    def total(self) -> T:
+        """Return everything joined into one, and begin anew."""
+        *rest, (_, _, value) = self.take()
+        for _, _, left in reversed(rest):
+            value = self._join(left, value)
+        return value
 
 
 class TreeSum:
     """The sum of n arenas in the order of a fixed binary tree: ((0 + 1) + (2 + 3)) + ...
 
     Write the k-th summand into `leaf()` and call `add()`; `total()` is the sum. At most log2(n) + 1 arenas
-    are held. Who computes a subtree does not change the result.
+    are held. Who computes a subtree does not change the result: the summands may begin at the leaf `first`.
     """
 
-    def __init__(self, layout: Arena) -> None:
-        self._layout = layout
+    def __init__(self, layout: Arena, first: int = 0) -> None:
+        self._layout, self._first, self._next = layout, first, first
         self._free: list[Arena] = []
-        self._stack: list[tuple[int, Arena]] = []  # (height, sum), heights strictly falling
+        self._fold = Fold(self._merge)
         self._leaf: Arena | None = None
 
     def leaf(self) -> Arena:
         """Return the arena for the next summand. Its old values must be overwritten, all of them."""
         if self._leaf is None:
-            self._leaf = self._free.pop() if self._free else self._layout.like()
+            self._leaf = self._free.pop() if self._free else self._new()
         return self._leaf
 
     def add(self) -> None:
         """Take what stands in `leaf()` as the next summand."""
-        height, node = 0, self.leaf()
-        self._leaf = None
-        while self._stack and self._stack[-1][0] == height:
-            node = self._merge(self._stack.pop()[1], node)
-            height += 1
-        self._stack.append((height, node))
+        leaf, self._leaf = self.leaf(), None
+        self._fold.push(0, self._next, leaf)
+        self._next += 1
 
     def total(self) -> Arena:
         """Return the sum of all summands since the last total; it is valid until the next `leaf()`."""
-        _, node = self._stack.pop()
-        while self._stack:
-            node = self._merge(self._stack.pop()[1], node)
-        self._free.append(node)
-        return node
+        total = self._fold.total()
+        self._free.append(total)
+        self._begin()
+        return total
+
+    def drop(self) -> None:
+        """Forget the summands since the last total, and a leaf that was not added."""
+        self._free += [arena for _, _, arena in self._fold.take()]
+        if self._leaf is not None:
+            self._free.append(self._leaf)
+            self._leaf = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._next = self._first
+
+    def _new(self) -> Arena:
+        return self._layout.like()
 
     def _merge(self, left: Arena, right: Arena) -> Arena:
         np.add(left.flat, right.flat, out=left.flat)

@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -14,6 +15,7 @@ from stepctl import config as configs
 from stepctl import extras, numerics, registry, yamlio
 from stepctl.arena import Shape
 from stepctl.checkpoint import codec
+from stepctl.comm import ALONE, Comm
 from stepctl.config import Config, Samples
 from stepctl.data.base import Source, Targets, count_classes
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
@@ -48,6 +50,7 @@ class Assembly:
     watches: list[Watch]
     hooks: list[Hook]
     state: TrainState
+    comm: Comm
 
     @np.errstate(all="ignore")
     def trial(self) -> None:
@@ -78,26 +81,29 @@ class Assembly:
         for source in self.sources:
             source.check(self.config.data.n_classes)
 
+    @cached_property
     def data_fingerprint(self) -> str:
-        """Return a text that changes when the data do."""
+        """A text that changes when the data do."""
         return "; ".join(source.fingerprint() for source in self.sources)
 
 
-def assemble(config: Config, hooks: Sequence[Hook] = (), *, target: int | None = None) -> Assembly:
+def assemble(config: Config, hooks: Sequence[Hook] = (), *, target: int | None = None, comm: Comm = ALONE) -> Assembly:
     """Build data, model, optimizer, task and initial state. ConfigError or DataError if they do not fit.
 
     `hooks` are the caller's own; what they remember becomes part of the state. A decay's horizon that was left open
-    becomes `target`, a global step (None: the config's own, from the initial step).
+    becomes `target`, a global step (None: the config's own, from the initial step). `comm` are the processes that
+    share each step.
     """
     try:
-        return _assemble(config, hooks, config.target(config.initial_step) if target is None else target)
+        return _assemble(config, hooks, config.target(config.initial_step) if target is None else target, comm)
     except (MemoryError, OverflowError) as error:
         raise ConfigError(f"model and batch do not fit in memory ({error}); make them smaller") from error
 
 
-def _assemble(config: Config, hooks: Sequence[Hook], target: int) -> Assembly:
+def _assemble(config: Config, hooks: Sequence[Hook], target: int, comm: Comm) -> Assembly:
     beside.check(config.log)
     task = _task(config)
+    _share_out(config, task, comm)
     train, validation = _build("data", config.data.spec(), targets=task.targets, dtype=config.dtype)
     sources = [train, validation] if validation is not None else [train]
     if task.targets != "classes" and config.data.n_classes is not None:
@@ -107,16 +113,23 @@ def _assemble(config: Config, hooks: Sequence[Hook], target: int) -> Assembly:
     training_part, validation_part = _parts(config, train, validation)
     _check_names(config, task)
     config = _with_horizons(config, task, target)
-    batch_size = config.data.batch_size
+    batch_size, sharing = config.data.batch_size, task.comm
     learners, here = _learners(config, task, task.ends(config.data.n_classes, train.sample_shape, train.target_shape))
     task.learners = learners
+    _check_buffers(config, task)
     try:
         state = task.initial_state(config.initial_step)
     except ValueError as error:
         names = ", ".join(spec["name"] for spec in config.model.specs().values())
         raise ConfigError(f"model: {names}: {error}") from error
     training = TrainingBatches(
-        training_part, seed=config.seed, batch_size=batch_size * task.batches_per_step, dtype=config.dtype
+        training_part,
+        seed=config.seed,
+        batch_size=batch_size,
+        dtype=config.dtype,
+        per_step=task.batches_per_step,
+        rank=sharing.rank,
+        ranks=sharing.size,
     )
     evaluation = None
     if validation_part is not None:
@@ -129,7 +142,7 @@ def _assemble(config: Config, hooks: Sequence[Hook], target: int) -> Assembly:
     codec.check_storable(state)
     if config.samples is not None:
         _check_samples(config.samples, task, state, train.sample_shape)
-    return Assembly(config, here, task, sources, training, evaluation, rows, watches, all_hooks, state)
+    return Assembly(config, here, task, sources, training, evaluation, rows, watches, all_hooks, state, comm)
 
 
 def _task(config: Config) -> Task:
@@ -139,6 +152,19 @@ def _task(config: Config) -> Task:
         raise ConfigError(f"task.name: {config.task.name} does not say its targets: one of {known}")
     spec = config.task.spec()
     return cast(Task, _build("task", spec, seed=config.seed, dtype=config.dtype, shards=config.data.shards))
+
+
+def _share_out(config: Config, task: Task, comm: Comm) -> None:
+    """Let the processes share the task's steps; ConfigError if they cannot."""
+    if config.distributed.mode == "async":
+        if not task.asynchronous:
+            raise ConfigError(f"distributed.mode: {config.task.name} has more than one update a step; use sync")
+        return
+    comm.refuse_uneven(config.data.shards)
+    if comm.size > 1 and not task.divisible:
+        raise ConfigError(f"task.name: {config.task.name} cannot be shared by {comm.size} processes; start one, or "
+                          "have its step compute comm.mine(shards) and set divisible = True")  # fmt: skip
+    task.comm = comm
 
 
 def _learners(config: Config, task: Task, ends: dict[str, Ends]) -> tuple[dict[str, Learner], dict[str, Any]]:
@@ -158,6 +184,19 @@ def _learners(config: Config, task: Task, ends: dict[str, Ends]) -> tuple[dict[s
     return {
         name: Learner(name, built[name], trained[name], ends[name], average=average, **common) for name in task.models
     }, here
+
+
+def _check_buffers(config: Config, task: Task) -> None:
+    """Raise ConfigError if a model has buffers that its task, or the mode, would not fill."""
+    names = [name for learner in task.learners.values() for name in learner.model.buffer_shapes()]
+    if not names:
+        return
+    has = f"the model has buffers ({names[0]}{', ...' if len(names) > 1 else ''})"
+    if not task.buffered:
+        raise ConfigError(f"model: {has}, which the task {config.task.name} does not fill; leave batch_norm out, or "
+                          "use layer_norm")  # fmt: skip
+    if config.distributed.mode == "async":
+        raise ConfigError(f"distributed.mode: {has}, which async ranks would not share; use sync, or layer_norm")
 
 
 def _own_hooks(
@@ -309,14 +348,14 @@ def _parts(config: Config, train: Source, validation: Source | None) -> tuple[Pa
     return Part(train, train.n), Part(validation, validation.n)
 
 
-def prepare(config: Config, hooks: Sequence[Hook] = ()) -> Assembly:
+def prepare(config: Config, hooks: Sequence[Hook] = (), comm: Comm = ALONE) -> Assembly:
     """Assemble a fresh run: check the data, and write into the config what this machine and the target decide."""
     target = config.target(config.initial_step)
     if target < config.initial_step:
         raise ConfigError(f"stop.last_step: {target} is below initial_step {config.initial_step}; raise it")
     if target >= 1 << 62:
         raise ConfigError(f"stop: {target} is more steps than can be counted; lower stop or initial_step")
-    assembly = assemble(config, hooks)
+    assembly = assemble(config, hooks, comm=comm)
     settle_numerics(assembly)
     check_size(assembly.config)
     assembly.check_data()

@@ -11,7 +11,7 @@ from stepctl import registry
 from stepctl.errors import ConfigError
 from stepctl.problems import Problem, did_you_mean, in_lines, problems_of, unknown_key
 from stepctl.registry import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
-from stepctl.state import GLOBAL_STEP, Counters
+from stepctl.state import GLOBAL_STEP, Trigger, trigger
 from stepctl.yamlio import Document, flatten
 
 # Each section that is a component, and its family.
@@ -119,9 +119,9 @@ class Cadence(Section):
             raise ValueError(f"offset {self.offset} never comes with every {self.every}; it must be below it")
         return self
 
-    def fires(self, counters: Counters) -> bool:
-        """Tell whether the last update came to the grid."""
-        return self.every is not None and counters.crossed(self.counter, self.every, self.offset)
+    def trigger(self, also: int | None = None) -> Trigger:
+        """Return what tells whether an update came to the grid, or as the first to the global step `also`."""
+        return trigger(self.counter, self.every, self.offset, also)
 
 
 class Log(Cadence):
@@ -206,6 +206,12 @@ class Numerics(Section):
     blas_kernel: str = "auto"
 
 
+class Distributed(Section):
+    """How several processes share a run: each step together, or each updating on its own (other bits every time)."""
+
+    mode: Literal["sync", "async"] = "sync"
+
+
 class Config(Section):
     """A whole config. Locked keys decide the result; live ones only when to stop, look and save."""
 
@@ -226,6 +232,14 @@ class Config(Section):
         "stop", description="what to do with a batch whose loss or gradient is not finite", json_schema_extra=LIVE
     )
     numerics: Numerics = Field(default_factory=Numerics, json_schema_extra=LOCKED)
+    distributed: Distributed = Field(default_factory=Distributed, json_schema_extra=LOCKED)
+
+    @model_validator(mode="after")
+    def _asynchronous(self) -> Config:
+        if self.distributed.mode == "async" and (self.on_nonfinite == "skip" or self.log.means):
+            wrong = "log.means" if self.log.means else "on_nonfinite: skip"
+            raise ValueError(f"distributed.mode: async cannot do {wrong}; leave one of them out")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """Return plain values, every default written out."""

@@ -31,6 +31,8 @@ class Exit(IntEnum):
 
 def printable(text: str) -> str:
     """Return a text with all escaped that a terminal might obey, the ends of lines too."""
+    if text.isprintable():
+        return text
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 

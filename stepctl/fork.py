@@ -77,7 +77,7 @@ def fork(
         for note in horizon_notes(assembly, target, locked=False):
             say(f"note: {note}")
         with founded(child, config, say):
-            _record(parent, child, header, changes, assembly.data_fingerprint())
+            _record(parent, child, header, changes, assembly.data_fingerprint)
             _publish(child, codec.encode(assembly.state, **texts), header.global_step)
     reasons = (rule.reason(assembly.state.counters) for rule in assembly.stop_rules())
     stopped = next((f"{reason.text}; {reason.remedy}" for reason in reasons if reason), "")
@@ -114,7 +114,7 @@ def _assemble(base: Config, config: Config, step: int, hooks: Sequence[Hook]) ->
 
 def _check_data(assembly: Assembly, parent: RunDirectory, changes: list[dict[str, Any]], say: Say) -> None:
     asked = any(change["key"].startswith("data.") for change in changes)
-    same = rundir.newest_data(parent.read_ledger()) in (None, assembly.data_fingerprint())
+    same = rundir.newest_data(parent.read_ledger()) in (None, assembly.data_fingerprint)
     if asked or not same:
         assembly.check_data()
     if not asked and not same:

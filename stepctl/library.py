@@ -90,6 +90,7 @@ class Run:
             if found is None:
                 break
             made = self._metrics = found
+        self._segment.assembly.rows.flush()
         return made
 
     def train(self) -> StopReason:
@@ -99,6 +100,7 @@ class Run:
         trainer = self._begin()
         while (reason := trainer.stop_reason()) is None:
             self._metrics = trainer.make_step() or self._metrics
+        self._segment.assembly.rows.flush()
         return reason
 
     def save(self) -> None:

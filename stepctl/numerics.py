@@ -59,18 +59,20 @@ _LABELS = {
 }
 
 
-def pin(threads: object, kernel: object) -> None:
+def pin(threads: object, kernel: object, *, neighbours: int = 1) -> int:
     """Set the environment that BLAS reads when NumPy is imported; without effect once it is.
 
-    Values that no config allows are passed over here: the config check reports them.
+    Values that no config allows are passed over here: the config check reports them. Threads that are not asked for
+    are what the cores are to each of so many neighbours. Return the threads.
     """
+    count = threads if isinstance(threads, int) and threads >= 1 else default_threads(neighbours)
     if "numpy" in sys.modules:
-        return
-    count = threads if isinstance(threads, int) and threads >= 1 else default_threads()
+        return count
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(count)
     if isinstance(kernel, str) and kernel != AUTO and _cpu_runs(kernel):
         os.environ[_KERNEL_VARIABLE] = kernel
+    return count
 
 
 def asked_for(plain: Mapping[str, Any]) -> tuple[object, object]:
@@ -87,14 +89,13 @@ def threads_for(work: int) -> int:
     return 1 if work < _WORTH_THREADS else default_threads()
 
 
-def default_threads() -> int:
-    """Return the thread count that the environment asks for, or the number of cores this process may use."""
+def default_threads(neighbours: int = 1) -> int:
+    """Return the thread count that the environment asks for, or a neighbour's share of the cores it may use."""
     asked = threads_asked()
     if asked is not None:
         return asked
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // neighbours)
 
 
 def threads_asked() -> int | None:

@@ -30,6 +30,8 @@ def replay(
     if first >= last:
         raise ConfigError(f"--replay {first}:{last}: goes from a step to a later one")
     base = configs.parse(directory.newest_config())
+    if base.distributed.mode == "async":
+        raise ConfigError(f"{directory.path}: was trained asynchronously, which gives other bits each time: no replay")
     assembly = assemble(base)
     state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged)
 

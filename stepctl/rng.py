@@ -104,16 +104,15 @@ def _add_mixed(
     np.minimum(target, scratch, out=target)
 
 
-def epoch_order(n: int, seed: int, start: int, count: int) -> npt.NDArray[np.int64]:
-    """Return which of n samples stand at positions start, ..., start + count - 1 of endless shuffled epochs.
+def epoch_order(n: int, seed: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return which of n samples stand at these positions (rising) of endless shuffled epochs, as int64.
 
-    Position p lies in epoch p // n; each epoch is a permutation of its own. Returns (count,) int64.
+    Position p lies in epoch p // n; each epoch is a permutation of its own.
     """
-    parts, position = [], start
-    while position < start + count:
-        epoch, offset = divmod(position, n)
-        end = min(n, offset + start + count - position)
-        permutation = Permutation(n, seed, "order", epoch)
-        parts.append(permutation(np.arange(offset, end, dtype=np.int64)))
-        position += end - offset
-    return np.concatenate(parts)
+    epochs, offsets = np.divmod(positions, n)
+    found = np.empty_like(positions)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        first, end = np.searchsorted(epochs, (epoch, epoch + 1))
+        if first < end:
+            found[first:end] = Permutation(n, seed, "order", epoch)(offsets[first:end])
+    return found

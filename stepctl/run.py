@@ -15,21 +15,24 @@ from stepctl import numerics, rundir, yamlio
 from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.store import Store
+from stepctl.comm import ALONE, Comm
 from stepctl.config import Config, Stop
-from stepctl.errors import CheckpointError, ConfigError, NumericsError
+from stepctl.errors import CheckpointError, ConfigError
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
-from stepctl.segment import Say, Segment, silent
+from stepctl.segment import Say, Segment, inexact, silent
 from stepctl.state import GLOBAL_STEP
 
 _PUT_BACK = "put config.yaml back, or pass --allow-change {key} to stepctl resume"
 
 
 @contextlib.contextmanager
-def create(config: Config, directory: RunDirectory, say: Say = silent, hooks: Sequence[Hook] = ()) -> Iterator[Segment]:
+def create(
+    config: Config, directory: RunDirectory, say: Say = silent, hooks: Sequence[Hook] = (), comm: Comm = ALONE
+) -> Iterator[Segment]:
     """Make a fresh run, and hold it. ConfigError if one is there already; nothing is left behind on an error."""
     directory.refuse_run()
-    assembly = prepare(config, hooks)
+    assembly = prepare(config, hooks, comm)
     config = assembly.config
     with founded(directory, config, say):
         yield Segment(directory, assembly, say, target=config.target(config.initial_step), restored=None)
@@ -61,7 +64,11 @@ class ResumeOptions:
 
 @contextlib.contextmanager
 def resume(
-    directory: RunDirectory, options: ResumeOptions, say: Say = silent, hooks: Sequence[Hook] = ()
+    directory: RunDirectory,
+    options: ResumeOptions,
+    say: Say = silent,
+    hooks: Sequence[Hook] = (),
+    comm: Comm = ALONE,
 ) -> Iterator[Segment]:
     """Restore the newest good checkpoint (or `from_step`) into a fresh assembly, and hold the run."""
     with directory.lock(say):
@@ -72,7 +79,7 @@ def resume(
         changed = configs.changes(base, config)
         configs.refuse_unknown(options.allow_change, base, config)
         configs.refuse_locked(changed, options.allow_change)
-        assembly = assemble(config, hooks)
+        assembly = assemble(config, hooks, comm=comm)
         store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
         excused = excused_keys(ledger, changed) | set(options.allow_change)
 
@@ -100,7 +107,7 @@ def resume(
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
-        segment.goes_back = options.from_step is not None
+        segment.goes_back, segment.strict = options.from_step is not None, options.strict_numerics
         yield segment
 
 
@@ -204,7 +211,11 @@ def horizon_notes(assembly: Assembly, target: int, *, locked: bool) -> Iterator[
 
 def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:
     recorded = rundir.newest_data(ledger)
-    if recorded not in (None, assembly.data_fingerprint()) and "data" not in options.allow_change:
+    if recorded in (None, assembly.data_fingerprint):
+        return
+    if "data" in options.allow_change:
+        assembly.check_data()
+    else:
         origins = ", ".join(source.origin for source in assembly.sources)
         raise ConfigError(
             f"{origins}: the data are not those that the run was trained on; a resume would not be exact; "
@@ -216,8 +227,4 @@ def _numerics_facts(recorded: str, here: dict[str, Any], strict: bool, say: Say)
     differences = numerics.differences(json.loads(recorded), here)
     if not differences:
         return {"exact": True}
-    words = "; ".join(differences)
-    if strict:
-        raise NumericsError(f"not exact on this machine: {words}; resume where they agree, or drop --strict-numerics")
-    say(f"warning: no longer exact: this machine computes other last bits ({words}); the ledger records it")
-    return {"exact": False, "inexact_because": differences}
+    return inexact(differences, strict, say)

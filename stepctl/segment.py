@@ -18,13 +18,14 @@ from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
 from stepctl.checkpoint.store import Store
-from stepctl.errors import NonFiniteError, StepctlError, StoppedAtOnce
+from stepctl.errors import NonFiniteError, NumericsError, StepctlError, StoppedAtOnce
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.histograms import histograms_of
 from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
 from stepctl.hooks.stop import StopAtStep, StopFile
+from stepctl.ranks import leader, muster
 from stepctl.rundir import RunDirectory, publish
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
@@ -38,6 +39,15 @@ Say = Callable[[str], None]
 
 def silent(message: str) -> None:
     """Say nothing."""
+
+
+def inexact(differences: list[str], strict: bool, say: Say) -> dict[str, Any]:
+    """Say that other last bits are computed here, and return the ledger's facts; NumericsError if that is refused."""
+    words = "; ".join(differences)
+    if strict:
+        raise NumericsError(f"not exact on this machine: {words}; resume where they agree, or drop --strict-numerics")
+    say(f"warning: no longer exact: this machine computes other last bits ({words}); the ledger records it")
+    return {"exact": False, "inexact_because": differences}
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Segment:
         self.restored = restored
         self.rules: list[StopRule] = [StopAtStep(target), StopFile(directory.stop), *assembly.stop_rules()]
         self.facts: dict[str, Any] = {}  # for the ledger
+        self.strict = False  # whether other last bits than the checkpoint's are refused
         self.goes_back = False  # whether later checkpoints are set aside as it begins
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
@@ -139,24 +150,33 @@ class Segment:
         if self.goes_back:
             self._set_aside_later()
         self.directory.cut_metrics(self.start)
+        if differences := muster(self.assembly):
+            self.facts |= inexact(differences, self.strict, self.say)
+        if self.assembly.comm.size > 1:
+            mode = self.config.distributed.mode
+            self.facts |= {"ranks": self.assembly.comm.size, "mode": mode}
+            if mode == "async":
+                self.note("note: asynchronous: the ranks' updates come in another order each time, and so do the bits")
+                self.facts |= {"exact": False, "inexact_because": ["asynchronous"]}
         self._record_start()
         evaluations = Evaluations(self.directory.read_metrics())
         beside = self._writers_beside()
         rows = self.assembly.rows
-        rows.writers = [JSONLines(self.directory.metrics), evaluations, *beside, *writers]
+        rows.open([JSONLines(self.directory.metrics), evaluations, *beside, *writers])
         signals = signals or Signals()
         self.saver = self._save_hook(evaluations, signals)
         asked = [*histograms_of(self.config.log, beside), *self._samples()]
-        trainer = Trainer(
-            self.assembly.task,
-            self.assembly.training,
-            self.state,
-            stop=[*self.rules, signals, *stop],
+        trainer = leader(
+            self.assembly,
+            rules=[*self.rules, signals, *stop],
             hooks=[*self.assembly.hooks, *asked, self.saver, *hooks],
+            signals=signals,
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
+            target=self.target,
         )
         try:
             yield trainer
+            rows.flush()
         except KeyboardInterrupt:
             self._background.abandon()
             raise
@@ -170,7 +190,6 @@ class Segment:
             self._background.close()
             self._report_saved()
             rows.close()
-            rows.writers = []
 
     def _failed(self, trainer: Trainer, save: Save, error: BaseException) -> None:
         self.save_what_stands(trainer, save)
@@ -187,14 +206,13 @@ class Segment:
         """Record the end of what was `opened`, once it is closed."""
         save = self.saver
         waits = {"waits": save.waits, "wait_seconds": round(save.wait_seconds, 3)} if save.waits else {}
-        skipped = {"skipped_batches": trainer.skipped} if trainer.skipped else {}
-        self.record_end(reason.text, done=reason.done, **waits, **skipped)
+        self.record_end(reason.text, done=reason.done, **waits, **trainer.facts)
         step = self.state.counters.global_step
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
 
     def _writers_beside(self) -> list[Writer]:
-        log, batch_size = self.config.log, self.assembly.training.batch_size
-        return open_beside(self.directory, log, segment=self._number, start=self.start, batch_size=batch_size)
+        log, samples = self.config.log, self.assembly.training.samples
+        return open_beside(self.directory, log, segment=self._number, start=self.start, batch_size=samples)
 
     def _samples(self) -> list[Hook]:
         if self.config.samples is None:
@@ -215,15 +233,13 @@ class Segment:
             self.assembly.rows.sync()
             self._publish(state, evaluations)
 
-        def requested() -> bool:
-            self._report_saved()
-            return signals.save_requested()
-
         return Save(
             self.config.checkpoint,
             save,
+            flush=self.assembly.rows.flush,
             background=self._background,
-            requested=requested,
+            requested=signals.save_requested,
+            report=self._report_saved,
             say=self.say,
             note=self.note,
             saved_step=self.start if self.restored else None,
@@ -281,7 +297,7 @@ class Segment:
             restored=self.restored,
             **holder,
             numerics=self.assembly.numerics,
-            data=self.assembly.data_fingerprint(),
+            data=self.assembly.data_fingerprint,
             **self.facts,
         )
 

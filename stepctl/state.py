@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,9 +69,32 @@ class Counters(Mapping[str, int]):
         return crosses(self._before[name], self._values[name], every, offset)
 
 
+Trigger = Callable[[Counters], bool]
+
+
 def crosses(before: int, after: int, every: int, offset: int) -> bool:
     """Tell whether a count that goes from `before` to `after` comes to a value with value % every == offset."""
     return (after - offset) // every > (before - offset) // every
+
+
+def trigger(name: str, every: int | None, offset: int, also: int | None) -> Trigger:
+    """Return what tells, asked after each update of a segment, whether that took a counter to the grid or past it.
+
+    The segment's first update fires too if it came to the global step `also`. Without `every`, none does.
+    """
+    if every is None:
+        return lambda counters: False
+    next_value = 0
+
+    def fires(counters: Counters) -> bool:
+        nonlocal next_value
+        value = counters[name]
+        if value < next_value:  # most often, and at once
+            return False
+        next_value = value - (value - offset) % every + every
+        return counters.crossed(name, every, offset) or counters.global_step == also
+
+    return fires
 
 
 @dataclass

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,7 +52,13 @@ class Trainer:
         self.stop, self.hooks, self.skip = stop, hooks, skip
         self.complete, self.skipped = False, 0
         self._in_a_row, self._passed_over = 0, 0  # batches, and their samples
-        self._after_step = [hook.after_step for hook in hooks if type(hook).after_step is not Hook.after_step]
+        acting = [hook for hook in hooks if type(hook).after_step is not Hook.after_step]
+        self._after_step = [(hook.trigger, hook.after_step) for hook in acting]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the ledger says of a segment at its end."""
+        return {"skipped_batches": self.skipped} if self.skipped else {}
 
     def run(self) -> StopReason:
         """Train until a stop rule says why to stop; return that reason."""
@@ -76,8 +82,9 @@ class Trainer:
         metrics = self._step()
         if metrics is not None:
             self.complete = False
-            for after_step in self._after_step:
-                after_step(self.state, metrics)
+            for fires, after_step in self._after_step:
+                if fires is None or fires(self.state.counters):
+                    after_step(self.state, metrics)
             self.complete = True
         return metrics
 
@@ -108,12 +115,12 @@ class Trainer:
             self.skip(str(error))
             self.skipped += 1
             self._in_a_row += 1
-            self._passed_over += len(batch.x)
+            self._passed_over += self.batches.samples
             return None
         except Exception:
             self.complete = whole  # the state is as it was
             raise
-        increments = self.task.increments(counters, batch)
+        increments = self.task.increments(counters, self.batches.samples)
         increments[SAMPLES_SEEN] += self._passed_over
         self._in_a_row = self._passed_over = 0
         counters.advance(increments)

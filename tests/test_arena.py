@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from stepctl.arena import Arena, Array, TreeSum, Workspace, aligned_empty, same_bits
+from stepctl.arena import Arena, Array, TreeSum, Workspace, aligned_empty, aligned_zeros, same_bits
+from stepctl.exchange import SharedSum
 
 SHAPES = {"dense0/weight": (3, 5), "dense0/bias": (5,), "scalar": (), "nothing": (0, 4), "dense1/weight": (17, 1)}
 DTYPES = ["float32", "float64"]
@@ -261,3 +262,36 @@ def test_a_tree_sum_holds_few_arenas_and_makes_none_after_the_first_step(n: int,
     used = [{id(leaf) for leaf in leaves[start : start + n]} for start in range(0, 4 * n, n)]
     assert len(set().union(*used)) <= most
     assert set().union(*used[1:]) <= used[0]
+
+
+class OneRank:
+    """A communicator of one rank, and a window of its memory."""
+
+    rank, size = 0, 1
+
+    def __init__(self, n_bytes: int) -> None:
+        self.memory = aligned_zeros((n_bytes,), "uint8")
+
+    def Shared_query(self, rank: int) -> tuple[Array]:
+        return (self.memory,)
+
+    def Sync(self) -> None:
+        return
+
+    Ibarrier = Sync
+
+
+def test_a_sum_in_shared_memory_that_was_dropped_halfway_begins_anew() -> None:
+    layout, leaves = Arena({"x": (3,)}, "float64"), [range(3)]
+    rank = OneRank(SharedSum.n_bytes(layout, leaves))
+    tree = SharedSum(layout, rank, leaves, lambda request: None, rank)
+    for dropped_after in range(3):
+        for number in range(dropped_after):
+            tree.leaf()["x"] = number
+            tree.add()
+        tree.leaf()["x"] = 99
+        tree.drop()
+        for number in (1, 2, 4):
+            tree.leaf()["x"] = number
+            tree.add()
+        assert tree.total()["x"].tolist() == [7, 7, 7]

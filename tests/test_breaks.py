@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from helpers import make_config, resume, rows, train
-from stepctl.errors import CheckpointError, ConfigError
+from stepctl.errors import CheckpointError, ConfigError, DataError
 from stepctl.hooks.evaluate import Evaluate
 
 SAVES = {"checkpoint": {"every": 10, "keep_last": None}}
@@ -146,3 +147,13 @@ def test_another_libm_is_another_numerics() -> None:
     assert probes[0] == probes[1]
     if platform.machine() == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text():
         assert probes[1] != probes[2]
+
+
+def test_data_that_were_changed_with_leave_are_looked_through(tmp_path: Path) -> None:
+    x, path = np.linspace(0, 1, 60).reshape(30, 2).astype("f4"), str(tmp_path / "a.npz")
+    np.savez(path, x=x, y=np.arange(30) % 3)
+    data = {"name": "arrays", "path": path, "batch_size": 10, "n_classes": 3}
+    train(make_config(data=data, evaluate={"every": None}, stop={"last_step": 2}), tmp_path / "run")
+    np.savez(path, x=x, y=np.arange(30) % 5)
+    with pytest.raises(DataError, match=r"row 3: label 3 is outside 0\.\.2"):
+        resume(tmp_path / "run", last_step=4, allow_change=("data",))

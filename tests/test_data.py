@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from helpers import make_config, resume, silent, train
 from stepctl import assembly, registry, run
-from stepctl.arena import Array
-from stepctl.data.base import Source, Sources
+from stepctl.arena import Array, same_bits
+from stepctl.data.base import Source, Sources, Targets
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
 from stepctl.data.memory import InMemory
 from stepctl.errors import ConfigError, DataError
@@ -60,7 +60,7 @@ def write_csv_header(folder: Path, x: Array, y: Array) -> dict[str, Any]:
 
 
 def idx(array: Array) -> bytes:
-    code = {"u1": 0x08, "i2": 0x0B, "f4": 0x0D}[array.dtype.str[1:]]
+    code = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}[array.dtype.str[1:]]
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.tobytes()
 
 
@@ -146,7 +146,7 @@ def test_x_is_scaled_in_the_run_s_type(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_slices_are_all_rows_in_order(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepctl.data.hdf5._SLICE_BYTES", 24)
+    monkeypatch.setattr("stepctl.data.base._SLICE_BYTES", 24)
     source = build({**KINDS[kind](tmp_path, X, Y), "scale": 0.5}).train
     parts = list(source.slices())
     assert len(parts) > 1 or isinstance(source, InMemory)
@@ -159,7 +159,7 @@ def test_slices_are_all_rows_in_order(kind: str, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_row_is_named_by_its_number(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepctl.data.hdf5._SLICE_BYTES", 24)
+    monkeypatch.setattr("stepctl.data.base._SLICE_BYTES", 24)
     source = build(KINDS[kind](tmp_path, X, np.where(np.arange(N) == 17, 6, Y).astype(np.uint8))).train
     with pytest.raises(DataError, match=r": row 17: label 6 is outside 0\.\.5; "):
         source.check(6)
@@ -167,7 +167,7 @@ def test_a_bad_row_is_named_by_its_number(kind: str, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("kind", ["npz", "hdf5, chunked and gzipped"])
 def test_a_bad_value_is_named_by_its_row(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepctl.data.hdf5._SLICE_BYTES", 24)
+    monkeypatch.setattr("stepctl.data.base._SLICE_BYTES", 24)
     x, y = X.astype(np.float64), Y.astype(np.float64)
     x[19, 1, 2], y[21] = np.nan, 0.5
     with pytest.raises(DataError, match=r": row 19: x holds a value that is not finite as float32; "):
@@ -304,7 +304,7 @@ def seen(batches: TrainingBatches, position: int) -> list[int]:
     """Return the rows of the batch at a position of a `numbers` source."""
     batch = batches.batch(position)
     assert batch.x[:, 0].tolist() == batch.y.tolist()
-    assert batch.x.shape == (batches.batch_size, 1)
+    assert batch.x.shape == (batches.samples, 1)
     return [int(row) for row in batch.y]
 
 
@@ -381,10 +381,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         with h5py.File(paths[layout], "w") as file:
             file.create_dataset("x", data=x, **options)
             file.create_dataset("y", data=np.arange(LARGE[0]) % 7, **options)
+    paths["not aligned"] = str(tmp_path_factory.mktemp("large") / "odd.h5")
+    with h5py.File(paths["not aligned"], "w") as file:
+        file["odd"], file["x"], file["y"] = np.zeros(4097, np.uint8), x, np.arange(LARGE[0]) % 7
+        assert file["x"].id.get_offset() % 4
     return paths
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "another type", "chunked"])
+@pytest.mark.parametrize("layout", ["contiguous", "another type", "chunked", "not aligned"])
 def test_a_batch_takes_the_memory_of_its_rows(layout: str, large: dict[str, str]) -> None:
     source = build({"name": "hdf5", "path": large[layout]}).train
     batches = TrainingBatches(Part(source, source.n), seed=1, batch_size=16, dtype="float32")
@@ -417,6 +421,87 @@ def test_classes_are_counted_from_the_labels_alone(large: dict[str, str], monkey
     monkeypatch.setattr(h5py.Dataset, "__getitem__", spy)
     assert source.n_classes() == 7
     assert names == {"/y"}
+
+
+# IDX: a batch converts its rows, and no more of the file is held than the file
+
+
+def idx_files(folder: Path, x: Array, y: Array, pack: Callable[[bytes], bytes]) -> dict[str, Any]:
+    for name, array in (("images", x), ("labels", y)):
+        (folder / name).write_bytes(pack(idx(array)))
+    return {"name": "idx", "images": str(folder / "images"), "labels": str(folder / "labels")}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["mapped", "gzipped"])
+@pytest.mark.parametrize(("targets", "dtype"), [("classes", "float32"), ("values", "float32"), ("values", "float64")])
+@pytest.mark.parametrize("kind", [">u1", ">i1", ">i2", ">i4", ">f4", ">f8"])
+def test_idx_files_give_the_bits_of_the_same_arrays_in_memory(
+    kind: str,
+    targets: Targets,
+    dtype: str,
+    pack: Callable[[bytes], bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("stepctl.data.base._SLICE_BYTES", 100)
+    x, y = (X if kind == ">u1" else (X - 100.0) * (1 if "i" in kind else 1 / 3)).astype(kind), Y.astype(kind)
+    for scale in (1 / 255, 0.3, 1e38):
+        options: dict[str, Any] = {"targets": targets, "dtype": dtype, "scale": scale}
+        held = InMemory(x, y, origin="arrays", **options)
+        found = build({**idx_files(tmp_path, x, y, pack), "scale": scale}, targets, dtype).train
+        assert found.fingerprint() == held.fingerprint(), "a run that began with one goes on with the other"
+        for rows in ([3, 22, 0, 3], [7], [], [*range(N)]):
+            for ours, theirs in zip(rows_of(found, rows, dtype), rows_of(held, rows, dtype), strict=True):
+                assert same_bits(ours, theirs)
+        parts, (_, *whole) = [*found.slices()], next(held.slices())
+        assert len(parts) > 4
+        for i, array in enumerate(whole, 1):
+            assert same_bits(np.concatenate([part[i] for part in parts]), array)
+
+
+PIXELS = (3000, 1000)
+
+
+@pytest.fixture(scope="module", params=["mapped", "mapped, not aligned", "gzipped"])
+def pixels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Write 3 MB of bytes, or 24 MB of doubles behind a header of 12 bytes; row i holds i % 200."""
+    x = np.broadcast_to(np.arange(PIXELS[0])[:, None] % 200, PIXELS)
+    pack = gzip.compress if request.param == "gzipped" else bytes
+    kind = ">f8" if "not aligned" in request.param else ">u1"
+    y = (np.arange(PIXELS[0]) % 7).astype(np.uint8)
+    return idx_files(tmp_path_factory.mktemp("pixels"), x.astype(kind), y, pack)
+
+
+def test_after_the_first_a_batch_of_idx_files_allocates_no_array_larger_than_its_labels(pixels: dict[str, Any]) -> None:
+    source = build({**pixels, "scale": 0.5}).train
+    batches = TrainingBatches(Part(source, source.n), seed=1, batch_size=1000, dtype="float32")
+    batches.batch(0)
+    bound = 1000 * 8 + np.getbufsize() * (8 + 8 + 4) + 16 * 1024  # labels, what NumPy casts with, Python objects
+    assert bound < 1000 * PIXELS[1], "a batch of bytes would break it"
+    tracemalloc.start()
+    try:
+        for number in range(1, 8):
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            x, y = batches.batch(number * 1000)
+            assert tracemalloc.get_traced_memory()[1] - before < bound
+            assert len({*y.tolist()}) == 7
+            assert len({*x[:, 999].tolist()}) > 150
+    finally:
+        tracemalloc.stop()
+
+
+def test_idx_files_are_held_in_their_own_type_or_not_at_all(pixels: dict[str, Any]) -> None:
+    tracemalloc.start()
+    try:
+        source = build(pixels).train
+        source.check(7)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    own = PIXELS[0] * (PIXELS[1] + 1)
+    gzipped = Path(pixels["images"]).read_bytes().startswith(b"\x1f\x8b")
+    assert held - own * gzipped < 100_000, f"{held} bytes for {own}"
 
 
 def elsewhere(folder: Path) -> h5py.File:

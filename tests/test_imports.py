@@ -18,11 +18,24 @@ PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
     {"errors", "arena", "extras", "files", "sandbox"},
     {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
-    | {"yamlio", "config", "schema", "numerics", "rundir"},
+    | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange", "window"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
-    {"assembly", "segment", "run", "fork", "replay", "plan", "report", "compare", "verify", "prune"}
+    {
+        "assembly",
+        "ranks",
+        "asynchronous",
+        "segment",
+        "run",
+        "fork",
+        "replay",
+        "plan",
+        "report",
+        "compare",
+        "verify",
+        "prune",
+    }
     | {"runs", "curves", "rates", "disk", "doctor"},
     {"library", "cli"},
 ]
@@ -34,6 +47,9 @@ ALLOWED = {
     ("optimizers", "registry"),
     ("optimizers", "schedules"),
     ("registry", "problems"),
+    ("comm", "exchange"),
+    ("comm", "window"),
+    ("window", "comm"),
     ("config", "problems"),
     ("config", "state"),
     ("config", "registry"),
@@ -59,7 +75,10 @@ ALLOWED = {
     ("replay", "run"),
     ("run", "assembly"),
     ("run", "segment"),
+    ("ranks", "assembly"),
+    ("ranks", "asynchronous"),
     ("segment", "assembly"),
+    ("segment", "ranks"),
     ("runs", "verify"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

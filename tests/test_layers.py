@@ -14,6 +14,7 @@ from stepctl import layers
 from stepctl.arena import Arena, Array, Shape, Workspace
 from stepctl.data.batches import Batch
 from stepctl.layers.base import Layer
+from stepctl.layers.batch_norm import BatchNorm
 from stepctl.layers.dense import Dense
 from stepctl.layers.dropout import Dropout
 from stepctl.layers.gelu import GELU
@@ -31,6 +32,7 @@ from stepctl.tasks.supervised import Regression
 
 LAYERS: dict[str, Callable[[int], Layer]] = {
     "dense": lambda width: Dense(name="layer", n_in=width, n_out=3),
+    "dense without bias": lambda width: Dense(name="layer", n_in=width, n_out=3, bias=False),
     "dense to one": lambda width: Dense(name="layer", n_in=width, n_out=1),
     "relu": lambda width: ReLU(),
     "leaky_relu": lambda width: LeakyReLU(slope=0.2),
@@ -40,8 +42,12 @@ LAYERS: dict[str, Callable[[int], Layer]] = {
     "dropout": lambda width: Dropout(name="layer", rate=0.4),
     "layer_norm": lambda width: LayerNorm(name="layer", n_features=width),
     "layer_norm, large epsilon": lambda width: LayerNorm(name="layer", n_features=width, epsilon=0.5),
+    "batch_norm": lambda width: BatchNorm(name="layer", n_features=width),
+    "batch_norm, large epsilon": lambda width: BatchNorm(name="layer", n_features=width, epsilon=0.5),
 }
-SHAPES = [(1, 1), (1, 6), (5, 2), (7, 11)]
+SHAPES = [(1, 1), (1, 6), (2, 1), (5, 2), (7, 11)]
+# one row has no variance
+PAIRS = [(name, shape) for name in LAYERS for shape in SHAPES if shape[0] > 1 or "batch_norm" not in name]
 H = 1e-5
 
 
@@ -55,14 +61,19 @@ def away_from_zero(random: np.random.Generator, shape: Shape) -> Array:
     return x + 0.1 * np.sign(x)
 
 
+def begin_training(layer: Layer, workspace: Workspace) -> None:
+    """Begin a pass over a layer's own buffers."""
+    buffers = Arena(layer.buffer_shapes(), workspace.dtype)
+    workspace.start(training_rng, buffers, buffers.like())
+
+
 def output(layer: Layer, params: Arena, x: Array) -> Array:
     workspace = Workspace("float64")
-    workspace.start(training_rng)
+    begin_training(layer, workspace)
     return layer.forward(params, x, workspace)[0]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "shape"), PAIRS, ids=str)
 def test_the_gradient_agrees_with_central_differences(name: str, shape: Shape) -> None:
     layer, random = LAYERS[name](shape[1]), np.random.default_rng(7)
     x, params = away_from_zero(random, shape), Arena(layer.parameter_shapes(), "float64")
@@ -71,7 +82,7 @@ def test_the_gradient_agrees_with_central_differences(name: str, shape: Shape) -
         params.flat[:] = random.normal(size=params.flat.shape)
         grads = params.like()
         grads.flat.fill(np.nan)  # what a gradient arena held before must not matter
-        workspace.start(training_rng)
+        begin_training(layer, workspace)
         y, backward = layer.forward(params, x, workspace)
         dy = random.normal(size=y.shape)
         dx = backward(dy.copy(), grads)
@@ -93,7 +104,7 @@ def test_input_and_parameters_are_left_as_they_were(name: str) -> None:
     params.flat[:] = random.normal(size=params.flat.shape)
     before = x.copy(), params.flat.copy()
     workspace = Workspace("float64")
-    workspace.start(training_rng)
+    begin_training(layer, workspace)
     y, backward = layer.forward(params, x, workspace)
     backward(np.ones_like(y), params.like())
     assert np.array_equal(x, before[0])

@@ -943,7 +943,7 @@ def test_a_traceback_is_for_the_asking(folder: Path) -> None:
 
 
 def test_what_nobody_foresaw_is_one_line_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise KeyError("a\nb")
 
     monkeypatch.setattr(run, "create", fail)
@@ -956,7 +956,7 @@ def test_what_nobody_foresaw_is_one_line_too(folder: Path, monkeypatch: pytest.M
 
 
 def test_what_the_system_refuses_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise OSError(errno.EIO, "Input/output error", "a\nb")
 
     monkeypatch.setattr(run, "create", fail)

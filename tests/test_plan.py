@@ -112,7 +112,7 @@ def test_a_grid_on_another_counter_is_the_steps_at_which_it_fires(
     for step in range(start + 1, start + width + 1):
         counters = Counters({"global_step": step - 1, "samples_seen": 0, "other": count(step - 1)})
         counters.advance({"global_step": 1, "other": count(step) - count(step - 1)})
-        expected += [step] if cadence.fires(counters) else []
+        expected += [step] if cadence.trigger()(counters) else []
     grid = firing(cadence, count, start, start + width)
     assert [grid[index] for index in range(len(grid))] == expected
     assert [step for step in range(start + width + 2) if step in grid] == expected

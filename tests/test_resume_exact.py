@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shards 4": {"data": {"name": "digits", "batch_size": 48, "validation_fraction": 0.9, "shards": 4}},
     "float64": {"dtype": "float64"},
     "initial step": {"initial_step": 5, "stop": {"last_step": LAST}},
+    "batch norm": {"model": {"name": "mlp", "hidden": [16, 8], "batch_norm": True, "dropout": 0.2}},
     "layer norm": {
         "model": {"name": "mlp", "hidden": [16, 8], "layer_norm": True, "activation": "gelu", "dropout": 0.5}
     },

@@ -140,7 +140,7 @@ def test_neighbours_in_a_large_permutation_are_unrelated() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100])
 def test_each_epoch_holds_every_sample_once(n: int) -> None:
-    epochs = epoch_order(n, 0, 0, 6 * n).reshape(6, n)
+    epochs = epoch_order(n, 0, np.arange(6 * n)).reshape(6, n)
     assert all(np.array_equal(np.sort(epoch), np.arange(n)) for epoch in epochs)
     assert n < 7 or len({tuple(epoch) for epoch in epochs.tolist()}) == 6
 
@@ -148,18 +148,18 @@ def test_each_epoch_holds_every_sample_once(n: int) -> None:
 @pytest.mark.parametrize("n", [1, 7, 100])
 def test_the_order_is_the_same_however_it_is_cut(n: int) -> None:
     length = 4 * n + 20
-    whole = epoch_order(n, 5, 0, length)
+    whole = epoch_order(n, 5, np.arange(length))
     for seed in range(4):
         ends = np.sort(np.random.default_rng(seed).choice(np.arange(1, length), 6, replace=False)).tolist()
         cuts = [0, *ends, length]
         assert set(range(n, length, n)) - set(cuts)  # some piece crosses the end of an epoch
-        pieces = [epoch_order(n, 5, a, b - a) for a, b in pairwise(cuts)]
+        pieces = [epoch_order(n, 5, np.arange(a, b)) for a, b in pairwise(cuts)]
         assert np.array_equal(np.concatenate(pieces), whole)
 
 
 def test_the_order_far_on_is_found_without_what_came_before() -> None:
     n, epoch = 10**9 + 7, 10**9
-    order = epoch_order(n, 0, epoch * n + n - 3, 6)
+    order = epoch_order(n, 0, epoch * n + n - 3 + np.arange(6))
     last, first = Permutation(n, 0, "order", epoch), Permutation(n, 0, "order", epoch + 1)
     assert order.tolist() == [*last(np.arange(n - 3, n)), *first(np.arange(3))]
 

@@ -106,6 +106,7 @@ def test_a_run_in_training_is_running_and_its_lock_is_not_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, seen = tmp_path / "run", []
+    monkeypatch.setattr("stepctl.writers.rows.HOLD", 0)
 
     def look_now() -> None:
         with monkeypatch.context() as patch:

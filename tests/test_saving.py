@@ -316,6 +316,8 @@ def saved_by(config: Checkpoint, times: list[float]) -> list[int]:
         config,
         lambda state: published.append(state.counters.global_step),
         background=Background(),
+        flush=lambda: None,
+        report=lambda: None,
         requested=lambda: False,
         say=pytest.fail,
         note=lambda message: None,

@@ -14,7 +14,7 @@ import pytest
 
 from helpers import file_bytes
 from stepctl.arena import Arena
-from stepctl.checkpoint import codec, retention
+from stepctl.checkpoint import codec, retention, userblock
 from stepctl.checkpoint.names import step_of
 from stepctl.checkpoint.store import Store
 from stepctl.config import Checkpoint
@@ -196,6 +196,26 @@ def test_what_reads_back_damaged_is_not_acknowledged(tmp_path: Path, monkeypatch
     with pytest.raises(StepctlError, match=r"does not read back: step-00000005.h5: damaged \(holds other bytes\)"):
         store.publish(5, parts(5))
     assert newest_step(store, lambda message: None) == 4
+
+
+@pytest.mark.parametrize("at", [0, 511, 512, (1 << 18) + 511, (1 << 18) + 512, 300_000, 599_999])
+def test_one_wrong_byte_anywhere_is_seen_as_the_file_reads_back(at: int, tmp_path: Path) -> None:
+    path, data = tmp_path / "file", bytes(range(256)) * 2400
+    chunks = [data[:512], memoryview(data)[512:600_000]]
+    written = bytearray(data[:600_000])
+    path.write_bytes(written)
+    userblock.check_content(path, chunks)
+    written[at] ^= 1
+    path.write_bytes(written)
+    with pytest.raises(CheckpointError, match="holds other bytes"):
+        userblock.check_content(path, chunks)
+
+
+@pytest.mark.parametrize(("length", "words"), [(599_999, "holds other bytes"), (600_001, "longer than what was")])
+def test_a_file_of_another_length_is_seen_as_it_reads_back(length: int, words: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(length))
+    with pytest.raises(CheckpointError, match=words):
+        userblock.check_content(tmp_path / "file", [bytes(600_000)])
 
 
 # --- the newest good one

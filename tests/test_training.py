@@ -37,6 +37,7 @@ BATCH, WIDTH, CLASSES = 2048, 256, 128
 MODELS: dict[str, dict[str, Any]] = {
     "relu": {},
     "dropout, gelu, layer norm": {"activation": "gelu", "layer_norm": True, "dropout": 0.1},
+    "batch norm": {"batch_norm": True},
 }
 
 

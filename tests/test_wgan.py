@@ -17,6 +17,7 @@ from stepctl.errors import CheckpointError, ConfigError, NonFiniteError
 from stepctl.plan import plan_resume
 from stepctl.rundir import RunDirectory
 from stepctl.state import Counters, TrainState
+from stepctl.tasks.shards import Part
 from stepctl.tasks.wgan import WGAN
 from stepctl.trainer import Trainer
 from stepctl.verify import verify
@@ -160,7 +161,7 @@ def test_the_critic_s_weights_are_kept_small(unbroken: Any) -> None:
 def test_a_step_that_fails_after_the_critic_s_updates_puts_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assembly = prepare(wgan("gradient penalty"))
     before = {folder: arena.flat.copy() for folder, arena in assembly.state.arenas.items()}
-    monkeypatch.setattr(WGAN, "_generator_gradient", bad_gradient)
+    monkeypatch.setattr(WGAN, "_generator_part", bad_part)
     for handed_over in (False, True):
         if handed_over:
             assembly.state.hand_over()
@@ -169,10 +170,12 @@ def test_a_step_that_fails_after_the_critic_s_updates_puts_them_back(monkeypatch
         assert all(np.array_equal(before[folder], arena.flat) for folder, arena in assembly.state.arenas.items())
 
 
-def bad_gradient(self: WGAN, state: TrainState, *arguments: Any) -> tuple[Arena, dict[str, float]]:
-    gradient = state.arenas["params/generator"].like()
-    gradient.flat.fill(np.nan)
-    return gradient, {"generator_loss": 1.0}
+def bad_part(self: WGAN, *arguments: Any) -> Part:
+    def part(shard: int, at: slice, gradient: Arena, _: Arena) -> dict[str, float]:
+        gradient.flat.fill(np.nan)
+        return {"generator_loss": 1.0}
+
+    return part
 
 
 # --- gradients
@@ -192,8 +195,9 @@ def test_gradients_are_those_of_the_losses(task: dict[str, float], activation: s
     assembly = prepare(config)
     x = assembly.training.batch(0).x[:8].copy()
     made: Any = assembly.task
-    assert_gradient(assembly, "critic", lambda: made._critic_gradient(assembly.state, x, 3))
-    assert_gradient(assembly, "generator", lambda: made._generator_gradient(assembly.state, 8, 3))
+    critic_sum, generator_sum = (made._sum(name, assembly.state) for name in ("critic", "generator"))
+    assert_gradient(assembly, "critic", lambda: critic_sum(8, made._critic_part(assembly.state, x, 3)))
+    assert_gradient(assembly, "generator", lambda: generator_sum(8, made._generator_part(assembly.state, 8, 3)))
 
 
 def assert_gradient(assembly: Assembly, name: str, compute: Any) -> None:
@@ -204,7 +208,7 @@ def assert_gradient(assembly: Assembly, name: str, compute: Any) -> None:
         losses, kept = [], flat[i]
         for step in (1e-6, -1e-6):
             flat[i] = kept + step
-            losses.append(compute()[1][f"{name}_loss"])
+            losses.append(compute()[2][f"{name}_loss"])
         flat[i] = kept
         assert gradient[i] == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-4, abs=1e-7)
 

@@ -139,7 +139,7 @@ def test_files_of_two_segments_are_read_in_their_order_whatever_the_clocks_say(t
     row = {"step": 7, "kind": "train", "loss": 1.0}
     for segment, (start, loss, now) in enumerate([(0, 1.0, 2e9), (5, 2.0, 1e9), (5, 3.0, 1e9)]):
         writer = TensorBoard(tmp_path / "tensorboard", segment=1, start=start, batch_size=1, clock=lambda now=now: now)  # type: ignore[misc]
-        writer.write({**row, "loss": loss})
+        writer.write([{**row, "loss": loss}])
         writer.close()
         assert len(list((tmp_path / "tensorboard").iterdir())) == segment + 1
     assert curves(tmp_path) == {"train/loss": {7: 3.0}}
@@ -153,9 +153,8 @@ def test_a_value_that_is_no_number_is_kept_as_one(tmp_path: Path) -> None:
         {"step": 1, "kind": "train", "loss": float("nan"), "samples_per_second": 0.0},
         {"step": 2, "kind": "train", "loss": -float("inf"), 'odd, "name"': 0.1},
     ]
-    for row in rows:
-        for writer in (jsonl, lines, board):
-            writer.write(row)
+    for writer in (jsonl, lines, board):
+        writer.write(rows)
     board.histograms(
         1, {"w": np.array([1, np.nan, 2], "f4"), "empty": np.zeros(0, "f4"), "huge": np.array([-1e308, 1e308])}
     )

@@ -76,3 +76,43 @@ class TupleOfSizes(TwoLayers):
         if not isinstance(sizes, tuple):
             raise TypeError("sizes must be a tuple")
         super().__init__(width=sum(sizes), input_shape=input_shape, n_outputs=n_outputs)
+
+
+class Centred(Model):
+    """(x - m) w in training, m the mean of the rows; in evaluation a running mean of it. It counts steps as well."""
+
+    def __init__(self, *, input_shape: Shape, n_outputs: int) -> None:
+        self.n_in, self.n_out = math.prod(input_shape), n_outputs
+
+    def parameter_shapes(self) -> dict[str, Shape]:
+        return {"w": (self.n_in, self.n_out)}
+
+    def initialize(self, params: Arena, rng: Callable[[str], np.random.Generator]) -> None:
+        return
+
+    def buffer_shapes(self) -> dict[str, Shape]:
+        return {"mean": (self.n_in,), "steps": ()}
+
+    def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
+        mean = workspace.buffers["mean"]
+        if workspace.new_buffers is not None:
+            workspace.new_buffers["steps"][...] = workspace.buffers["steps"] + 1
+            mean = self.new_mean(x.mean(axis=0), workspace)
+        centred = x - mean
+
+        def backward(dy: Array, grads: Arena) -> None:
+            np.matmul(centred.T, dy, out=grads["w"])
+
+        return centred @ params["w"], backward
+
+    def new_mean(self, mean: Array, workspace: Workspace) -> Array:
+        assert workspace.new_buffers is not None
+        workspace.new_buffers["mean"][...] = 0.5 * workspace.buffers["mean"] + 0.5 * mean
+        return mean
+
+
+class ForgetsTheMean(Centred):
+    """A mistake that must not go unseen: a buffer of which nothing is said."""
+
+    def new_mean(self, mean: Array, workspace: Workspace) -> Array:
+        return mean

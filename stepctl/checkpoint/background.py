@@ -13,33 +13,33 @@ class Background:
     def __init__(self) -> None:
         # one thread that stays: to start one holds the caller until the system has run it
         self._executor = ThreadPoolExecutor(1, "checkpoint")
-        self._future: Future[None] | None = None
+        self.job: Future[None] | None = None  # until somebody has looked at its end
         self._abandoned = threading.Event()
 
     @property
     def busy(self) -> bool:
         """Tell whether a job is being done."""
-        return self._future is not None and not self._future.done()
+        return self.job is not None and not self.job.done()
 
     def start(self, job: Callable[[], None]) -> None:
         """Begin a job, once the one before is finished."""
         assert not self.busy, "the job before must be finished"
         try:
-            self._future = self._executor.submit(self._run, job)
+            self.job = self._executor.submit(self._run, job)
         except RuntimeError:  # the interpreter ends, and takes no more for another thread
-            self._future = _done(self._run, job)
+            self.job = _done(self._run, job)
 
     def check(self) -> None:
         """Raise the error of a job that has ended, once."""
-        if self._future is not None and self._future.done():
-            ended, self._future = self._future, None
+        if self.job is not None and self.job.done():
+            ended, self.job = self.job, None
             ended.result()
 
     def finish(self) -> None:
         """Wait until the job is done; raise its error if it had one."""
-        if self._future is not None:
-            wait([self._future])
-            ended, self._future = self._future, None
+        if self.job is not None:
+            wait([self.job])
+            ended, self.job = self.job, None
             ended.result()
 
     def close(self) -> None:

@@ -32,9 +32,11 @@ def lay_out(arrays: Mapping[str, Array], *, run: str, step: int) -> Layout:
     """Return the layout of a file of these arrays. What does not change from step to step is made once."""
     template = _template(tuple((path, array.shape, array.dtype.str) for path, array in arrays.items()), run)
     metadata = template.metadata.copy()
-    access = _access(metadata)
-    with h5py.File(h5py.h5f.open(b"checkpoint", h5py.h5f.ACC_RDWR, access)) as file:
-        h5py.h5a.open(file.id, b"global_step").write(np.array(step, "<i8"))
+    file = h5py.h5f.open(b"checkpoint", h5py.h5f.ACC_RDWR, _access(metadata))
+    try:
+        h5py.h5a.open(file, b"global_step").write(np.array(step, "<i8"))
+    finally:
+        file.close()
     return Layout(metadata, template.offsets)
 
 

@@ -17,9 +17,6 @@ from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from typing import NamedTuple
 
-import numpy as np
-
-from stepctl.arena import Array
 from stepctl.errors import CheckpointError
 
 SIZE = 512
@@ -52,20 +49,20 @@ class Verified(NamedTuple):
 def check_content(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> None:
     """Raise CheckpointError unless the file holds exactly these bytes; cheaper than its digest, and says as much."""
     file, _ = _open(path)
-    buffer = np.empty(_SLICE, np.uint8)
+    buffer = bytearray(_SLICE)  # compared as bytes are: in one pass that makes no array of answers
     with file:
         for expected in _slices(chunks):
-            found = buffer[: len(expected)]
-            if file.readinto(found.data) != len(expected) or not np.array_equal(found, expected):
+            found = buffer if len(expected) == _SLICE else bytearray(len(expected))
+            if file.readinto(found) != len(expected) or found != expected:
                 raise CheckpointError("digest", f"{os.path.basename(path)}: damaged (holds other bytes)")
         if file.read(1):
             raise CheckpointError("length", f"{os.path.basename(path)}: damaged (longer than what was written)")
 
 
-def _slices(chunks: Iterable[bytes | memoryview]) -> Iterator[Array]:
+def _slices(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
     for chunk in chunks:
-        values = np.frombuffer(chunk, np.uint8)
-        yield from (values[start : start + _SLICE] for start in range(0, len(values), _SLICE))
+        view = memoryview(chunk).cast("B")
+        yield from (view[start : start + _SLICE] for start in range(0, len(view), _SLICE))
 
 
 def open_verified(path: str | os.PathLike[str]) -> Verified:

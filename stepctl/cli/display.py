@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterator
 
 from stepctl.cli.options import say
+from stepctl.errors import StepctlError
 from stepctl.hooks.base import Hook
 from stepctl.plan import Span, best_notes
-from stepctl.segment import Segment
+from stepctl.segment import Say, Segment
 from stepctl.writers.base import Writer
 from stepctl.writers.console import Console
 
@@ -23,10 +24,10 @@ def shown(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[tuple[lis
     if quiet:
         yield [], []
         return
-    segment.note = say
     for note in best_notes(segment.assembly, Span(start, target, segment.store.steps())):
         say(f"note: {note}")
     if sys.stderr is None or not sys.stderr.isatty():
+        _tell(segment, say, verbose)
         yield [Console(say, start=start, target=target)], []
     else:
         from rich.console import Console as Terminal
@@ -41,10 +42,21 @@ def shown(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[tuple[lis
             with contextlib.suppress(OSError):  # the terminal may be gone
                 terminal.print(line)
 
-        segment.say = segment.note = show  # beside the bar, not into it
-        if verbose:
-            segment.report = show
+        _tell(segment, show, verbose)  # beside the bar, not into it
         try:
             yield [Console(show, start=start, target=target, kinds=kinds)], [bar]
         finally:
             bar.close()
+
+
+def _tell(segment: Segment, say: Say, verbose: bool) -> None:
+    """Have the segment's messages told, each after the rows before it."""
+
+    def tell(message: str) -> None:
+        with contextlib.suppress(StepctlError):  # which comes again at the next row
+            segment.assembly.rows.flush()
+        say(message)
+
+    segment.say = segment.note = tell
+    if verbose:
+        segment.report = tell

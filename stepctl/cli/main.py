@@ -1,13 +1,14 @@
 """`stepctl`: the group of commands, and what becomes of errors."""
 
+import contextlib
 import os
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from stepctl import __version__
+from stepctl import __version__, comm
 from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
@@ -24,6 +25,8 @@ from stepctl.cli.train import train
 from stepctl.cli.verify import verify
 from stepctl.errors import Exit, StepctlError
 
+_SHARED = ("train", "resume")  # by all processes of an MPI job; the first alone does what others do
+
 
 class Main(click.Group):
     """Ends a command that failed with one clear line and the error's exit code."""
@@ -38,17 +41,23 @@ class Main(click.Group):
             raise
         except KeyboardInterrupt:
             click.echo("stepctl: interrupted before training began; nothing was changed", err=True)
-            ctx.exit(Exit.INTERRUPTED)
+            _fail(ctx, Exit.INTERRUPTED)
         except StepctlError as error:
             if ctx.params["debug"]:
                 raise
-            click.echo(f"stepctl: {_plain(str(error))}", err=True)
-            ctx.exit(error.exit_code)
+            if not isinstance(error, comm.SaidElsewhere):
+                click.echo(f"stepctl: {_plain(str(error))}", err=True)
+            _fail(ctx, error.exit_code)
         except (Exception, SystemExit) as error:  # a user's own module may raise anything
             if ctx.params["debug"]:
                 raise
             click.echo(f"stepctl: {_unexpected(error)}", err=True)
-            ctx.exit(Exit.NEGATIVE)
+            _fail(ctx, Exit.NEGATIVE)
+
+
+def _fail(ctx: click.Context, code: int) -> NoReturn:
+    comm.end(code, failed=True)  # the other processes of the job may be waiting for this one
+    ctx.exit(code)
 
 
 def _unexpected(error: BaseException) -> str:
@@ -73,13 +82,16 @@ def _plain(message: str, longest: int = 4000) -> str:
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="stepctl")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
     """Train NumPy models; stop anywhere, and resume at the exact global step, bit for bit.
 
     Exit codes: 0 done, 1 a negative answer or an operation that failed, 2 usage or config, 3 no usable checkpoint,
     4 the run is in use, 75 stopped before the target with a durable checkpoint (run it again), 130 interrupted
     before training began.
     """
+    if ctx.invoked_subcommand not in _SHARED and not comm.is_first():
+        ctx.exit(Exit.DONE)
 
 
 for command in (train, resume, fork, plan, inspect, verify, diff, prune, runs, plot, config, doctor):
@@ -92,12 +104,20 @@ def main() -> None:
     try:
         code = cli.main(prog_name="stepctl", obj=WHOLE_PROCESS, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if comm.is_first():
+            error.show()
         code = error.exit_code
     except click.Abort:
         code = Exit.INTERRUPTED
+    except BaseException:
+        if comm.is_rank():
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+            comm.end(Exit.NEGATIVE, failed=True)
+        raise
     finally:
         _let_go_of_stderr()
+    comm.end(code or Exit.DONE, failed=False)
     sys.exit(code)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from stepctl.comm import Comm, Order, World, world
 from stepctl.errors import ConfigError, Exit, printable
 
 if TYPE_CHECKING:
@@ -119,6 +120,37 @@ def hold_signals() -> None:
     context = click.get_current_context()
     if context.find_root().obj is not WHOLE_PROCESS:  # which has nothing left to do but to end
         context.call_on_close(restore)
+
+
+def joined() -> Comm:
+    """Return the job that this process belongs to; one that is not its rank 0 follows that, and ends with it."""
+    comm = world()
+    if isinstance(comm, World) and comm.rank:
+        raise click.exceptions.Exit(_follow(comm))
+    return comm
+
+
+def _follow(comm: World) -> int:
+    comm.take_signals()
+    order, value = comm.follow()
+    if order == Order.END:
+        return value
+    from stepctl import numerics
+
+    numerics.pin(value, comm.share())
+    from stepctl import ranks
+
+    return ranks.follow(comm)
+
+
+def pin(comm: Comm, asked: tuple[object, object]) -> None:
+    """Pin BLAS threads and kernel in every rank of the job, before NumPy is loaded."""
+    from stepctl import numerics
+
+    threads, kernel = asked
+    count = numerics.pin(threads, kernel, neighbours=comm.neighbours())
+    comm.lead(Order.PIN, count)
+    comm.share(kernel if isinstance(kernel, str) else None)
 
 
 def say(message: str) -> None:

@@ -100,6 +100,8 @@ def _sizes(plan: dict[str, Any]) -> Iterator[str]:
     yield f"samples        {samples['training']} training, {samples['validation']} validation, of shape {shape}"
     for name, shape in plan["parameters"].items():
         yield f"  {name:<24} {tuple(shape)}"
+    for name, shape in plan["buffers"].items():
+        yield f"  {name:<24} {tuple(shape)}  buffer"
     yield f"parameters     {plan['n_parameters']:,}"
     yield f"memory         {sizes['state']:,} bytes of state, {sizes['gradients']:,} of gradients"
     yield f"checkpoint     {sizes['checkpoint']:,} bytes"

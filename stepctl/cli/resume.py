@@ -10,7 +10,9 @@ from stepctl.cli.options import (
     Place,
     Steps,
     hold_signals,
+    joined,
     max_time_option,
+    pin,
     say,
     set_option,
     stop_section,
@@ -43,6 +45,7 @@ def resume(
 ) -> None:
     """Go on with RUN from its newest good checkpoint, to its newest target or to the one given here."""
     began = time.monotonic()
+    comm = joined()
     from stepctl import numerics
     from stepctl.rundir import RunDirectory
 
@@ -51,7 +54,7 @@ def resume(
     directory = RunDirectory(run_dir)
     document = directory.newest_config()
     document.set_all(assignments)
-    numerics.pin(*numerics.asked_for(document.value))
+    pin(comm, numerics.asked_for(document.value))
 
     from stepctl import run
     from stepctl.config import Stop
@@ -63,5 +66,5 @@ def resume(
         from_step=from_step,
         strict_numerics=strict_numerics,
     )
-    with run.resume(directory, options, say) as segment:
+    with run.resume(directory, options, say, comm=comm) as segment:
         train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)

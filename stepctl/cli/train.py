@@ -10,7 +10,9 @@ import click
 from stepctl.cli.options import (
     Place,
     hold_signals,
+    joined,
     max_time_option,
+    pin,
     say,
     set_option,
     stop_section,
@@ -47,6 +49,7 @@ def train(
 ) -> None:
     """Start a run from a config, and train it to its target."""
     began = time.monotonic()
+    comm = joined()
     from stepctl import numerics, yamlio
     from stepctl.rundir import RunDirectory
 
@@ -64,7 +67,7 @@ def train(
     document.set_all(assignments)
     directory = RunDirectory(run_dir or Path("runs") / Path(config_path).stem)
     resuming = or_resume and not dry_run and directory.holds_run()
-    numerics.pin(*numerics.asked_for(directory.newest_config().value if resuming else document.value))
+    pin(comm, numerics.asked_for(directory.newest_config().value if resuming else document.value))
 
     from stepctl import config as configs
     from stepctl import run
@@ -72,7 +75,7 @@ def train(
     from stepctl.plan import plan
 
     def go_on() -> None:
-        with run.resume(directory, run.ResumeOptions(document=document), say) as segment:
+        with run.resume(directory, run.ResumeOptions(document=document), say, comm=comm) as segment:
             train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
 
     if resuming:
@@ -80,10 +83,10 @@ def train(
     config = configs.parse(document)
     if dry_run:
         directory.refuse_strangers()
-        print_plan(plan(prepare(config), directory), as_json)
+        print_plan(plan(prepare(config, comm=comm), directory), as_json)
         return
     try:
-        with run.create(config, directory, say) as segment:
+        with run.create(config, directory, say, comm=comm) as segment:
             train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
     except RunExistsError:  # one that began since we looked
         if not or_resume:

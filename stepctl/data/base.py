@@ -12,6 +12,8 @@ import numpy.typing as npt
 from stepctl.arena import Array, Shape
 from stepctl.errors import DataError
 
+_SLICE_BYTES = 1 << 24
+
 Targets = Literal["classes", "values"]  # labels 0, 1, ...: (rows,) int64; or numbers: (rows, columns) float
 
 
@@ -52,6 +54,12 @@ class Source(ABC):
                     f"{self.origin}: row {first + wrong[0]}: label {y[wrong[0]]} is outside 0..{n_classes - 1}; "
                     "mend the row, or raise data.n_classes"
                 )
+
+
+def ranges(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of parts of n rows that fit in memory, in order."""
+    step = max(1, _SLICE_BYTES // row_bytes)
+    return ((first, min(first + step, n)) for first in range(0, n, step))
 
 
 def count_classes(sources: list[Source]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import NamedTuple, cast, final
 
 import numpy as np
 import numpy.typing as npt
@@ -67,24 +67,38 @@ def _buffers(source: Source, rows: int, dtype: str) -> Batch:
 class TrainingBatches:
     """The training part in shuffled epochs that follow one another without a gap.
 
-    A batch may begin in one epoch and end in the next; each sample comes exactly once an epoch.
+    A batch may begin in one epoch and end in the next; each sample comes exactly once an epoch. A step takes
+    `per_step` batches of `batch_size` one after another. Where `ranks` processes share them, each reads its own rows
+    and no others: the rank-th of equal parts of every batch.
     """
 
-    def __init__(self, part: Part, *, seed: int, batch_size: int, dtype: str) -> None:
-        if batch_size > part.n * _MOST_EPOCHS:
-            raise ConfigError(f"data.batch_size: {batch_size} is over {_MOST_EPOCHS} times the {part.n} rows; lower it")
-        self.part, self.seed, self.batch_size = part, seed, batch_size
-        self._batch = _buffers(part.source, batch_size, dtype)
-        self._start, self._rows = 0, np.empty(0, np.int64)  # a cache, not state
+    def __init__(
+        self, part: Part, *, seed: int, batch_size: int, dtype: str, per_step: int = 1, rank: int = 0, ranks: int = 1
+    ) -> None:
+        samples = batch_size * per_step
+        if samples > part.n * _MOST_EPOCHS:
+            raise ConfigError(f"data.batch_size: {samples} is over {_MOST_EPOCHS} times the {part.n} rows; lower it")
+        self.part, self.seed, self.samples = part, seed, samples
+        rows = batch_size // ranks
+        # of a step's samples, those of this rank
+        self._mine = np.add.outer(np.arange(per_step) * batch_size, np.arange(rank * rows, (rank + 1) * rows)).ravel()
+        self._batch = _buffers(part.source, len(self._mine), dtype)
+        # a cache, not state
+        self._start, self._rows = 0, cast(npt.NDArray[np.int64], np.empty((0, len(self._mine)), np.int64))
 
     def batch(self, samples_seen: int) -> Batch:
-        """Return the batch that begins at this position; its arrays are valid until the next call."""
-        offset = samples_seen - self._start
-        if offset < 0 or offset + self.batch_size > len(self._rows):
-            count = max(self.batch_size, min(self.batch_size * _LOOKAHEAD, _LOOKAHEAD_ROWS))
-            self._rows = self.part.rows(epoch_order(self.part.n, self.seed, samples_seen, count))
-            self._start, offset = samples_seen, 0
-        self.part.source.read(self._rows[offset : offset + self.batch_size], self._batch.x, self._batch.y)
+        """Return the `samples` that begin at this position, or this rank's part of them.
+
+        Its arrays are valid until the next call.
+        """
+        number, between = divmod(samples_seen - self._start, self.samples)
+        if between or not 0 <= number < len(self._rows):
+            steps = max(1, min(_LOOKAHEAD, _LOOKAHEAD_ROWS // len(self._mine)))
+            positions = np.add.outer(samples_seen + np.arange(steps) * self.samples, self._mine)
+            numbers = epoch_order(self.part.n, self.seed, positions.ravel())
+            self._rows = self.part.rows(numbers).reshape(positions.shape)
+            self._start, number = samples_seen, 0
+        self.part.source.read(self._rows[number], *self._batch)
         return self._batch
 
 

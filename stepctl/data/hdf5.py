@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
 import os
 from collections.abc import Iterator
 from typing import Any, final
@@ -14,15 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stepctl.arena import Array
-from stepctl.data.base import Source, Sources, Targets
-from stepctl.data.files import reading
-from stepctl.data.memory import as_labels, as_values
+from stepctl.data.base import Source, Sources, Targets, ranges
+from stepctl.data.files import fetched, mapped, reading
+from stepctl.data.memory import as_labels, as_targets
 from stepctl.errors import DataError
 from stepctl.files import open_regular
 from stepctl.problems import in_one_line
 from stepctl.registry import File
 
-_SLICE_BYTES = 1 << 24
 _SAMPLED = 64  # rows in a fingerprint
 
 
@@ -83,11 +81,11 @@ class HDF5Rows(Source):
     def slices(self) -> Iterator[tuple[int, Array, Array]]:
         for first, end in self._ranges():
             with np.errstate(over="ignore"):  # check() finds and names what overflowed
-                x = self._x[first:end].astype(self._dtype) * np.dtype(self._dtype).type(self._scale)
-            yield first, x, as_targets(self.origin, first, self._y[first:end], self._targets, self._dtype)
+                x = fetched(self._x[first:end]).astype(self._dtype) * np.dtype(self._dtype).type(self._scale)
+            yield first, x, as_targets(self.origin, first, fetched(self._y[first:end]), self._targets, self._dtype)
 
     def n_classes(self) -> int:
-        parts = (as_labels(self.origin, first, self._y[first:end]) for first, end in self._ranges())
+        parts = (as_labels(self.origin, first, fetched(self._y[first:end])) for first, end in self._ranges())
         return max(int(labels.max()) for labels in parts) + 1
 
     def fingerprint(self) -> str:
@@ -100,13 +98,7 @@ class HDF5Rows(Source):
         return digest.hexdigest()
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        step = max(1, _SLICE_BYTES // (math.prod(self.sample_shape) * self._x.dtype.itemsize))
-        return ((first, min(first + step, self.n)) for first in range(0, self.n, step))
-
-
-def as_targets(origin: str, first_row: int, y: Array, targets: Targets, dtype: str) -> Array:
-    """Return a part of y as labels: (rows,) int64, or as values: (rows, columns)."""
-    return as_labels(origin, first_row, y) if targets == "classes" else as_values(y, dtype)
+        return ranges(self.n, math.prod(self.sample_shape) * self._x.dtype.itemsize)
 
 
 def _dataset(file: h5py.File, name: str) -> Any:
@@ -131,10 +123,7 @@ def _dataset(file: h5py.File, name: str) -> Any:
     if found.chunks is not None or offset is None or found.dtype.kind == "b" or not found.shape:
         return found
     with open(file.filename, "rb") as raw:
-        mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)  # the pages of these rows, and none ahead of them
-    return np.ndarray(found.shape, found.dtype, mapped, offset)
+        return np.ndarray(found.shape, found.dtype, mapped(raw), offset)
 
 
 def _rows(dataset: Any, rows: npt.NDArray[np.int64]) -> Array:
@@ -151,7 +140,8 @@ def _rows(dataset: Any, rows: npt.NDArray[np.int64]) -> Array:
 
 
 def _take(dataset: Any, rows: npt.NDArray[np.int64], out: Array) -> None:
-    if isinstance(dataset, np.ndarray) and dataset.dtype == out.dtype:
+    # of an array that is not aligned, np.take makes a copy, whole, at every call
+    if isinstance(dataset, np.ndarray) and dataset.dtype == out.dtype and dataset.flags.aligned:
         np.take(dataset, rows, axis=0, out=out, mode="clip")
     else:
         out[...] = _rows(dataset, rows)

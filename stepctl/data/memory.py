@@ -1,4 +1,7 @@
-"""A source whose rows are arrays in memory; the file formats that are read whole end here."""
+"""A source whose rows are arrays in memory; the file formats that are read whole end here.
+
+`arrays`, `csv` and `digits` do: every process holds the whole set. `hdf5` and `idx` read the rows of a batch.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,9 @@ class InMemory(Source):
 
     def __init__(self, x: Array, y: Array, *, origin: str, targets: Targets, dtype: str, scale: float = 1.0) -> None:
         self.origin = origin = in_one_line(origin)
-        _check_kind(origin, x, y)
-        if len(x) != len(y):
-            raise DataError(f"{origin}: x has {len(x)} rows, but y has {len(y)}; they must be equal")
-        if len(x) == 0:
-            raise DataError(f"{origin}: holds no rows; a data set needs at least one")
-        self._x = aligned_empty(x.shape, dtype)
-        with np.errstate(over="ignore"):  # check() finds and names what overflowed
-            np.multiply(x, np.dtype(dtype).type(scale), out=self._x, casting="unsafe")
-        self._y = as_labels(origin, 0, y) if targets == "classes" else as_values(y, dtype)
+        check_arrays(origin, x, y)
+        self._x = scaled(x, scale, out=aligned_empty(x.shape, dtype))
+        self._y = as_targets(origin, 0, y, targets, dtype)
         self.n, self.sample_shape, self.target_shape = len(x), x.shape[1:], self._y.shape[1:]
 
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
@@ -50,7 +47,8 @@ class InMemory(Source):
         return digest.hexdigest()
 
 
-def _check_kind(origin: str, x: Array, y: Array) -> None:
+def check_arrays(origin: str, x: Array, y: Array) -> None:
+    """Raise DataError unless x: (n, features, ...) and y: (n,) or (n, columns) are numbers, and some."""
     for name, array in (("x", x), ("y", y)):
         if array.dtype.kind not in "biuf":
             raise DataError(f"{origin}: {name} has dtype {array.dtype}; numbers are needed")
@@ -60,6 +58,22 @@ def _check_kind(origin: str, x: Array, y: Array) -> None:
         raise DataError(f"{origin}: x has shape {x.shape}; at least one feature is needed")
     if y.ndim not in (1, 2) or 0 in y.shape[1:]:
         raise DataError(f"{origin}: y has shape {y.shape}; (rows,) or (rows, columns) is needed")
+    if len(x) != len(y):
+        raise DataError(f"{origin}: x has {len(x)} rows, but y has {len(y)}; they must be equal")
+    if len(x) == 0:
+        raise DataError(f"{origin}: holds no rows; a data set needs at least one")
+
+
+def scaled(x: Array, scale: float, *, out: Array) -> Array:
+    """Write x times `scale`, of out's dtype, into out, and return it."""
+    with np.errstate(over="ignore"):  # check() finds and names what overflowed
+        np.multiply(x, out.dtype.type(scale), out=out, casting="unsafe")
+    return out
+
+
+def as_targets(origin: str, first_row: int, y: Array, targets: Targets, dtype: str) -> Array:
+    """Return a part of y as labels: (rows,) int64, or as values: (rows, columns)."""
+    return as_labels(origin, first_row, y) if targets == "classes" else as_values(y, dtype)
 
 
 def as_labels(origin: str, first_row: int, y: Array) -> Array:

@@ -6,7 +6,7 @@ from abc import ABC
 from typing import NamedTuple
 
 from stepctl.arena import Array
-from stepctl.state import TrainState
+from stepctl.state import TrainState, Trigger
 from stepctl.tasks.base import Metrics
 
 
@@ -26,6 +26,7 @@ class Hook(ABC):
     """
 
     name: str
+    trigger: Trigger | None = None  # asked after every update; without one, all count
 
     def state(self) -> dict[str, Array]:
         """Return the arrays that this hook changes and must find again after a resume."""
@@ -36,7 +37,7 @@ class Hook(ABC):
         return
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        """Run when an update is complete and counted."""
+        """Run when an update is complete and counted, if the trigger fires."""
         return
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:

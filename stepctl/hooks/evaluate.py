@@ -10,7 +10,7 @@ from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.watch import Watch
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics, Task
-from stepctl.writers.base import Writer
+from stepctl.writers.rows import Rows
 
 
 class Evaluate(Hook):
@@ -26,28 +26,28 @@ class Evaluate(Hook):
         config: EvaluateConfig,
         task: Task,
         batches: EvaluationBatches,
-        rows: Writer,
+        rows: Rows,
         watches: Sequence[Watch] = (),
     ) -> None:
         self._config, self._task, self._batches, self._rows = config, task, batches, rows
-        self._watches = watches
+        self.trigger, self._watches = config.trigger(), watches
         self._last = -1
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        if self._config.fires(state.counters):
-            found = self._write(state)
-            for watch in self._watches:
-                watch.observe(state.counters.global_step, found)
+        found = self._write(state)
+        for watch in self._watches:
+            watch.observe(state.counters.global_step, found)
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         if metrics is not None and reason.done and self._last != state.counters.global_step:
             self._write(state, extra=True)
 
     def _write(self, state: TrainState, **marks: bool) -> Metrics:
+        self._rows.flush()  # this may take its time
         found = self._task.evaluate(state, self._batches)
         if self._config.ema:
             averaged = self._task.evaluate(state, self._batches, average=True)
             found |= {f"ema_{name}": value for name, value in averaged.items()}
         self._last = state.counters.global_step
-        self._rows.write({"step": self._last, "kind": "eval", **found, **marks})
+        self._rows.add({"step": self._last, "kind": "eval", **found, **marks})
         return found

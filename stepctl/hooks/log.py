@@ -13,7 +13,7 @@ from stepctl.config import Log as LogConfig
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics
-from stepctl.writers.base import Writer
+from stepctl.writers.rows import Rows
 
 
 class Log(Hook):
@@ -28,15 +28,17 @@ class Log(Hook):
     def __init__(
         self,
         config: LogConfig,
-        rows: Writer,
+        rows: Rows,
         metrics: Sequence[str],
         *,
         first_step: int,
         n_samples: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._rows, self._first_step, self._n_samples = config, rows, first_step, n_samples
+        self._rows, self._n_samples = rows, n_samples
         self._clock, self._since = clock, (0.0, 0)
+        self._fires, self._means = config.trigger(also=first_step), config.means
+        self.trigger = None if self._means else self._fires
         self._last_row = -1
         self._names = tuple(metrics)
         self._sums, self._counts = np.zeros(len(self._names)), np.zeros(len(self._names), np.int64)
@@ -47,15 +49,16 @@ class Log(Hook):
 
     def start(self, state: TrainState) -> None:
         self._since = (self._clock(), state.counters.samples_seen)
-        if not self._config.means:
+        if not self._means:
             self._forget()
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        if self._config.means:
+        if self._means:
             self._add(metrics)
-        if state.counters.global_step == self._first_step or self._config.fires(state.counters):
-            self._write(state, metrics)
-            self._forget()
+            if not self._fires(state.counters):
+                return
+        self._write(state, metrics)
+        self._forget()
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         if metrics is not None and self._last_row != state.counters.global_step:
@@ -77,7 +80,7 @@ class Log(Hook):
         self._since, self._last_row = (now, seen), state.counters.global_step
         rate = (seen - before) / max(now - then, 1e-9)
         row = {"step": state.counters.global_step, "kind": "train", "epoch": seen // self._n_samples, **metrics}
-        if self._config.means:
+        if self._means:
             found = zip(self._names, self._sums.tolist(), self._counts.tolist(), strict=True)
             row |= {f"mean_{name}": total / count for name, total, count in found if count}
-        self._rows.write({**row, "samples_per_second": round(rate, 1), **marks})
+        self._rows.add({**row, "samples_per_second": round(rate, 1), **marks})

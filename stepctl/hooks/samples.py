@@ -39,13 +39,13 @@ class Samples(Hook):
         sample_shape: Shape,
     ) -> None:
         self._config, self._generate, self._folder, self._publish = config, generate, folder, publish
+        self.trigger = config.trigger()
         self._shape = picture_shape(config, sample_shape)
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        if self._config.fires(state.counters):
-            samples = self._generate(state, self._config.n).reshape(-1, *self._shape)
-            self._folder.mkdir(exist_ok=True)
-            self._publish(self._folder / f"step-{state.counters.global_step:08d}.png", [png(grid(samples))])
+        samples = self._generate(state, self._config.n).reshape(-1, *self._shape)
+        self._folder.mkdir(exist_ok=True)
+        self._publish(self._folder / f"step-{state.counters.global_step:08d}.png", [png(grid(samples))])
 
 
 def picture_shape(config: SamplesConfig, sample_shape: Shape) -> Shape:

@@ -16,9 +16,10 @@ from stepctl.tasks.base import Metrics
 class Save(Hook):
     """Publishes in the background while training goes on; at the start and the end it waits. Never twice on one step.
 
-    `publish` writes a state that nothing changes any more. What it raised is raised at the next step, or with
-    `on_error: continue` said, and made good at the next save. `waits` and `wait_seconds` are what training
-    waited for a checkpoint that was still being written when the next was due.
+    `publish` writes a state that nothing changes any more, and `flush`, on the training thread, what must be written
+    before it. What `publish` raised is raised at the next step, or with `on_error: continue` said, and made good at
+    the next save; `report` is called at each step up to the one that finds the publishing done. `waits` and
+    `wait_seconds` are what training waited for a checkpoint that was still being written when the next was due.
     """
 
     name = "save"
@@ -28,16 +29,20 @@ class Save(Hook):
         config: CheckpointConfig,
         publish: Callable[[TrainState], None],
         *,
+        flush: Callable[[], None],
         background: Background,
         requested: Callable[[], bool],
+        report: Callable[[], None],
         say: Callable[[str], None],
         note: Callable[[str], None],
         saved_step: int | None,
         target: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._publish, self._background = config, publish, background
-        self._requested, self._say, self._note, self._clock = requested, say, note, clock
+        self._publish, self._flush, self._background = publish, flush, background
+        self._requested, self._report, self._say, self._note, self._clock = requested, report, say, note, clock
+        self._fires, self._seconds = config.trigger(), config.every_seconds
+        self._stop_on_error = config.on_error == "stop"
         self._saved_step, self._target = saved_step, target
         self._saved_at = clock()
         self.saves, self.waits, self.wait_seconds = 0, 0, 0.0
@@ -46,13 +51,16 @@ class Save(Hook):
         self.now(state)
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        self._settle(self._background.check)
+        if self._background.job is not None:
+            self._settle(self._background.check)
+            self._report()
         requested = self._requested()  # asked at every step, so that no request outlives its step
-        step = state.counters.global_step
-        # the target's own comes at the end, after the last rows: whoever finds it finds them
-        if step != self._target and (requested or self._due(state)) and step != self._saved_step:
-            self._wait(step)
-            self._begin(state.hand_over())
+        if self._fires(state.counters) or requested or (self._seconds is not None and self._late(self._seconds)):
+            step = state.counters.global_step
+            # the target's own comes at the end, after the last rows: whoever finds it finds them
+            if step not in (self._target, self._saved_step):
+                self._wait(step)
+                self._begin(state.hand_over())
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         self._settle(self._background.finish)
@@ -65,11 +73,11 @@ class Save(Hook):
             self._begin(state)
             self._background.finish()
 
-    def _due(self, state: TrainState) -> bool:
-        seconds = self._config.every_seconds
-        return self._config.fires(state.counters) or (seconds is not None and self._clock() - self._saved_at >= seconds)
+    def _late(self, seconds: float) -> bool:
+        return self._clock() - self._saved_at >= seconds
 
     def _begin(self, state: TrainState) -> None:
+        self._flush()
         self._saved_step, self._saved_at = state.counters.global_step, self._clock()
         self.saves += 1
         self._background.start(lambda: self._publish(state))
@@ -89,7 +97,7 @@ class Save(Hook):
         try:
             look()
         except StepctlError as error:
-            if self._config.on_error == "stop" or isinstance(error, NonFiniteError):
+            if self._stop_on_error or isinstance(error, NonFiniteError):
                 raise
             self._saved_step = None
             self._say(f"warning: {error}; the next save tries again")

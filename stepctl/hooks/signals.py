@@ -52,6 +52,13 @@ class Signals:
             raise KeyboardInterrupt
         self._stop = signal.Signals(number)
 
+    def hear(self, number: int) -> None:
+        """Answer a signal that came to another process of the same job."""
+        if number == signal.SIGUSR2:
+            self._save = True
+        else:
+            self._stop = signal.Signals(number)
+
     def ignore(self) -> None:
         """Pass over what still comes: what counts is done."""
         self._interrupts = _AT_ONCE

@@ -32,9 +32,20 @@ class Layer(ABC):
         """Fill this layer's parameters; `rng(name)` is the generator for one of them."""
         return
 
+    def buffer_shapes(self) -> dict[str, Shape]:
+        """Return the shape of each non-trainable array by its name in the model's buffers."""
+        return {}
+
+    def initialize_buffers(self, buffers: Mapping[str, Array]) -> None:
+        """Fill this layer's buffers; they are zeros before."""
+        return
+
     @abstractmethod
     def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
-        """Return y: (rows, features) and its backward. Arrays come from the workspace; x is not changed."""
+        """Return y: (rows, features) and its backward. Arrays come from the workspace; x is not changed.
+
+        A layer with buffers finds them in `workspace.buffers`, and writes new ones as `Workspace` says.
+        """
 
     def tangent(
         self, params: Mapping[str, Array], x: Array, v: Array, workspace: Workspace

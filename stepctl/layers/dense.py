@@ -16,7 +16,7 @@ class Dense(Layer):
 
     Weights start normal with standard deviation sqrt(gain / n_in): gain 2 suits relu (He et al. 2015,
     equation 10), gain 1 the others (LeCun et al. 1998, section 4.6). Without `input_gradient`, backward
-    returns None and saves a matrix product.
+    returns None and saves a matrix product; without `bias`, b is 0.
     """
 
     name: str
@@ -24,24 +24,29 @@ class Dense(Layer):
     n_out: int
     gain: float = 1.0
     input_gradient: bool = True
+    bias: bool = True
 
     def parameter_shapes(self) -> dict[str, Shape]:
-        return {f"{self.name}/weight": (self.n_in, self.n_out), f"{self.name}/bias": (self.n_out,)}
+        weight: dict[str, Shape] = {f"{self.name}/weight": (self.n_in, self.n_out)}
+        return weight | {f"{self.name}/bias": (self.n_out,)} if self.bias else weight
 
     def initialize(self, params: Mapping[str, Array], rng: Callable[[str], np.random.Generator]) -> None:
         weight = f"{self.name}/weight"
         params[weight][:] = rng(weight).normal(0, np.sqrt(self.gain / self.n_in), (self.n_in, self.n_out))
-        params[f"{self.name}/bias"][:] = 0
+        if self.bias:
+            params[f"{self.name}/bias"][:] = 0
 
     def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
         weight = params[f"{self.name}/weight"]
         y = workspace.empty((len(x), self.n_out))
         np.dot(x, weight, out=y)
-        np.add(y, params[f"{self.name}/bias"], out=y)
+        if self.bias:
+            np.add(y, params[f"{self.name}/bias"], out=y)
 
         def backward(dy: Array, grads: Mapping[str, Array]) -> Array | None:
             np.dot(x.T, dy, out=grads[f"{self.name}/weight"])
-            np.dot(_ones(len(dy), dy.dtype), dy, out=grads[f"{self.name}/bias"])  # a sum, at twice add.reduce's speed
+            if self.bias:  # a sum, at twice add.reduce's speed
+                np.dot(_ones(len(dy), dy.dtype), dy, out=grads[f"{self.name}/bias"])
             if not self.input_gradient:
                 return None
             dx = workspace.empty(x.shape)

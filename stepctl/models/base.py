@@ -42,12 +42,26 @@ class Model(ABC):
     def initialize(self, params: Arena, rng: Callable[[str], np.random.Generator]) -> None:
         """Fill the parameters; `rng(name)` is a generator of its own for each name."""
 
+    def buffer_shapes(self) -> dict[str, Shape]:
+        """Return the shape of each array that training changes without a gradient, such as a running mean.
+
+        `forward` finds them in `workspace.buffers[path]`. Where `workspace.new_buffers` is not None, in training, it
+        writes there the whole of what each becomes by its rows, one shard of a batch: the mean over the shards is
+        what holds after the step. They are in every checkpoint, under /buffers.
+        """
+        return {}
+
+    def initialize_buffers(self, buffers: Arena) -> None:
+        """Fill the buffers; they are zeros before."""
+        return
+
     @abstractmethod
     def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
         """Map x: (rows, *input_shape) to outputs: (rows, n_outputs), and return the way back.
 
         `workspace.empty(shape)` gives temporary arrays without allocating; `workspace.rng` is None in
-        evaluation, and else gives the generator of this step and shard by a name. Nothing else may vary.
+        evaluation, and else gives the generator of this step and shard by a name; for buffers see `buffer_shapes`.
+        Nothing else may vary.
         """
 
     def tangent(self, params: Arena, x: Array, v: Array, workspace: Workspace) -> tuple[Array, Array, TangentBackward]:

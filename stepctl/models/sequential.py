@@ -24,6 +24,13 @@ class Sequential(Model):
         for layer in self.layers:
             layer.initialize(params, rng)
 
+    def buffer_shapes(self) -> dict[str, Shape]:
+        return {name: shape for layer in self.layers for name, shape in layer.buffer_shapes().items()}
+
+    def initialize_buffers(self, buffers: Arena) -> None:
+        for layer in self.layers:
+            layer.initialize_buffers(buffers)
+
     def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
         x = x.reshape(len(x), -1)
         backwards = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 from stepctl.arena import Arena, Array, Shape, all_finite
+from stepctl.comm import ALONE, Comm
 from stepctl.data.base import Targets
 from stepctl.data.batches import Batch
 from stepctl.errors import CheckpointError, ConfigError, NonFiniteError
@@ -19,21 +20,30 @@ Metrics = dict[str, float]
 Mode = Literal["min", "max"]  # which value of a metric is the better one
 
 
-def refuse_non_finite(step: int, loss: float, gradient: Arena, whose: str = "") -> None:
-    """Raise NonFiniteError, with the first bad array, if the update to `step` would spoil the parameters."""
-    if math.isfinite(loss) and all_finite(gradient.flat):
+def refuse_non_finite(
+    step: int, loss: float, gradient: Arena, whose: str = "", *, buffers: Arena | None = None
+) -> None:
+    """Raise NonFiniteError, with the first bad array, if the update to `step` would spoil parameters or buffers."""
+    parts = {f"the gradient of {whose}": gradient} | ({} if buffers is None else {"the new value of buffers/": buffers})
+    if math.isfinite(loss) and all(all_finite(arena.flat) for arena in parts.values()):
         return
-    bad = next((name for name, array in gradient.items() if not all_finite(array)), None)
-    where = f"first bad array: the gradient of {whose}{bad}" if bad else "the gradient is finite"
+    found = (what + name for what, arena in parts.items() for name, array in arena.items() if not all_finite(array))
+    bad = next(found, None)
+    where = f"first bad array: {bad}" if bad else "the gradient is finite"
     raise NonFiniteError(f"step {step}: the loss is {loss}; {where}")
 
 
-def refuse_unwritten(gradient: Arena, whose: str = "model") -> None:
-    """Raise ConfigError if a part of a gradient that was marked before is as it was."""
+def refuse_unwritten(gradient: Arena, buffers: Arena, whose: str = "model") -> None:
+    """Raise ConfigError if a part of a gradient or of new buffers that were marked before is as it was."""
     if unwritten := gradient.marked():
         raise ConfigError(
             f"{whose}: backward left the gradient of {', '.join(unwritten)} unwritten; "
             "it must write all of it: grads[name][...] = ..."
+        )
+    if unwritten := buffers.marked():
+        raise ConfigError(
+            f"{whose}: forward left the new values of the buffers {', '.join(unwritten)} unwritten; in training it "
+            "must write all of them: workspace.new_buffers[name][...] = ..."
         )
 
 
@@ -46,7 +56,8 @@ class Task(ABC):
     """One update of the state, and its evaluation.
 
     Its constructor takes keyword arguments: `seed`, `dtype` and `shards` come from the config's other sections if it
-    asks for them; every other argument from its own. Then it is handed `learners`, one for each of its `models`.
+    asks for them; every other argument from its own. Then it is handed `learners`, one for each of its `models`, and
+    `comm`. A batch that a task gets is this process's part: of each batch of a step its share of the shards.
     """
 
     targets: Targets
@@ -56,6 +67,10 @@ class Task(ABC):
     clock: str = MODEL  # the counter that the global step follows
     batches_per_step: int = 1
     learners: dict[str, Learner]
+    divisible: ClassVar[bool] = False  # whether `step` computes only `comm.mine` of the shards
+    comm: Comm = ALONE  # the processes that share a step
+    asynchronous: ClassVar[bool] = False  # whether a step is a `gradient`, and then an `apply`
+    buffered: ClassVar[bool] = False  # whether `step` fills the buffers of its one model
 
     @abstractmethod
     def ends(self, n_classes: int | None, sample_shape: Shape, target_shape: Shape) -> dict[str, Ends]:
@@ -68,8 +83,12 @@ class Task(ABC):
     def initial_state(self, initial_step: int) -> TrainState:
         """Return the state before the first update."""
         counters = {GLOBAL_STEP: initial_step, SAMPLES_SEEN: 0} | dict.fromkeys(self.models, 0)
-        arenas = [learner.initial_arenas() for learner in self.learners.values()]
-        return TrainState(Counters(counters), {path: arena for each in arenas for path, arena in each.items()})
+        learners = list(self.learners.values())
+        arenas = {path: arena for learner in learners for path, arena in learner.initial_arenas().items()}
+        state = TrainState(Counters(counters), arenas)
+        for learner in learners[:1]:  # of several models none has any
+            state.buffers = learner.initial_buffers()
+        return state
 
     @abstractmethod
     def trial(self, state: TrainState, batch: Batch) -> None:
@@ -82,6 +101,14 @@ class Task(ABC):
         NonFiniteError, or any error of the model's, must leave the state as it was; TornUpdate says that it is not.
         """
 
+    def gradient(self, state: TrainState, batch: Batch) -> tuple[Arena, Metrics]:
+        """Return the gradient, finite, of the one model's parameters, and what was measured; nothing changes."""
+        raise NotImplementedError
+
+    def apply(self, state: TrainState, gradient: Arena, counts: Mapping[str, int]) -> Metrics:
+        """Update the arrays, when the counters stand so; return what was measured. The gradient is used up."""
+        raise NotImplementedError
+
     @abstractmethod
     def evaluate(self, state: TrainState, batches: Iterable[Batch], *, average: bool = False) -> Metrics:
         """Return the metrics over all batches, with the moving average's weights if asked; nothing changes."""
@@ -90,11 +117,11 @@ class Task(ABC):
         """Return n samples, always of the same noise: (n, *sample_shape); None from a task that makes none."""
         return None
 
-    def increments(self, counters: Counters, batch: Batch) -> dict[str, int]:
-        """Return by how much each counter rises once this batch's update is complete."""
+    def increments(self, counters: Counters, samples: int) -> dict[str, int]:
+        """Return by how much each counter rises once an update that used so many samples is complete."""
         made = counters[self.clock]
         before, after = self.counts(made), self.counts(made + 1)
-        return {GLOBAL_STEP: 1, SAMPLES_SEEN: len(batch.x)} | {name: after[name] - before[name] for name in after}
+        return {GLOBAL_STEP: 1, SAMPLES_SEEN: samples} | {name: after[name] - before[name] for name in after}
 
     def count_at(self, name: str, steps: int, *, initial_step: int, batch_size: int) -> int:
         """Return what a counter stands at after so many global steps that nothing disturbed."""

@@ -55,6 +55,12 @@ class Learner:
             average.copy_from(params)
         return arenas
 
+    def initial_buffers(self) -> Arena:
+        """Return the model's buffers before the first update."""
+        buffers = Arena(self.model.buffer_shapes(), self._dtype)
+        self.model.initialize_buffers(buffers)
+        return buffers
+
     def arenas(self, state: TrainState) -> dict[str, Arena]:
         """Return what an update changes, by folder."""
         folders = [f"params{self._below}", *self._slots.values(), f"ema{self._below}"]

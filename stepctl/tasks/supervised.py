@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import ClassVar, final
 
 import numpy as np
 
 from stepctl import losses
-from stepctl.arena import Arena, Array, Shape, TreeSum, Workspace
+from stepctl.arena import Arena, Array, Shape, Workspace
 from stepctl.data.base import Targets
 from stepctl.data.batches import Batch
 from stepctl.errors import ConfigError
 from stepctl.models.base import Ends
 from stepctl.rng import rng
 from stepctl.state import TrainState
-from stepctl.tasks.base import Metrics, Mode, Task, refuse_non_finite, refuse_unwritten, summed
+from stepctl.tasks.base import Metrics, Mode, Task, refuse_non_finite, summed
 from stepctl.tasks.learner import MODEL, Learner
+from stepctl.tasks.shards import Part, ShardSum
 
 
 class Supervised(Task):
     """One global step is one update of one model from one batch.
 
     The batch is cut into `shards` equal parts; each part's gradient is that of its share of the batch's mean
-    loss, and they are summed in a fixed binary tree.
+    loss, and they are summed in a fixed binary tree. The model's buffers become the mean of what they become by
+    each part.
     """
+
+    divisible = asynchronous = buffered = True
 
     def __init__(self, *, seed: int, dtype: str, shards: int) -> None:
         self._seed, self._shards = seed, shards
         self._training, self._evaluation = Workspace(dtype), Workspace(dtype)
-        self._gradients: TreeSum | None = None
+        self._gradients: ShardSum | None = None
 
     @property
     def _learner(self) -> Learner:
@@ -51,40 +55,49 @@ class Supervised(Task):
         """Return this part's share of the metrics of n samples, and the loss's gradient at the outputs."""
 
     def trial(self, state: TrainState, batch: Batch) -> None:
-        self._gradient(state, batch, checked=True)
+        self._sum(state).trial(len(batch.x), self._part(state, batch))
         self._learner.trial(state)
 
     def step(self, state: TrainState, batch: Batch) -> Metrics:
-        gradient, metrics = self._gradient(state, batch)
-        refuse_non_finite(state.counters.global_step + 1, metrics["loss"], gradient)
-        return metrics | self._learner.update(state, gradient, state.counters)
+        gradient, buffers, metrics = self._computed(state, batch)
+        metrics |= self.apply(state, gradient, state.counters)
+        state.buffers.copy_from(buffers)
+        return metrics
 
-    def _gradient(self, state: TrainState, batch: Batch, *, checked: bool = False) -> tuple[Arena, Metrics]:
-        params = self._learner.params(state)
+    def gradient(self, state: TrainState, batch: Batch) -> tuple[Arena, Metrics]:
+        gradient, _, metrics = self._computed(state, batch)
+        return gradient, metrics
+
+    def _computed(self, state: TrainState, batch: Batch) -> tuple[Arena, Arena, Metrics]:
+        gradient, buffers, metrics = self._sum(state)(len(batch.x), self._part(state, batch))
+        refuse_non_finite(state.counters.global_step + 1, metrics["loss"], gradient, buffers=buffers)
+        return gradient, buffers, metrics
+
+    def apply(self, state: TrainState, gradient: Arena, counts: Mapping[str, int]) -> Metrics:
+        return self._learner.update(state, gradient, counts)
+
+    def _sum(self, state: TrainState) -> ShardSum:
         if self._gradients is None:
-            self._gradients = TreeSum(params)
-        step, n = state.counters.global_step, len(batch.x)
-        rows = n // self._shards
-        parts = []
-        for shard in range(self._shards):
-            at = slice(shard * rows, (shard + 1) * rows)
-            self._training.start(partial(self._rng, step, shard))
+            params = self._learner.params(state)
+            self._gradients = ShardSum(params, state.buffers, self._shards, self.comm, MODEL)
+        return self._gradients
+
+    def _part(self, state: TrainState, batch: Batch) -> Part:
+        params, step, n = self._learner.params(state), state.counters.global_step, len(batch.x) * self.comm.size
+
+        def part(shard: int, at: slice, gradient: Arena, buffers: Arena) -> Metrics:
+            self._training.start(partial(self._rng, step, shard), state.buffers, buffers)
             outputs, backward = self._learner.forward(params, batch.x[at], self._training)
             metrics, doutputs = self.measure(outputs, batch.y[at], n, self._training)
-            leaf = self._gradients.leaf()
-            if checked:
-                leaf.mark()
-            backward(doutputs, leaf)
-            if checked:
-                refuse_unwritten(leaf)
-            self._gradients.add()
-            parts.append(metrics)
-        return self._gradients.total(), summed(parts)
+            backward(doutputs, gradient)
+            return metrics
+
+        return part
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch], *, average: bool = False) -> Metrics:
         params, parts, n = self._learner.params(state, average=average), [], 0
         for batch in batches:
-            self._evaluation.start()
+            self._evaluation.start(buffers=state.buffers)
             outputs, _ = self._learner.forward(params, batch.x, self._evaluation)
             parts.append(self.measure(outputs, batch.y, 1, self._evaluation)[0])
             n += len(batch.x)

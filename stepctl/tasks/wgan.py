@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 
-from stepctl.arena import Arena, Array, Shape, TreeSum, Workspace
+from stepctl.arena import Arena, Array, Shape, Workspace
 from stepctl.data.base import Targets
 from stepctl.data.batches import Batch
 from stepctl.errors import ConfigError
@@ -16,7 +16,8 @@ from stepctl.models.base import Ends
 from stepctl.registry import Positive, PositiveInt
 from stepctl.rng import rng
 from stepctl.state import TrainState
-from stepctl.tasks.base import Metrics, Mode, Task, refuse_non_finite, refuse_unwritten, summed
+from stepctl.tasks.base import Metrics, Mode, Task, refuse_non_finite, summed
+from stepctl.tasks.shards import Part, ShardSum
 from stepctl.tasks.undo import Undo
 
 _CRITIC, _GENERATOR = "critic", "generator"
@@ -40,6 +41,7 @@ class WGAN(Task):
     models: ClassVar[tuple[str, ...]] = (_CRITIC, _GENERATOR)
     metrics: ClassVar[dict[str, Mode]] = {"wasserstein": "min"}
     training_metrics = ("critic_loss", "wasserstein", "generator_loss")
+    divisible = True
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class WGAN(Task):
         self._weight_clip, self._penalty, self._seed, self._shards = weight_clip, gradient_penalty, seed, shards
         self._training = {name: Workspace(dtype) for name in self.models}  # a pass finds the buffers of its like
         self._evaluation = Workspace(dtype)
-        self._sums: dict[str, TreeSum] = {}
+        self._sums: dict[str, ShardSum] = {}
         self._unused: dict[str, Arena] = {}
         self._undo = Undo()
 
@@ -74,8 +76,8 @@ class WGAN(Task):
 
     def trial(self, state: TrainState, batch: Batch) -> None:
         rows = len(batch.x) // self.batches_per_step
-        self._critic_gradient(state, batch.x[:rows], 0, checked=True)
-        self._generator_gradient(state, rows, 0, checked=True)
+        self._sum(_CRITIC, state).trial(rows, self._critic_part(state, batch.x[:rows], 0))
+        self._sum(_GENERATOR, state).trial(rows, self._generator_part(state, rows, 0))
         for learner in self.learners.values():
             learner.trial(state)
 
@@ -85,12 +87,14 @@ class WGAN(Task):
         critic, generator = self.learners[_CRITIC], self.learners[_GENERATOR]
         with self._undo.on_error(critic.arenas(state)):
             for first in range(0, len(batch.x), rows):
-                gradient, metrics = self._critic_gradient(state, batch.x[first : first + rows], counts[_CRITIC])
+                part = self._critic_part(state, batch.x[first : first + rows], counts[_CRITIC])
+                gradient, _, metrics = self._sum(_CRITIC, state)(rows, part)
                 refuse_non_finite(step, metrics["critic_loss"], gradient, "critic/")
                 metrics |= critic.update(state, gradient, counts, clip=self._weight_clip)
                 counts[_CRITIC] += 1
             if counts[_CRITIC] % self.n_critic == 0:
-                gradient, made = self._generator_gradient(state, rows, counts[_GENERATOR])
+                part = self._generator_part(state, rows, counts[_GENERATOR])
+                gradient, _, made = self._sum(_GENERATOR, state)(rows, part)
                 refuse_non_finite(step, made["generator_loss"], gradient, "generator/")
                 metrics |= made | generator.update(state, gradient, counts)
         return metrics
@@ -128,13 +132,11 @@ class WGAN(Task):
 
     # --- gradients
 
-    def _critic_gradient(
-        self, state: TrainState, x: Array, number: int, *, checked: bool = False
-    ) -> tuple[Arena, Metrics]:
-        critic, workspace, n = self.learners[_CRITIC], self._training[_CRITIC], len(x)
+    def _critic_part(self, state: TrainState, x: Array, number: int) -> Part:
+        critic, workspace, n = self.learners[_CRITIC], self._training[_CRITIC], len(x) * self.comm.size
         params = critic.params(state)
-        sums, parts = self._sum(_CRITIC, params), []
-        for shard, at in enumerate(self._parts(n)):
+
+        def part(shard: int, at: slice, gradient: Arena, _: Arena) -> Metrics:
             real = x[at]
             workspace.start(partial(self._rng, _CRITIC, number, shard))
             fake = self._generated(state, real, self._rng(_CRITIC, number, shard, "latent"), workspace)
@@ -144,16 +146,11 @@ class WGAN(Task):
             distance = (float(scores[: len(real)].sum()) - float(scores[len(real) :].sum())) / n
             dscores = workspace.empty(scores.shape)
             dscores[: len(real)], dscores[len(real) :] = -1 / n, 1 / n
-            leaf = sums.leaf()
-            if checked:
-                leaf.mark()
-            backward(dscores, leaf)
-            if checked:
-                refuse_unwritten(leaf, _CRITIC)
-            penalty = self._add_penalty(params, real, fake, leaf, n, number, shard) if self._penalty else 0.0
-            sums.add()
-            parts.append({"critic_loss": penalty - distance, "wasserstein": distance})
-        return sums.total(), summed(parts)
+            backward(dscores, gradient)
+            penalty = self._add_penalty(params, real, fake, gradient, n, number, shard) if self._penalty else 0.0
+            return {"critic_loss": penalty - distance, "wasserstein": distance}
+
+        return part
 
     def _add_penalty(
         self, params: Arena, real: Array, fake: Array, gradient: Arena, n: int, number: int, shard: int
@@ -180,39 +177,28 @@ class WGAN(Task):
         np.add(gradient.flat, extra.flat, out=gradient.flat)
         return self._penalty * float(np.square(norms - 1).sum()) / n
 
-    def _generator_gradient(
-        self, state: TrainState, n: int, number: int, *, checked: bool = False
-    ) -> tuple[Arena, Metrics]:
+    def _generator_part(self, state: TrainState, rows: int, number: int) -> Part:
         critic, generator, workspace = self.learners[_CRITIC], self.learners[_GENERATOR], self._training[_GENERATOR]
-        critic_params, params = critic.params(state), generator.params(state)
-        sums, parts = self._sum(_GENERATOR, params), []
-        for shard, at in enumerate(self._parts(n)):
-            rows = at.stop - at.start
+        critic_params, params, n = critic.params(state), generator.params(state), rows * self.comm.size
+
+        def part(shard: int, at: slice, gradient: Arena, _: Arena) -> Metrics:
             workspace.start(partial(self._rng, _GENERATOR, number, shard))
-            z = self._latent(rows, self._rng(_GENERATOR, number, shard, "latent"), workspace)
+            z = self._latent(at.stop - at.start, self._rng(_GENERATOR, number, shard, "latent"), workspace)
             made, back_through_generator = generator.forward(params, z, workspace)
-            samples = made.reshape(rows, *critic.ends.input_shape)
+            samples = made.reshape(len(z), *critic.ends.input_shape)
             scores, back_through_critic = critic.forward(critic_params, samples, workspace)
-            parts.append({"generator_loss": -float(scores.sum()) / n})
             dscores = workspace.empty(scores.shape)
             dscores.fill(-1 / n)
             dmade = self._inputs(back_through_critic(dscores, self._scratch(_CRITIC, critic_params)), _CRITIC)
-            leaf = sums.leaf()
-            if checked:
-                leaf.mark()
-            back_through_generator(dmade.reshape(made.shape), leaf)
-            if checked:
-                refuse_unwritten(leaf, _GENERATOR)
-            sums.add()
-        return sums.total(), summed(parts)
+            back_through_generator(dmade.reshape(made.shape), gradient)
+            return {"generator_loss": -float(scores.sum()) / n}
 
-    def _parts(self, n: int) -> list[slice]:
-        rows = n // self._shards
-        return [slice(shard * rows, (shard + 1) * rows) for shard in range(self._shards)]
+        return part
 
-    def _sum(self, name: str, params: Arena) -> TreeSum:
+    def _sum(self, name: str, state: TrainState) -> ShardSum:
         if name not in self._sums:
-            self._sums[name] = TreeSum(params)
+            params = self.learners[name].params(state)
+            self._sums[name] = ShardSum(params, state.buffers, self._shards, self.comm, name)
         return self._sums[name]
 
     def _scratch(self, name: str, params: Arena) -> Arena:

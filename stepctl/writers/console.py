@@ -1,6 +1,6 @@
 """Rows as lines for people."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 from stepctl.writers.base import Row, Writer
@@ -15,17 +15,19 @@ class Console(Writer):
     ) -> None:
         self._say, self._start, self._target, self._kinds = say, start, target, kinds
 
-    def write(self, row: Row) -> None:
-        if row["kind"] not in self._kinds:
-            return
-        local = row["step"] - self._start
-        self._say(f"step {row['step']}/{self._target} (local {local})  {describe(row)}")
+    def write(self, rows: Sequence[Row]) -> None:
+        lines = [self._line(row) for row in rows if row["kind"] in self._kinds]
+        if lines:
+            self._say("\n".join(lines))
 
     def sync(self) -> None:
         return None
 
     def close(self) -> None:
         return None
+
+    def _line(self, row: Row) -> str:
+        return f"step {row['step']}/{self._target} (local {row['step'] - self._start})  {describe(row)}"
 
 
 def describe(row: Row) -> str:

@@ -22,7 +22,7 @@ class CSV(Writer):
     """Keeps metrics.csv the same as metrics.jsonl: made anew from it at the start, and when a column is new.
 
     Columns are step, kind, extra, then every metric as it was first met. Stands behind the writer of
-    metrics.jsonl, so that a row is there when it is asked for.
+    metrics.jsonl, so that rows are there when they are asked for.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -32,12 +32,13 @@ class CSV(Writer):
         self._descriptor = -1
         self._make_anew()
 
-    def write(self, row: Row) -> None:
-        if not row.keys() <= set(self._columns):
+    def write(self, rows: Sequence[Row]) -> None:
+        known = set(self._columns)
+        if not all(row.keys() <= known for row in rows):
             self._make_anew()
             return
         with writing(self._path):
-            write_all(self._descriptor, as_text(self._columns, [row]))
+            write_all(self._descriptor, as_text(self._columns, rows))
 
     def sync(self) -> None:
         with self._lock, writing(self._path):

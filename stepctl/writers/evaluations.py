@@ -1,6 +1,6 @@
 """Evaluation rows, kept in memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import final
 
 from stepctl.writers.base import Row, Writer
@@ -12,12 +12,12 @@ class Evaluations(Writer):
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows: dict[int, Row] = {}
-        for row in rows:
-            self.write(row)
+        self.write([*rows])
 
-    def write(self, row: Row) -> None:
-        if row.get("kind") == "eval" and not row.get("extra"):
-            self.rows[row["step"]] = row
+    def write(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.get("kind") == "eval" and not row.get("extra"):
+                self.rows[row["step"]] = row
 
     def sync(self) -> None:
         return None

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -21,10 +22,10 @@ class JSONLines(Writer):
         with writing(path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
-    def write(self, row: Row) -> None:
-        line = json.dumps({key: json_value(item) for key, item in row.items()}).encode() + b"\n"
+    def write(self, rows: Sequence[Row]) -> None:
+        lines = [json.dumps({key: json_value(item) for key, item in row.items()}) + "\n" for row in rows]
         with writing(self._path):
-            write_all(self._descriptor, line)
+            write_all(self._descriptor, "".join(lines).encode())
 
     def sync(self) -> None:
         with writing(self._path):

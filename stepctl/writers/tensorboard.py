@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -66,9 +66,11 @@ class TensorBoard(Writer):
         log = self._package.event.SessionLog
         self._add(step=start + 1, session_log=log(status=log.START))
 
-    def write(self, row: Row) -> None:
-        if not row.get("extra"):
-            self._add_values(row["step"], [{"tag": tag, "simple_value": y} for tag, y in self._scalars(row).items()])
+    def write(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if not row.get("extra"):
+                scalars = self._scalars(row).items()
+                self._add_values(row["step"], [{"tag": tag, "simple_value": y} for tag, y in scalars])
 
     def histograms(self, step: int, arrays: Mapping[str, Array]) -> None:
         """Write the histogram of each array's finite values."""

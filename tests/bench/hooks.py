@@ -1,13 +1,14 @@
 """What a run does around its steps: its time as a share of the bare steps', in turns, in one process.
 
     PYTHONPATH=. python tests/bench/hooks.py
-    PYTHONPATH=. python tests/bench/hooks.py --set log.means=true --set log.every=10 --rounds 100
+    PYTHONPATH=. python tests/bench/hooks.py --set log.means=true --rounds 1000
 
-A round is a stretch of steps with everything that a run has (rows to metrics.jsonl and to a console that is a file,
-the checks of evaluation and save, watches, stop rules, signals) and one of `Trainer.step()` alone, in changing order,
-on one state; no evaluation and no save falls into it. The time is the process's own, so that busy neighbours
-count little. Printed are the median and quartiles over the rounds of each
-one's microseconds a step, and of the difference as a share of the bare step's.
+Stretches of one log interval with everything that a run has (rows to metrics.jsonl and to a console that is a file,
+the checks of evaluation and save, watches, stop rules, signals) and of `Trainer.step()` alone take turns on one
+state; no evaluation and no save falls into them. Each step's time is the process's own. The time of an interval is the
+sum over its steps of the median at that place in it; writing rows, which happens in some intervals only, counts as
+often as it happened. So neither busy neighbours nor a step that was disturbed count for much. All is
+computed for each tenth of the rounds; printed are the median and quartiles of these.
 """
 
 from __future__ import annotations
@@ -20,22 +21,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 # far away, so that no save and no evaluation falls into the measured stretch; all else as the config has it
 FAR = ("stop.last_step=1000000000", "evaluate.every=999999999", "checkpoint.every=999999999")
+WARM_UP = 20  # rounds
 
 
 class Enough(BaseException):
     """Ends the run that was measured."""
 
 
-def measure(options: argparse.Namespace) -> list[tuple[float, float]]:
-    """Return (seconds a step with everything, seconds a bare step), one a round."""
+class Stretch(NamedTuple):
+    """The seconds of each step of a log interval, and whether rows were written in it."""
+
+    seconds: list[float]
+    wrote: bool
+
+
+def measure(options: argparse.Namespace) -> list[tuple[Stretch, Stretch]]:
+    """Return (with everything, bare), one a round."""
     from stepctl import config as configs
     from stepctl import numerics, run, yamlio
 
@@ -45,29 +54,33 @@ def measure(options: argparse.Namespace) -> list[tuple[float, float]]:
     from stepctl.cli.display import shown
     from stepctl.rundir import RunDirectory
     from stepctl.trainer import Trainer
+    from stepctl.writers import rows
 
-    found: list[tuple[float, float]] = []
+    found: list[tuple[Stretch, Stretch]] = []
 
     def measured_run(trainer: Trainer) -> Any:
         trainer.start()
+        rows.HOLD *= 2  # as the bare steps take half of the time
+        metrics = segment.directory.metrics
 
         def whole() -> None:
-            while trainer.stop_reason() is None and trainer.state.counters.global_step < end:
-                trainer.make_step()
+            trainer.stop_reason()
+            trainer.make_step()
 
-        def bare() -> None:
-            while trainer.state.counters.global_step < end:
-                trainer.step()
-
-        end = 0
-        for number in range(options.rounds + 2):
-            seconds: dict[Callable[[], None], float] = {}
-            for part in (whole, bare) if number % 2 else (bare, whole):
-                end = trainer.state.counters.global_step + options.steps
+        def stretch(part: Any) -> Stretch:
+            seconds, size = [], metrics.stat().st_size
+            for _ in range(segment.config.log.every):
                 start = time.process_time()
                 part()
-                seconds[part] = (time.process_time() - start) / options.steps
-            found.append((seconds[whole], seconds[bare]))
+                seconds.append(time.process_time() - start)
+            return Stretch(seconds, metrics.stat().st_size > size)
+
+        for number in range(options.rounds + WARM_UP):
+            if number % 2:
+                found.append((stretch(whole), stretch(trainer.step)))
+            else:
+                bare = stretch(trainer.step)
+                found.append((stretch(whole), bare))
         raise Enough
 
     Trainer.run = measured_run  # type: ignore[method-assign]
@@ -79,7 +92,20 @@ def measure(options: argparse.Namespace) -> list[tuple[float, float]]:
                     segment.train(writers, hooks)
             except Enough:
                 pass
-    return found[2:]
+    return found[WARM_UP:]
+
+
+def interval(stretches: Sequence[Stretch]) -> float:
+    """Return the seconds of a typical interval, with its share of writing, which is done at its last step."""
+    *others, _ = medians(stretches)
+    wrote = [stretch.wrote for stretch in stretches]
+    groups = [[s.seconds[-1] for s in stretches if s.wrote == value] for value in {*wrote}]
+    return sum(others) + sum(len(group) / len(wrote) * statistics.median(group) for group in groups)
+
+
+def medians(stretches: Sequence[Stretch]) -> list[float]:
+    """Return the median of each place in an interval."""
+    return [statistics.median(seconds) for seconds in zip(*(stretch.seconds for stretch in stretches), strict=True)]
 
 
 def quartiles(values: list[float], form: str) -> str:
@@ -93,7 +119,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(CONFIG))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--steps", type=int, default=10, help="of a stretch")
     parser.add_argument("--rounds", type=int, default=3000)
     options = parser.parse_args()
     if any(name in os.environ for name in UNSET):
@@ -103,16 +128,16 @@ def main() -> None:
     with tempfile.TemporaryFile() as console:
         os.dup2(console.fileno(), 2)
         try:
-            rounds = measure(options)
+            found = measure(options)
         finally:
             os.dup2(kept, 2)
-    print(f"with everything {quartiles([1e6 * whole for whole, _ in rounds], '.1f')} us a step")
-    print(f"bare            {quartiles([1e6 * bare for _, bare in rounds], '.1f')} us a step")
-    print(f"the difference  {quartiles([1e6 * (whole - bare) for whole, bare in rounds], '.1f')} us")
-    print(f"as a share      {quartiles([whole / bare - 1 for whole, bare in rounds], '.2%')}")
-    whole, bare = (sorted(times)[len(rounds) // 100] for times in zip(*rounds, strict=True))
-    print(f"undisturbed     {1e6 * whole:.1f} and {1e6 * bare:.1f} us (hundredths): {whole / bare - 1:.2%}")
-    print(f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, {len(rounds)} rounds of {options.steps}")
+    size, steps = len(found) // 10, len(found[0][0].seconds)
+    parts = [tuple(map(interval, zip(*found[at : at + size], strict=True))) for at in range(0, 10 * size, size)]
+    print(f"with everything {quartiles([1e6 * whole / steps for whole, _ in parts], '.1f')} us a step")
+    print(f"bare            {quartiles([1e6 * bare / steps for _, bare in parts], '.1f')} us a step")
+    print(f"the difference  {quartiles([1e6 * (whole - bare) / steps for whole, bare in parts], '.1f')} us")
+    print(f"as a share      {quartiles([whole / bare - 1 for whole, bare in parts], '.2%')}")
+    print(f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, {len(found)} rounds of {steps} steps")
 
 
 if __name__ == "__main__":

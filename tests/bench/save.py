@@ -10,7 +10,8 @@ milliseconds: median (least..most). stepctl trains for real (batch 2048): timed 
 save is compared with steps without one. Tools that cannot be imported are left out.
 
 share: what the steps that a save can touch (the one that begins it and the 20 after it) take longer than the other
-79 of each 100: the median over the saves, its quartiles, and the mean. Where BLAS uses every core, a save takes one of them away for a while;
+79 of each 100: the median over the saves, its quartiles, and the mean. Where BLAS uses every core, a save takes one
+of them away for a while;
 `--threads 1` leaves one free. Needs Debian's package dataset-fashion-mnist.
 """
 
@@ -197,8 +198,8 @@ def share(saves: int, threads: int | None) -> None:
     extra = (seconds[:, :TOUCHED] - quiet[:, None]).sum(axis=1) + seconds[:, -1] - quiet
     low, middle, high = np.quantile(extra, (0.25, 0.5, 0.75)) * 1e3
     step = float(np.median(quiet)) * 1e3
-    print(f"saving every {EVERY} steps: {100 * middle / (EVERY * step):.2f} % of wall time; a save takes {middle:.1f} ms "
-          f"of training ({low:.1f}..{high:.1f}; mean {extra.mean() * 1e3:.1f}, standard error "
+    print(f"saving every {EVERY} steps: {100 * middle / (EVERY * step):.2f} % of wall time; a save takes "
+          f"{middle:.1f} ms of training ({low:.1f}..{high:.1f}; mean {extra.mean() * 1e3:.1f}, standard error "
           f"{extra.std() / saves**0.5 * 1e3:.1f}) beside steps of {step:.2f} ms; "
           f"{outcome.saves} saves, {outcome.waits} waits")  # fmt: skip
 

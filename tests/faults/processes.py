@@ -192,6 +192,14 @@ def _enter(
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def rows_at_once() -> None:
+    """Be `stepctl`, as a `call`, that writes each row as it comes: it tells how far training has come."""
+    from stepctl.writers import rows
+
+    rows.HOLD = 0.0
+    _stepctl()
+
+
 def _stepctl() -> None:
     from stepctl.__main__ import main
 

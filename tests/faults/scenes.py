@@ -15,6 +15,8 @@ from places import in_memory
 from small_runs import Unbroken, acknowledged, checkpoints, temporaries
 from tracer import Blow, Call, Trace, stand_still
 
+from stepctl.writers import rows
+
 LAST = 6
 RESUME = ("resume", "RUN", "--set", f"stop.last_step={LAST}", "-v")
 FRESH = ("train", "--config", "CONFIG", "--run-dir", "RUN", "--or-resume", "-v")
@@ -105,7 +107,7 @@ class Stage:
 
     def go(self, before: Callable[[], None] = nothing, follow: Callable[[int], int] = ended) -> int:
         """Run the command; return its exit code, and keep what it said."""
-        code, self.said = command(self.words(self.run), before, follow)
+        code, self.said = command(self.words(self.run), lambda: _rows_at_once(before), follow)
         return code
 
     def faults(self) -> list[str]:
@@ -131,3 +133,8 @@ class Stage:
             wrong.append(f"no clear reason: {self.said}")
         wrong += [f"left behind: {name}" for name in temporaries(self.run)]
         return wrong + self.faults() + self.faults_of_going_on()
+
+
+def _rows_at_once(before: Callable[[], None]) -> None:
+    rows.HOLD = 0.0  # so that the calls are the same each time, however long they take
+    before()

@@ -13,7 +13,7 @@ from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2, Signals
 
 import pytest
 from moments import some_moment, when_there_are
-from processes import Process, start, start_cold
+from processes import Process, rows_at_once, start, start_cold
 from trials import Trial, acknowledged, assert_nothing_lost, checkpoints, content, ledger, make_trial, random_config
 
 Figure = Callable[[str, int], None]
@@ -62,12 +62,13 @@ def signalled_run(trial: Trial, run: Path, attacks: int, chance: random.Random, 
     done, code = 0, STOPPED
     while done < attacks and code != 0:
         before, cold = Before.of(run), chance.random() < COLD
-        begin = start_cold if cold else start
-        with begin(trial.go_on(run, either=chance.random() < 0.5), cwd=trial.folder) as child:
+        words = trial.go_on(run, either=chance.random() < 0.5)
+        begin = start_cold(words, cwd=trial.folder) if cold else start(words, cwd=trial.folder, call=rows_at_once)
+        with begin as child:
             # a new interpreter cannot answer any signal: its first moments are not ours
             moment = when_there_are(chance.randint(1, 9), "ledger.jsonl", 0) if cold else some_moment(chance)
             moment(child, run)
-            shots = shoot(child, run, trial, before, chance)
+            shots = shoot(child, run, trial, before, chance, told=not cold)
             code = child.wait()
             done += bool(shots)
             judge(code, child.said(), shots, before, run, trial)
@@ -108,20 +109,20 @@ class Shot:
     row_after: int
 
 
-def shoot(child: Process, run: Path, trial: Trial, before: Before, chance: random.Random) -> list[Shot]:
+def shoot(child: Process, run: Path, trial: Trial, before: Before, chance: random.Random, *, told: bool) -> list[Shot]:
     """Send a signal, or two shortly after one another, or one again and again until the process has ended.
 
-    Return those that it was there for.
+    Return those that it was there for. Where it holds rows back, so that they are not `told`, any step may be meant.
     """
     first = chance.choice((SIGTERM, SIGINT, SIGUSR1, SIGUSR2))
     second = chance.choice((first, SIGTERM, SIGINT, SIGUSR1, SIGUSR2))
     plans: tuple[Iterable[Signals], ...] = ([first], [first, second], itertools.repeat(first))
     pause, shots = chance.choice((0, 0.002, 0.02)), []
     for number in chance.choices(plans, weights=(3, 2, 1))[0]:
-        training, row_before = before.began(run), newest_row(run, trial)
+        training, row_before = before.began(run), newest_row(run, trial) if told else trial.config["initial_step"]
         if not child.kill(number):
             break
-        shots.append(Shot(number, training, row_before, newest_row(run, trial)))
+        shots.append(Shot(number, training, row_before, newest_row(run, trial) if told else trial.last_step))
         if not child.running(after=pause * chance.random()):
             break
     return shots

@@ -127,7 +127,8 @@ def stop_segments(cluster: Cluster, stop: Callable[[], object], times: int = 1, 
 def ends_as_the_unbroken(cluster: Cluster, job: str, run: Path, unbroken: Path, stopped: int = 1) -> None:
     until(lambda: cluster.job(job)["JobState"] in ENDS, "the end of the job")
     facts = cluster.job(job)
-    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", str(max(stopped, 1))), said(cluster)
+    ended = (facts["JobState"], facts["ExitCode"], facts["Restarts"])
+    assert ended == ("COMPLETED", "0:0", str(max(stopped, 1))), said(cluster)
     starts = [row["step"] for row in events(run, "start")]
     assert starts == sorted({0, *starts}), said(cluster)
     assert starts[-1] < LAST

@@ -1,0 +1,335 @@
+"""Who computes a step: this process alone, or the ranks of an MPI job together.
+
+This is the only file that loads mpi4py, and only where a launcher started this process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from stepctl import extras
+from stepctl.errors import ConfigError, NonFiniteError, StepctlError
+
+if TYPE_CHECKING:
+    from stepctl.arena import Arena, Array, TreeSum
+    from stepctl.window import Window
+
+# What launchers tell each process: Hydra (MPICH, Intel MPI) and Slurm's pmi2; Open MPI; Slurm's pmix.
+_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_FAILED = -1  # where others tell a signal's number, or 0
+_EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of sleep between two looks
+_AT_ONCE = 1 << 28  # elements that are sent together
+_LOST = 1  # the tag of what a rank that cannot go on tells rank 0
+
+Row = dict[str, float]
+
+
+class Order(IntEnum):
+    """What rank 0 tells the others to do next."""
+
+    END = 0
+    PIN = 1
+    TRAIN = 2
+    STEP = 3
+
+
+class RankError(StepctlError):
+    """Another rank failed; rank 0 has the state of the last whole step."""
+
+
+class SaidElsewhere(ConfigError):
+    """What is wrong here is wrong in rank 0 too, which says it."""
+
+
+class Comm:
+    """One process, alone: rank 0 of 1. The ranks of a job are a `World`."""
+
+    rank, size = 0, 1
+
+    def mine(self, parts: int) -> range:
+        """Return which of so many equal parts of a batch are this rank's: as many for each, one after another."""
+        each = parts // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def refuse_uneven(self, parts: int) -> None:
+        """Raise ConfigError if so many shards cannot be dealt out evenly."""
+        if parts % self.size:
+            allowed = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+            raise ConfigError(
+                f"data.shards: {parts} cannot be dealt out evenly to {self.size} processes; start as many as divide "
+                f"it ({allowed}), or start a new run with data.shards a multiple of {self.size}"
+            )
+
+    def tree_sum(self, layout: Arena, parts: int) -> TreeSum:
+        """Return the sum over all parts, to which this rank adds its own."""
+        from stepctl.arena import TreeSum
+
+        return TreeSum(layout)
+
+    def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
+        """Return every rank's rows in order, `parts` of each with these names; raise in every rank if one failed.
+
+        Where there is an `error`, that is raised, and RankError elsewhere.
+        """
+        if error is not None:
+            raise error
+        return rows
+
+    def lead(self, order: Order, value: int = 0) -> None:
+        """Tell the other ranks what to do next."""
+
+    def share(self, value: Any = None) -> Any:
+        """Return rank 0's value, something small, in every rank."""
+        return value
+
+    def collect(self, value: Any) -> list[Any]:
+        """Return the ranks' values, something small, in every rank."""
+        return [value]
+
+    def copy(self, values: Array) -> None:
+        """Give a 1-D array in every rank the values that it has in rank 0."""
+
+    def signals(self) -> set[int]:
+        """Return the signals that came to other ranks, as far as known, once."""
+        return set()
+
+    def neighbours(self) -> int:
+        """Return how many of the job's processes share this one's cores, itself included."""
+        return 1
+
+    def end(self, code: int, *, failed: bool) -> None:
+        """Let the other ranks end too, with this exit code; at once if this one failed."""
+
+
+ALONE = Comm()
+_world: list[Comm] = []
+
+
+def world() -> Comm:
+    """Return the job that this process was started in; ConfigError if its MPI cannot be loaded, or is another."""
+    if not _world:
+        _world.append(_joined() if is_rank() else ALONE)
+    return _world[0]
+
+
+def is_rank() -> bool:
+    """Tell whether a launcher of MPI jobs started this process."""
+    return any(name in os.environ for name in _RANKS)
+
+
+def is_first() -> bool:
+    """Tell whether this process speaks for its job: it is rank 0, or no job's."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+
+
+def end(code: int, *, failed: bool) -> None:
+    """End the job that `world` found, if it was asked for."""
+    for comm in _world:
+        comm.end(code, failed=failed)
+
+
+def _joined() -> Comm:
+    # what is not told is 0
+    started = next((int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdecimal()), 0)
+    if started == 1:
+        return ALONE
+    try:
+        return _loaded(started)
+    except ConfigError as error:
+        if is_first():
+            raise
+        raise SaidElsewhere(str(error)) from error
+
+
+def _loaded(started: int) -> Comm:
+    os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")
+    extras.require("mpi4py", "mpi").rc(thread_level="funneled")  # the thread that writes checkpoints calls no MPI
+    mpi = extras.require("mpi4py.MPI", "mpi")
+    if mpi.COMM_WORLD.size == 1 < started:
+        library = mpi.Get_library_version().split("\n")[0].strip("\0 ")
+        raise ConfigError(
+            f"{started} processes were started together, but to mpi4py's MPI ({library}) each is alone: start them "
+            "with the mpiexec of that MPI, or install mpi4py for the MPI of your mpiexec"
+        )
+    return World(mpi) if mpi.COMM_WORLD.size > 1 else ALONE
+
+
+class World(Comm):
+    """The ranks of an MPI job. Rank 0 leads: it says what comes next, and it alone writes files."""
+
+    def __init__(self, mpi: Any) -> None:
+        self._mpi, self._comm = mpi, mpi.COMM_WORLD
+        self._parent = os.getppid()
+        self._orders = self._comm.Dup()  # so that a rank that cannot take part in a step can still follow
+        self.rank, self.size = self._comm.rank, self._comm.size
+        self._untold: deque[int] = deque()  # signals that came to this rank
+        self.agreed: Exception | None = None  # the newest error that every rank knows of
+        self._signals: set[int] = set()
+        self._windows: list[Any] = []  # every rank's, open
+        here = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
+        cores = here.allgather(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None)
+        self._neighbours: int = cores.count(cores[here.rank])
+        self._one_host = here.size == self.size
+        here.Free()
+
+    def tree_sum(self, layout: Arena, parts: int) -> TreeSum:
+        from stepctl.exchange import MessagedSum, SharedSum
+
+        each = parts // self.size
+        leaves = [range(rank * each, (rank + 1) * each) for rank in range(self.size)]
+        n_bytes = SharedSum.n_bytes(layout, leaves)
+        if not self.share(self._one_host and _room(n_bytes * self.size)):
+            return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
+        window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
+        window.Lock_all()
+        self._windows.append(window)
+        return SharedSum(layout, self._comm, leaves, self._wait, window)
+
+    def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
+        import numpy as np
+
+        table = np.zeros((self.size, 1 + parts * len(names)))
+        mine = table[self.rank]
+        mine[0] = _FAILED if error is not None else self._signal()
+        if error is None:
+            mine[1:] = [row[name] for row in rows for name in names]
+        self._wait(self._comm.Iallgather(self._mpi.IN_PLACE, table))
+        codes = table[:, 0].astype(int).tolist()
+        if _FAILED in codes:
+            self._fail(codes.index(_FAILED), error)
+        self._signals |= {code for code in codes if code}
+        return [dict(zip(names, row, strict=True)) for row in table[:, 1:].reshape(-1, len(names)).tolist()]
+
+    def _fail(self, rank: int, error: Exception | None) -> NoReturn:
+        """Raise this rank's own error, or what the first rank that has one says of it: of one kind in every rank."""
+        mine = (_host(), type(error).__name__, str(error), isinstance(error, NonFiniteError))
+        host, name, text, skippable = self._comm.bcast(mine if rank == self.rank else None, rank)
+        told = (NonFiniteError if skippable else RankError)(f"rank {rank} on {host}: {name}: {text}")
+        self.agreed = error if error is not None and isinstance(error, NonFiniteError) == skippable else told
+        raise self.agreed
+
+    def give_up(self, why: str) -> None:
+        """Tell rank 0 that this rank can make no step any more; from now on it may only follow."""
+        self._lost = self._comm.isend(why, 0, _LOST)
+
+    def lead(self, order: Order, value: int = 0) -> None:
+        self._hear()
+        # not NumPy's: it may not be loaded yet
+        self._wait(self._orders.Ibcast(array("q", [order, value])))
+
+    def follow(self) -> tuple[Order, int]:
+        """Return rank 0's next order; wait for it."""
+        told = array("q", [0, 0])
+        self._wait(self._orders.Ibcast(told))
+        return Order(told[0]), told[1]
+
+    def share(self, value: Any = None) -> Any:
+        return self._comm.bcast(value)
+
+    def collect(self, value: Any) -> list[Any]:
+        self._wait(self._comm.Ibarrier())
+        found = self._comm.allgather((self._signal(), value))
+        self._signals |= {number for number, _ in found if number}
+        return [value for _, value in found]
+
+    def window(self, n_bytes: int) -> Window:
+        """Return memory of rank 0's, of so many bytes, that every rank can read and write; for all together."""
+        from stepctl.window import Window
+
+        size = Window.size(n_bytes) if self.rank == 0 else 0
+        window = self._mpi.Win.Allocate(size, 1, comm=self._comm)
+        window.Lock_all()
+        self._windows.append(window)
+        return Window(window, self._mpi.SUM)
+
+    def copy(self, values: Array) -> None:
+        for start in range(0, values.size, _AT_ONCE):
+            self._wait(self._comm.Ibcast(values[start : start + _AT_ONCE]))
+
+    def signals(self) -> set[int]:
+        heard, self._signals = self._signals, set()
+        return heard
+
+    def take_signals(self) -> None:
+        """From now on, tell the others of signals that come to this rank."""
+
+        def take(number: int, frame: object) -> None:
+            self._untold.append(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, take)
+
+    def signalled(self) -> bool:
+        """Tell whether a signal came to this rank that the others do not know of yet."""
+        return bool(self._untold)
+
+    def _signal(self) -> int:
+        return self._untold.popleft() if self._untold else 0
+
+    def neighbours(self) -> int:
+        return self._neighbours
+
+    def _wait(self, request: Any) -> None:
+        """Wait for a request of MPI's, which itself would hold the core.
+
+        RankError in rank 0 if another gave up; in any if the launcher is gone, and with it whoever could end this job.
+        """
+        until(request.Test, self._hear)
+
+    def _hear(self) -> None:
+        if self._orphaned():
+            raise RankError("what started this process was killed; start the job again, with resume")
+        if self.rank == 0 and self._comm.Iprobe(tag=_LOST):
+            raise RankError(self._comm.recv(tag=_LOST))
+
+    def _orphaned(self) -> bool:
+        return os.getppid() != self._parent
+
+    def end(self, code: int, *, failed: bool) -> None:
+        if self._orphaned():
+            os._exit(code)  # MPI would wait for the launcher
+        if not failed:
+            if self.rank == 0:
+                self.lead(Order.END, code)
+            for window in self._windows:
+                window.Unlock_all()
+                window.Free()
+            return
+        # what MPI says of an end such as this is no news: the error was told
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        self._comm.Abort(code)
+
+
+def until(ready: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Wait, and leave the core to others that need it; if it takes long, `meanwhile` is called now and then."""
+    looks = 0
+    while not ready():
+        looks += 1
+        if looks < _EAGER:
+            os.sched_yield()
+        else:
+            time.sleep(_REST)
+            meanwhile()
+
+
+def _room(n_bytes: int) -> bool:
+    """Tell whether there is so much shared memory: a process that touches more than there is ends."""
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return False
+    return status.f_bavail * status.f_frsize > 1.1 * n_bytes
+
+
+def _host() -> str:
+    return os.uname().nodename

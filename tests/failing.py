@@ -1,0 +1,113 @@
+"""Parts of a training that fail in one rank of a job, as a node's own disk, or memory, or library makes them fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from stepctl.arena import Arena, Array, Shape, Workspace
+from stepctl.data.base import Source, Sources, Targets
+from stepctl.data.digits import digits
+from stepctl.errors import DataError, NonFiniteError
+from stepctl.models.base import Backward
+from stepctl.optimizers.base import Tick
+from stepctl.optimizers.sgd import SGD
+from stepctl.tasks.supervised import Classification
+from user_model import TwoLayers
+
+ERRORS: dict[str, Callable[[str], BaseException]] = {
+    "value": ValueError,
+    "data": DataError,
+    "not finite": NonFiniteError,
+    "exit": SystemExit,
+    "interrupt": KeyboardInterrupt,
+}
+
+
+class Fault:
+    """Raises at the so-manieth time it is asked, in one rank; `hard` ends the process without a word."""
+
+    def __init__(self, rank: int, time: int, error: str) -> None:
+        self._left = time if os.environ.get("PMI_RANK", "0") == str(rank) else -1
+        self._error = error
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            if self._error == "hard":
+                os._exit(3)
+            raise ERRORS[self._error]("this node has had enough")
+
+
+class Fails(TwoLayers):
+    """In the so-manieth forward pass of training; or where it is built: at time 0."""
+
+    def __init__(self, *, rank: int, time: int = 5, error: str = "value", input_shape: Shape, n_outputs: int) -> None:
+        super().__init__(input_shape=input_shape, n_outputs=n_outputs)
+        self._fault = Fault(rank, time or 1, error)
+        if time == 0:
+            self._fault()
+
+    def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
+        if workspace.rng is not None:
+            self._fault()
+        return super().forward(params, x, workspace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailsToUpdate(SGD):
+    """In the so-manieth update: its arrays may be torn then."""
+
+    rank: int
+    time: int = 5
+    error: str = "value"
+    fault: list[Fault] = field(default_factory=list, init=False)
+
+    def coefficients(self, tick: Tick) -> tuple[float, ...]:
+        if not self.fault:
+            self.fault.append(Fault(self.rank, self.time + 4, self.error))  # four are a trial's
+        self.fault[0]()
+        return super().coefficients(tick)
+
+
+class FailingSource(Source):
+    """Digits whose so-manieth batch cannot be read."""
+
+    def __init__(self, source: Source, fault: Fault) -> None:
+        self._source, self._fault = source, fault
+        self.origin, self.n = source.origin, source.n
+        self.sample_shape, self.target_shape = source.sample_shape, source.target_shape
+
+    def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
+        self._fault()
+        self._source.read(rows, x, y)
+
+    def slices(self) -> Iterator[tuple[int, Array, Array]]:
+        return self._source.slices()
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+def failing_digits(*, rank: int, time: int = 5, error: str = "data", targets: Targets, dtype: str) -> Sources:
+    """The digits, on a disk that fails in one rank."""
+    return Sources(FailingSource(digits(targets=targets, dtype=dtype).train, Fault(rank, time, error)))
+
+
+def own_digits(*, targets: Targets, dtype: str) -> Sources:
+    """Rank 0's file is there; the other ranks' are not."""
+    rank = os.environ["PMI_RANK"]
+    found = digits(targets=targets, dtype=dtype)
+    if rank != "0":
+        np.load(f"digits-{rank}.npz")
+    return found
+
+
+class Indivisible(Classification):
+    """A task whose step computes all of a batch by itself."""
+
+    divisible = False

@@ -1,0 +1,210 @@
+"""Promise 6: with the same shards, the number of ranks does not change one bit, wherever a run stops and goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers import BASE, make_config, rows, train
+from jobs import HERE, launcher, needs_mpi, run_python
+from stepctl.rundir import RunDirectory
+
+Figure = Callable[[str, int], None]
+pytestmark = needs_mpi
+DIGITS = {"name": "digits", "batch_size": 48, "validation_fraction": 0.9}
+SHORT = {"stop": {"last_step": 12}, "log": {"every": 1}, "checkpoint": {"every": 3, "keep_last": None}}
+WGAN = {
+    "model": {
+        "critic": {"name": "mlp", "hidden": [8], "activation": "leaky_relu"},
+        "generator": {"name": "mlp", "hidden": [8], "output": "sigmoid"},
+    },
+    "optimizer": {name: {"name": "adam", "learning_rate": 0.001} for name in ("critic", "generator")},
+}
+MOMENTUM = {"name": "sgd", "learning_rate": {"name": "cosine", "peak": 0.1, "decay_steps": 20}, "momentum": 0.9}
+OPTIMIZERS = {"adam": BASE["optimizer"], "momentum": MOMENTUM}
+SKIPPING = {
+    "on_nonfinite": "skip",
+    "data": {"name": "arrays", "path": "spoiled.npz", "batch_size": 8, "shards": 4},
+    "model": {"name": "linear"},
+    "task": {"name": "regression"},
+    "evaluate": {"every": None},
+}
+
+
+def sharded(shards: int, **sections: Any) -> dict[str, Any]:
+    """Return a config that differs from the others' in these sections."""
+    return BASE | SHORT | {"data": DIGITS | {"shards": shards}} | sections
+
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {  # name -> ranks, config
+    "adam, 8 shards": (2, sharded(8)),
+    "momentum, 8 shards": (4, sharded(8, optimizer=MOMENTUM)),
+    "one subtree is no whole half: 6 shards": (2, sharded(6)),
+    "3 shards each: 12 shards": (4, sharded(12)),
+    "one shard each": (4, sharded(4)),
+    "float64": (2, sharded(4, dtype="float64")),
+    "gradient penalty": (2, sharded(4, task={"name": "wgan", "latent": 4, "gradient_penalty": 10.0}, **WGAN)),
+    "weight clip": (2, sharded(4, task={"name": "wgan", "n_critic": 2, "latent": 4, "weight_clip": 0.05}, **WGAN)),
+    "clipped, averaged, means, norms": (
+        2,
+        sharded(
+            4,
+            optimizer={"name": "adamw", "learning_rate": 0.01, "clip_norm": 0.5, "weight_decay": 0.1},
+            ema={"decay": 0.9},
+            log={"every": 2, "means": True, "norms": True},
+            evaluate={"every": 5, "ema": True},
+        ),
+    ),
+    "a batch that one rank cannot use is skipped by all": (4, BASE | SHORT | SKIPPING),
+    "stopped early": (2, sharded(2, stop={"last_step": 40, "early_stopping": {"patience": 1, "min_delta": 9.0}})),
+}
+
+
+# --- trainings
+
+
+def do(kind: str, ranks: int, items: list[Any], folder: Path, *, messages: bool = False) -> str:
+    """Have ranks do their work; return what they printed."""
+    work = folder / f"work-{ranks}-{len(list(folder.glob('work-*')))}.json"
+    work.write_text(json.dumps({"messages": messages, "items": items}))
+    done = run_python(launcher(ranks), HERE / "rank_work.py", kind, work, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def placed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a config whose data are in a folder; make those of which a few are too large to learn from."""
+    if "path" not in config["data"]:
+        return config
+    generator, path = np.random.default_rng(0), folder / "spoiled.npz"
+    if not path.exists():
+        x, y = generator.normal(size=(64, 3)), generator.normal(size=(64, 1))
+        x[[3, 17, 40]] = 1e38
+        np.savez(path, x=x.astype("f4"), y=y.astype("f4"))
+    return config | {"data": config["data"] | {"path": str(path)}}
+
+
+def files(run: Path) -> dict[str, str]:
+    """Return the digest of every checkpoint, whole: state, config, numerics."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (run / "checkpoints").iterdir()}
+
+
+def training(run: Path, config: dict[str, Any] | None, stop: int | None = None) -> dict[str, Any]:
+    """Return what a job is told to do: to begin a run, or without a config to go on with it."""
+    return {"path": str(run), "config": config, "stop": stop}
+
+
+def new_run(folder: Path) -> Path:
+    """Return where a run can be made; all have one name, which is in their checkpoints."""
+    folder.mkdir(parents=True)
+    return folder / "run"
+
+
+def unbroken(config: dict[str, Any], folder: Path) -> Path:
+    """Return the run of one process that was never stopped."""
+    train(make_config(**config), new_run(folder))
+    return folder / "run"
+
+
+def assert_as_unbroken(run: Path, alone: Path) -> None:
+    assert rows(run) == rows(alone)
+    assert files(run) == files(alone)
+
+
+@pytest.mark.parametrize(("ranks", "messages"), [(2, False), (4, True)], ids=["2 in shared memory", "4 by messages"])
+def test_the_ranks_give_the_bits_and_rows_of_one_process(ranks: int, messages: bool, tmp_path: Path) -> None:
+    configs = {name: placed(config, tmp_path) for name, (wanted, config) in CASES.items() if wanted == ranks}
+    items = [training(new_run(tmp_path / name), config) for name, config in configs.items()]
+    do("trainings", ranks, items, tmp_path, messages=messages)
+    for item, (name, config) in zip(items, configs.items(), strict=True):
+        alone = unbroken(config, tmp_path / f"alone, {name}")
+        assert len(files(alone)) >= 2, name
+        assert_as_unbroken(Path(item["path"]), alone)
+
+
+def test_the_cases_are_what_they_are_called(tmp_path: Path) -> None:
+    """A batch that nobody skipped, or a run that went to its end, would prove nothing."""
+    for name, event in (("a batch that one rank cannot use is skipped by all", "skipped_batches"),):
+        path = unbroken(placed(CASES[name][1], tmp_path), tmp_path / name)
+        assert any(event in row for row in RunDirectory(path).read_ledger())
+    assert max(files(unbroken(CASES["stopped early"][1], tmp_path / "early"))) < "step-00000040.h5"
+
+
+def test_resumed_with_other_numbers_of_ranks_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    change_ranks(0, ("adam", "momentum"), [2, 4, 1], tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_number_of_ranks_gives_the_same_bits(ranks: int, optimizer: str, tmp_path: Path, figure: Figure) -> None:
+    config = sharded(8, optimizer=OPTIMIZERS[optimizer])
+    alone = unbroken(config, tmp_path / "alone")
+    for messages in (False, True):
+        item = training(new_run(tmp_path / f"messages {messages}"), config)
+        do("trainings", ranks, [item], tmp_path, messages=messages)
+        assert_as_unbroken(Path(item["path"]), alone)
+        figure("runs on several ranks", 1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_resumed_again_and_again_with_any_number_of_ranks(seed: int, tmp_path: Path, figure: Figure) -> None:
+    chain = [random.Random(seed).choice((1, 2, 4, 8)) for _ in range(5)]
+    change_ranks(seed, tuple(OPTIMIZERS), chain, tmp_path)
+    figure("changes of the number of ranks", len(chain) * 4)
+
+
+def change_ranks(seed: int, optimizers: tuple[str, ...], chain: list[int], folder: Path) -> None:
+    """Train two runs of each optimizer on ever other numbers of ranks, each stopped at steps of its own."""
+    chance, alone, stops = random.Random(seed), {}, {}
+    for name in optimizers:
+        alone[name] = unbroken(sharded(8, optimizer=OPTIMIZERS[name]), folder / f"alone, {name}")
+        for copy in ("a", "b"):
+            stops[name, new_run(folder / f"{name}, {copy}")] = [*sorted(chance.sample(range(12), len(chain) - 1)), None]
+    for number, ranks in enumerate(chain):
+        items = [
+            training(run, None if number else sharded(8, optimizer=OPTIMIZERS[name]), at[number])
+            for (name, run), at in stops.items()
+        ]
+        do("trainings", ranks, items, folder, messages=chance.random() < 0.5)
+    for name, run in stops:
+        assert rows(run) == rows(alone[name])
+        grid = files(alone[name])
+        assert grid.items() <= files(run).items(), (name, stops[name, run])
+
+
+# --- sums
+
+
+SIZES = (1, 3, 16, 17, 1000, 4099, 20_000)
+
+
+@pytest.mark.parametrize("messages", [False, True], ids=["in shared memory", "by messages"])
+def test_a_sum_over_ranks_has_the_bits_of_the_sum_by_one(messages: bool, tmp_path: Path) -> None:
+    """Sizes that do not divide evenly, and fewer numbers than ranks; shards whose subtrees are of several heights."""
+    sums(3, messages, tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("messages", [False, True], ids=["in shared memory", "by messages"])
+@pytest.mark.parametrize("ranks", [2, 4, 5, 8])
+def test_so_has_any_other_number_of_ranks(ranks: int, messages: bool, tmp_path: Path, figure: Figure) -> None:
+    figure("sums over ranks", sums(ranks, messages, tmp_path))
+
+
+def sums(ranks: int, messages: bool, folder: Path) -> int:
+    """Compare sums; return how many."""
+    items = [(n, ranks * each, dtype) for n in SIZES for each in (1, 2, 3, 5) for dtype in ("float32", "float64")]
+    kind = "MessagedSum" if messages else "SharedSum"
+    assert do("sums", ranks, items, folder, messages=messages).splitlines() == [
+        f"{kind} {n} {p} {d}" for n, p, d in items
+    ]
+    return len(items)
