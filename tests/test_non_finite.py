@@ -15,6 +15,7 @@ from stepctl.config import Config
 from stepctl.errors import NonFiniteError
 from stepctl.run import create
 from stepctl.rundir import RunDirectory
+from stepctl.tasks.base import summed
 from stepctl.trainer import MAX_SKIPPED
 
 
@@ -120,3 +121,10 @@ def test_a_start_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         with pytest.raises(NonFiniteError, match="holds NaN or infinity"):
             segment.train()
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "losses", [(np.inf, -np.inf), (np.inf, np.nan), (1.7e308, 1.7e308, -np.inf), (1.7e308, 1.7e308)]
+)
+def test_shards_whose_losses_have_no_sum_give_a_loss_that_is_not_finite(losses: tuple[float, ...]) -> None:
+    assert not np.isfinite(summed([{"loss": float(loss)} for loss in losses])["loss"])

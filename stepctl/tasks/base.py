@@ -49,7 +49,14 @@ def refuse_unwritten(gradient: Arena, buffers: Arena, whose: str = "model") -> N
 
 def summed(parts: list[Metrics]) -> Metrics:
     """Return the sums of the parts' metrics, exactly rounded, so that the order of the parts does not matter."""
-    return parts[0] if len(parts) == 1 else {name: math.fsum(part[name] for part in parts) for name in parts[0]}
+    return parts[0] if len(parts) == 1 else {name: _sum([part[name] for part in parts]) for name in parts[0]}
+
+
+def _sum(values: list[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):  # infinities of both signs, or beyond the largest number
+        return sum(values)
 
 
 class Task(ABC):
