@@ -95,7 +95,7 @@ class AsyncTrainer(Trainer):
                 self._window.get(self._places[folder], arena.target)  # the arena itself may be being saved
                 arena.turn()
         increments = self.task.increments(counters, self.batches.samples)
-        counters.advance({name: (end - start) * n for name, n in increments.items()})
+        self._count({name: (end - start) * n for name, n in increments.items()})
         return self._summary(tallies, end)
 
     def _summary(self, tallies: list[Tally], end: int) -> Metrics:

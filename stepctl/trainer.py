@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,9 +123,12 @@ class Trainer:
         increments = self.task.increments(counters, self.batches.samples)
         increments[SAMPLES_SEEN] += self._passed_over
         self._in_a_row = self._passed_over = 0
-        counters.advance(increments)
+        self._count(increments)
         self.complete = whole
         return metrics
+
+    def _count(self, increments: Mapping[str, int]) -> None:
+        self.state.counters.advance(increments)
 
     def stop_reason(self) -> StopReason | None:
         """Return why to stop now, or None."""

@@ -43,7 +43,7 @@ numerics: {threads: some}
 sed: 1
 """
 SECTIONS = "seed, dtype, initial_step, data, model, task, optimizer, ema, stop, log, evaluate, samples, checkpoint, "
-SECTIONS += "on_nonfinite, numerics"
+SECTIONS += "on_nonfinite, numerics, distributed"
 SHARED = "batch_size, n_classes, shards, validation_fraction"
 COSINE = "warmup_steps, counter, peak, end, decay_steps"
 SCHEDULES = "constant, exponential, inverse_time, polynomial, piecewise_constant, cosine"
@@ -242,6 +242,7 @@ POLICIES = {
     "on_nonfinite": "live",
     "numerics.threads": "locked",
     "numerics.blas_kernel": "locked",
+    "distributed.mode": "locked",
 }
 
 
@@ -408,6 +409,7 @@ def test_defaults_are_written_out() -> None:
         },
         "on_nonfinite": "stop",
         "numerics": {"threads": "auto", "blas_kernel": "auto"},
+        "distributed": {"mode": "sync"},
     }
 
 

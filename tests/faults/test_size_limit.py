@@ -101,7 +101,7 @@ def test_a_size_limit_at_every_byte_of_a_checkpoint_leaves_the_old_ones(
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(4))
 def test_a_command_under_a_size_limit_fails_cleanly(part: int, tmp_path: Path, figure: Figure) -> None:
-    count, wrong = apart(limit_commands, tmp_path, slice(50 * part, None, 200))
+    count, wrong = apart(limit_commands, tmp_path, slice(100 * part, None, 400))
     assert wrong == []
     figure("commands under a size limit", count)
 
