@@ -55,6 +55,7 @@ _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _FAILED = -1  # where others tell a signal's number, or 0
 _EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of sleep between two looks
 _AT_ONCE = 1 << 28  # elements that are sent together
+_LAST_WORDS = 1.0  # seconds from the last message of a job that fails to its end
 _LOST = 1  # the tag of what a rank that cannot go on tells rank 0
 
 Row = dict[str, float]
@@ -196,6 +197,7 @@ class World(Comm):
     def __init__(self, mpi: Any) -> None:
         self._mpi, self._comm = mpi, mpi.COMM_WORLD
         self._parent = os.getppid()
+        self._torn, self._ended = False, False  # whether rank 0 left a step that others may wait in; whether it is over
         self._orders = self._comm.Dup()  # so that a rank that cannot take part in a step can still follow
         self.rank, self.size = self._comm.rank, self._comm.size
         self._untold: deque[int] = deque()  # signals that came to this rank
@@ -316,6 +318,7 @@ class World(Comm):
         if self._orphaned():
             raise RankError("what started this process was killed; start the job again, with resume")
         if self.rank == 0 and self._comm.Iprobe(tag=_LOST):
+            self._torn = True
             raise RankError(self._comm.recv(tag=_LOST))
 
     def _orphaned(self) -> bool:
@@ -324,9 +327,10 @@ class World(Comm):
     def end(self, code: int, *, failed: bool) -> None:
         if self._orphaned():
             os._exit(code)  # MPI would wait for the launcher
-        if not failed:
-            if self.rank == 0:
-                self.lead(Order.END, code)
+        if self._ended:
+            return
+        self._ended = True
+        if self._all_end(code, failed):
             for window in self._windows:
                 window.Unlock_all()
                 window.Free()
@@ -335,6 +339,23 @@ class World(Comm):
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         self._comm.Abort(code)
+
+    def _all_end(self, code: int, failed: bool) -> bool:
+        """Tell whether all ranks end: one that failed waits a moment for the others, which may be inside a step.
+
+        In that moment the launcher passes on what was said, which it forgets when it is told to abort.
+        """
+        if failed and (self.rank or self._torn):
+            time.sleep(_LAST_WORDS)
+            return False
+        if self.rank == 0:
+            self._orders.Ibcast(array("q", [Order.END, code])).Wait()
+        all_here, end = self._orders.Ibarrier(), time.monotonic() + _LAST_WORDS
+        while not all_here.Test():
+            if failed and time.monotonic() > end:
+                return False
+            time.sleep(_REST)
+        return True
 
 
 def until(ready: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:

@@ -2,8 +2,8 @@
 
     mpiexec -n 2 python rank_work.py trainings WORK.json          # or: sums WORK.json
 
-WORK.json holds `messages` (whether sums go by messages on one host too) and `items`. A training is a dict of `path`,
-`config` (None: resume) and `stop` (a step to be stopped at, or None); a sum is [elements, parts, dtype].
+WORK.json is a list. A training is a dict of `path`, `config` (None: resume), `stop` (a step to be stopped at, or None)
+and `messages` (whether sums go by messages on one host too); a sum has `elements`, `parts`, `dtype` and `messages`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from typing import Any
 
 import numpy as np
 
-from stepctl import comm, ranks, run, yamlio
-from stepctl import config as configs
+from stepctl import comm
 from stepctl.arena import Arena, TreeSum
 from stepctl.comm import Comm, Order, World
-from stepctl.hooks.stop import StopAtStep
-from stepctl.rundir import RunDirectory
 
 
 def main() -> None:
     kind, path = sys.argv[1:]
-    work = json.loads(Path(path).read_text())
     world = comm.world()
-    if isinstance(world, World) and work["messages"]:
-        world._one_host = False
-    for item in work["items"]:
+    for item in json.loads(Path(path).read_text()):
+        if isinstance(world, World):
+            world._one_host = not item["messages"]
         {"trainings": training, "sums": check_sum}[kind](world, item)
 
 
 def training(world: Comm, item: dict[str, Any]) -> None:
+    from stepctl import config as configs
+    from stepctl import ranks, run, yamlio
+    from stepctl.hooks.stop import StopAtStep
+    from stepctl.rundir import RunDirectory
+
     if isinstance(world, World) and world.rank:
         ranks.follow(world)
         return
@@ -48,13 +49,12 @@ def training(world: Comm, item: dict[str, Any]) -> None:
     world.lead(Order.END)
 
 
-def check_sum(world: Comm, item: tuple[int, int, str]) -> None:
+def check_sum(world: Comm, item: dict[str, Any]) -> None:
     """Raise AssertionError, in any rank, if it has other bits than the sum by one process alone; print the sum's kind.
 
     Twice, with a sum between them that is given up.
     """
-    elements, parts, dtype = item
-    layout = Arena({"a": (elements,)}, dtype)
+    parts, layout = item["parts"], Arena({"a": (item["elements"],)}, item["dtype"])
     alone, together = TreeSum(layout), world.tree_sum(layout, parts)
     for number in range(3):
         for part in range(parts):
@@ -71,7 +71,7 @@ def check_sum(world: Comm, item: tuple[int, int, str]) -> None:
         expected = alone.total()
         assert number == 1 or together.total().same_bits(expected), f"rank {world.rank}: {item}"
     if world.rank == 0:
-        print(type(together).__name__, *item)
+        print(type(together).__name__)
 
 
 def fill(leaf: Arena, number: int, part: int) -> None:
