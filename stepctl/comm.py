@@ -56,7 +56,7 @@ _FAILED = -1  # where others tell a signal's number, or 0
 _EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of sleep between two looks
 _AT_ONCE = 1 << 28  # elements that are sent together
 _LAST_WORDS = 1.0  # seconds from the last message of a job that fails to its end
-_LOST = 1  # the tag of what a rank that cannot go on tells rank 0
+_LOST, _ENDING = 1, 2  # the tags of what a rank tells rank 0: that it cannot go on, that it ends as it was told to
 
 Row = dict[str, float]
 
@@ -345,17 +345,20 @@ class World(Comm):
 
         In that moment the launcher passes on what was said, which it forgets when it is told to abort.
         """
-        if failed and (self.rank or self._torn):
-            time.sleep(_LAST_WORDS)
-            return False
+        if self.rank and not failed:
+            self._comm.send(None, 0, _ENDING)
+            return True
         if self.rank == 0:
             self._orders.Ibcast(array("q", [Order.END, code])).Wait()
-        all_here, end = self._orders.Ibarrier(), time.monotonic() + _LAST_WORDS
-        while not all_here.Test():
-            if failed and time.monotonic() > end:
-                return False
+        awaited, end = self.size - 1, time.monotonic() + _LAST_WORDS
+        while (not failed or time.monotonic() < end) and not self._orphaned():
+            if self.rank == 0 and self._comm.Iprobe(tag=_ENDING):
+                self._comm.recv(tag=_ENDING)
+                awaited -= 1
+            if awaited == 0 and not self._torn:
+                return True
             time.sleep(_REST)
-        return True
+        return False
 
 
 def until(ready: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
