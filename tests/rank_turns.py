@@ -18,4 +18,6 @@ for _ in range(int(sys.argv[1])):
 world.collect(None)
 if world.rank == 0:
     print(window.add(Cell.DONE))
+else:
+    world.follow()  # rank 0's word that it is over
 comm.end(0, failed=False)

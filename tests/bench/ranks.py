@@ -74,6 +74,8 @@ def rank(options: argparse.Namespace) -> None:
         found |= exchanges(comm, made.state.params, options.shards)
     if comm.rank == 0:
         print(json.dumps(found), flush=True)
+    else:
+        comm.follow()  # rank 0's word that it is over
     comms.end(0, failed=False)
 
 
