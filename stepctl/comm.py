@@ -325,12 +325,13 @@ class World(Comm):
         return os.getppid() != self._parent
 
     def end(self, code: int, *, failed: bool) -> None:
-        if self._orphaned():
-            os._exit(code)  # MPI would wait for the launcher
         if self._ended:
             return
         self._ended = True
-        if self._all_end(code, failed):
+        all_end = self._all_end(code, failed)
+        if self._orphaned():
+            os._exit(code)  # MPI would wait for the launcher
+        if all_end:
             for window in self._windows:
                 window.Unlock_all()
                 window.Free()
@@ -345,13 +346,17 @@ class World(Comm):
 
         In that moment the launcher passes on what was said, which it forgets when it is told to abort.
         """
+        if self._orphaned():
+            return False
         if self.rank and not failed:
             self._comm.send(None, 0, _ENDING)
             return True
         if self.rank == 0:
             self._orders.Ibcast(array("q", [Order.END, code])).Wait()
         awaited, end = self.size - 1, time.monotonic() + _LAST_WORDS
-        while (not failed or time.monotonic() < end) and not self._orphaned():
+        while not failed or time.monotonic() < end:
+            if self._orphaned():
+                return False
             if self.rank == 0 and self._comm.Iprobe(tag=_ENDING):
                 self._comm.recv(tag=_ENDING)
                 awaited -= 1
