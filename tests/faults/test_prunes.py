@@ -27,8 +27,8 @@ START_UP = 0.04  # seconds, or so, from the first line of a prune to its last
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Gated:
-    """A run with a checkpoint at every step, of which a prune leaves one."""
-    every = {"every": 1, "keep_last": None}
+    """A run with a checkpoint at every other step, of which a prune leaves one; none at the gate's own."""
+    every = {"every": 2, "keep_last": None}
     return make_gated(tmp_path_factory.mktemp("prunes") / "gated", random.Random(1), checkpoint=every)
 
 
