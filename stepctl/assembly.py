@@ -30,7 +30,7 @@ from stepctl.models.base import Ends, Model
 from stepctl.optimizers.base import Optimizer
 from stepctl.problems import did_you_mean, in_one_line, reason
 from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, TrainState
-from stepctl.tasks.base import Mode, Task
+from stepctl.tasks.base import Mode, OneUpdate, Task
 from stepctl.tasks.learner import Learner
 from stepctl.writers import beside
 from stepctl.writers.rows import Rows
@@ -157,7 +157,7 @@ def _task(config: Config) -> Task:
 def _share_out(config: Config, task: Task, comm: Comm) -> None:
     """Let the processes share the task's steps; ConfigError if they cannot."""
     if config.distributed.mode == "async":
-        if not task.asynchronous:
+        if not isinstance(task, OneUpdate):
             raise ConfigError(f"distributed.mode: {config.task.name} has more than one update a step; use sync")
         return
     comm.refuse_uneven(config.data.shards)

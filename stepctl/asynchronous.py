@@ -19,16 +19,19 @@ from stepctl.config import Cadence
 from stepctl.data.batches import TrainingBatches
 from stepctl.hooks.base import Hook
 from stepctl.state import GLOBAL_STEP, Counters, TrainState
-from stepctl.tasks.base import Metrics, Task
+from stepctl.tasks.base import Metrics, OneUpdate
 from stepctl.trainer import StopRule, Trainer
 from stepctl.window import Cell, Window
 
 
 def next_cut(step: int, cadences: Iterable[Cadence], *, target: int, first_step: int) -> int:
-    """Return the next global step at which something is to be logged, evaluated or saved, or the target."""
+    """Return the next global step at which something is to be logged, evaluated or saved, or the target.
+
+    What goes by another counter comes at the cut at which that has come to its value, or past it.
+    """
     steps = [target, *([first_step] if step < first_step else [])]
     for cadence in cadences:
-        if cadence.every is not None:
+        if cadence.every is not None and cadence.counter == GLOBAL_STEP:
             steps.append(step + cadence.every - (step - cadence.offset) % cadence.every)
     return min(steps)
 
@@ -54,7 +57,7 @@ class AsyncTrainer(Trainer):
 
     def __init__(
         self,
-        task: Task,
+        task: OneUpdate,
         batches: TrainingBatches,
         state: TrainState,
         *,
@@ -65,7 +68,7 @@ class AsyncTrainer(Trainer):
         hooks: Sequence[Hook] = (),
     ) -> None:
         super().__init__(task, batches, state, stop=stop, hooks=hooks)
-        self._comm, self._cut, self._urgent = comm, cut, urgent
+        self._one, self._comm, self._cut, self._urgent = task, comm, cut, urgent
         self._mine = {folder: arena.like() for folder, arena in state.arenas.items()}
         ends = [0, *accumulate(arena.n_bytes for arena in state.arenas.values())]
         self._places = dict(zip(state.arenas, ends, strict=False))
@@ -89,13 +92,15 @@ class AsyncTrainer(Trainer):
             self._window.set(Cell.LIMIT, self._cut(start))
         self._comm.share()  # nobody begins before the limit is set
         tallies = self._comm.collect(self._interval())
-        end = self._window.add(Cell.DONE)
+        end, whole = self._window.add(Cell.DONE), self.complete
+        self.complete = False  # an interrupt may come anywhere
         if self._comm.rank == 0:
             for folder, arena in self.state.arenas.items():
                 self._window.get(self._places[folder], arena.target)  # the arena itself may be being saved
                 arena.turn()
         increments = self.task.increments(counters, self.batches.samples)
         self._count({name: (end - start) * n for name, n in increments.items()})
+        self.complete = whole
         return self._summary(tallies, end)
 
     def _summary(self, tallies: list[Tally], end: int) -> Metrics:
@@ -126,11 +131,9 @@ class AsyncTrainer(Trainer):
 
     def _ticket(self) -> int | None:
         with self._window.exclusive():
-            return (
-                self._window.add(Cell.TICKET, 1)
-                if self._window.add(Cell.TICKET) < self._window.add(Cell.LIMIT)
-                else None
-            )
+            if self._window.add(Cell.TICKET) == self._window.add(Cell.LIMIT):
+                return None
+            return self._window.add(Cell.TICKET, 1)
 
     def _update(self, state: TrainState, counts_at: Callable[[int], dict[str, int]], tally: Tally) -> None:
         """Make one update, on the batch and with the random numbers that the state's counters say."""
@@ -138,11 +141,11 @@ class AsyncTrainer(Trainer):
         with self._window.exclusive():
             seen = self._window.add(Cell.DONE)
             self._read({"params": self._mine["params"]})
-        gradient, metrics = self.task.gradient(state, batch)
+        gradient, metrics = self._one.gradient(state, batch)
         with self._window.exclusive():
             done = self._window.add(Cell.DONE)
             self._read(self._mine)
-            metrics |= self.task.apply(state, gradient, counts_at(done))
+            metrics |= self._one.apply(state, gradient, counts_at(done))
             self._write(self._mine)
             self._window.add(Cell.DONE, 1)
         tally.updates, tally.staleness = tally.updates + 1, tally.staleness + done - seen

@@ -16,6 +16,7 @@ from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.signals import Signals
 from stepctl.problems import in_one_line
 from stepctl.state import Counters, TrainState
+from stepctl.tasks.base import OneUpdate
 from stepctl.trainer import StopRule, Trainer
 
 
@@ -47,10 +48,10 @@ def leader(
 ) -> Trainer:
     """Return rank 0's trainer, which the others follow; they must have been mustered."""
     comm, config = assembly.comm, assembly.config
-    parts = (assembly.task, assembly.training, assembly.state)
+    task, parts = assembly.task, (assembly.training, assembly.state)
     stop = [Lead(comm, rules, signals)]
-    if not (isinstance(comm, World) and config.distributed.mode == "async"):
-        return Trainer(*parts, stop=stop, hooks=hooks, skip=skip)
+    if not (isinstance(comm, World) and isinstance(task, OneUpdate) and config.distributed.mode == "async"):
+        return Trainer(task, *parts, stop=stop, hooks=hooks, skip=skip)
 
     def cut(step: int) -> int:
         return next_cut(step, config.cadences().values(), target=target, first_step=config.initial_step + 1)
@@ -58,7 +59,7 @@ def leader(
     def urgent() -> bool:
         return any(rule.reason(assembly.state.counters) is not None for rule in rules)
 
-    return AsyncTrainer(*parts, comm=comm, cut=cut, urgent=urgent, stop=stop, hooks=hooks)
+    return AsyncTrainer(task, *parts, comm=comm, cut=cut, urgent=urgent, stop=stop, hooks=hooks)
 
 
 def muster(assembly: Assembly) -> list[str]:
@@ -124,10 +125,10 @@ def _enlist(comm: World) -> Trainer | None:
         return None
     _copy(comm, assembly.state)
     assembly.state.counters = Counters(counters)
-    parts = (assembly.task, assembly.training, assembly.state)
-    if assembly.config.distributed.mode == "async":
-        return AsyncTrainer(*parts, comm=comm)
-    return Trainer(*parts, stop=[], skip=_pass_over if assembly.config.on_nonfinite == "skip" else None)
+    task, parts = assembly.task, (assembly.training, assembly.state)
+    if isinstance(task, OneUpdate) and assembly.config.distributed.mode == "async":
+        return AsyncTrainer(task, *parts, comm=comm)
+    return Trainer(task, *parts, stop=[], skip=_pass_over if assembly.config.on_nonfinite == "skip" else None)
 
 
 def _pass_over(why: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from stepctl.config import Config, Stop
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.state import TrainState
+from stepctl.trainer import Trainer
 
 BASE: dict[str, Any] = {
     "seed": 1,
@@ -66,3 +68,18 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """Return the metrics rows of a run without the time they took."""
     lines = (path / "metrics.jsonl").read_text().splitlines()
     return [{key: item for key, item in json.loads(line).items() if key != "samples_per_second"} for line in lines]
+
+
+def most_allocated(trainer: Trainer, *, steps: int) -> int:
+    """Return the most bytes that one of the next steps had beside what was there before it."""
+    most = 0
+    tracemalloc.start()
+    try:
+        for _ in range(steps):
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            trainer.step()
+            most = max(most, tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    return most

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from helpers import make_config, resume, rows, train
+from helpers import make_config, most_allocated, resume, rows, train
 from stepctl import run
 from stepctl.arena import Arena
 from stepctl.assembly import Assembly, prepare
@@ -231,15 +230,7 @@ def test_after_the_first_a_step_allocates_no_array_larger_than_the_labels(held: 
     # scores and norms, a number for each row, and NumPy's own buffers; a number for each row and feature breaks it
     bound = 2 * rows * 2 * 8 + np.getbufsize() * 4 + 16 * 1024
     assert bound < rows * 64 * 4
-    tracemalloc.start()
-    try:
-        for _ in range(4):
-            before, _ = tracemalloc.get_traced_memory()
-            tracemalloc.reset_peak()
-            trainer.step()
-            assert tracemalloc.get_traced_memory()[1] - before < bound
-    finally:
-        tracemalloc.stop()
+    assert most_allocated(trainer, steps=4) < bound
 
 
 # --- bad input

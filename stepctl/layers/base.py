@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -80,6 +81,22 @@ class Elementwise(Layer):
         carried = back(array, {})
         assert carried is not None
         return carried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Layer):
+    """A layer that normalises, and then scales and shifts each feature."""
+
+    name: str
+    n_features: int
+    epsilon: float = 1e-5
+
+    def parameter_shapes(self) -> dict[str, Shape]:
+        return {f"{self.name}/scale": (self.n_features,), f"{self.name}/shift": (self.n_features,)}
+
+    def initialize(self, params: Mapping[str, Array], rng: Callable[[str], np.random.Generator]) -> None:
+        params[f"{self.name}/scale"][:] = 1
+        params[f"{self.name}/shift"][:] = 0
 
 
 def _copy(array: Array, workspace: Workspace) -> Array:

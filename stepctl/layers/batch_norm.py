@@ -1,17 +1,17 @@
 """y = scale (x - mean) / sqrt(variance + epsilon) + shift, over the rows of each feature."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from stepctl.arena import Array, Shape, Workspace
 from stepctl.errors import ConfigError
-from stepctl.layers.base import Backward, Layer
+from stepctl.layers.base import Backward, Norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchNorm(Layer):
+class BatchNorm(Norm):
     """Batch normalisation (Ioffe and Szegedy 2015, algorithms 1 and 2): x (rows, n_features) -> the same shape.
 
     In training x is normalised by the mean and the biased variance of its own rows: those of one shard, the fixed
@@ -20,17 +20,7 @@ class BatchNorm(Layer):
     shards; they normalise in inference. ConfigError for a single row in training, which has no variance.
     """
 
-    name: str
-    n_features: int
     momentum: float = 0.1
-    epsilon: float = 1e-5
-
-    def parameter_shapes(self) -> dict[str, Shape]:
-        return {f"{self.name}/scale": (self.n_features,), f"{self.name}/shift": (self.n_features,)}
-
-    def initialize(self, params: Mapping[str, Array], rng: Callable[[str], np.random.Generator]) -> None:
-        params[f"{self.name}/scale"][:] = 1
-        params[f"{self.name}/shift"][:] = 0
 
     def buffer_shapes(self) -> dict[str, Shape]:
         return {f"{self.name}/mean": (self.n_features,), f"{self.name}/variance": (self.n_features,)}

@@ -1,28 +1,17 @@
 """y = scale (x - mean) / sqrt(variance + epsilon) + shift, over the features of each row."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from stepctl.arena import Array, Shape, Workspace
-from stepctl.layers.base import Backward, Layer
+from stepctl.arena import Array, Workspace
+from stepctl.layers.base import Backward, Norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerNorm(Layer):
+class LayerNorm(Norm):
     """Layer normalisation (Ba et al. 2016, equation 3): x (rows, n_features) -> the same shape."""
-
-    name: str
-    n_features: int
-    epsilon: float = 1e-5
-
-    def parameter_shapes(self) -> dict[str, Shape]:
-        return {f"{self.name}/scale": (self.n_features,), f"{self.name}/shift": (self.n_features,)}
-
-    def initialize(self, params: Mapping[str, Array], rng: Callable[[str], np.random.Generator]) -> None:
-        params[f"{self.name}/scale"][:] = 1
-        params[f"{self.name}/shift"][:] = 0
 
     def forward(self, params: Mapping[str, Array], x: Array, workspace: Workspace) -> tuple[Array, Backward]:
         scale = params[f"{self.name}/scale"]

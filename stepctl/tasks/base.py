@@ -76,7 +76,6 @@ class Task(ABC):
     learners: dict[str, Learner]
     divisible: ClassVar[bool] = False  # whether `step` computes only `comm.mine` of the shards
     comm: Comm = ALONE  # the processes that share a step
-    asynchronous: ClassVar[bool] = False  # whether a step is a `gradient`, and then an `apply`
     buffered: ClassVar[bool] = False  # whether `step` fills the buffers of its one model
 
     @abstractmethod
@@ -108,14 +107,6 @@ class Task(ABC):
         NonFiniteError, or any error of the model's, must leave the state as it was; TornUpdate says that it is not.
         """
 
-    def gradient(self, state: TrainState, batch: Batch) -> tuple[Arena, Metrics]:
-        """Return the gradient, finite, of the one model's parameters, and what was measured; nothing changes."""
-        raise NotImplementedError
-
-    def apply(self, state: TrainState, gradient: Arena, counts: Mapping[str, int]) -> Metrics:
-        """Update the arrays, when the counters stand so; return what was measured. The gradient is used up."""
-        raise NotImplementedError
-
     @abstractmethod
     def evaluate(self, state: TrainState, batches: Iterable[Batch], *, average: bool = False) -> Metrics:
         """Return the metrics over all batches, with the moving average's weights if asked; nothing changes."""
@@ -144,3 +135,15 @@ class Task(ABC):
                     f"counters disagree: {counters[name]} updates of the {name}, but global step "
                     f"{counters.global_step} with initial_step {initial_step} makes {expected}",
                 )
+
+
+class OneUpdate(Task):
+    """A task whose step is one gradient and one update, which may come apart: an asynchronous one is."""
+
+    @abstractmethod
+    def gradient(self, state: TrainState, batch: Batch) -> tuple[Arena, Metrics]:
+        """Return the gradient, finite, of the one model's parameters, and what was measured; nothing changes."""
+
+    @abstractmethod
+    def apply(self, state: TrainState, gradient: Arena, counts: Mapping[str, int]) -> Metrics:
+        """Update the arrays, when the counters stand so; return what was measured. The gradient is used up."""

@@ -17,12 +17,12 @@ from stepctl.errors import ConfigError
 from stepctl.models.base import Ends
 from stepctl.rng import rng
 from stepctl.state import TrainState
-from stepctl.tasks.base import Metrics, Mode, Task, refuse_non_finite, summed
+from stepctl.tasks.base import Metrics, Mode, OneUpdate, refuse_non_finite, summed
 from stepctl.tasks.learner import MODEL, Learner
 from stepctl.tasks.shards import Part, ShardSum
 
 
-class Supervised(Task):
+class Supervised(OneUpdate):
     """One global step is one update of one model from one batch.
 
     The batch is cut into `shards` equal parts; each part's gradient is that of its share of the batch's mean
@@ -30,7 +30,7 @@ class Supervised(Task):
     each part.
     """
 
-    divisible = asynchronous = buffered = True
+    divisible = buffered = True
 
     def __init__(self, *, seed: int, dtype: str, shards: int) -> None:
         self._seed, self._shards = seed, shards
