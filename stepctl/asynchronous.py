@@ -91,7 +91,9 @@ class AsyncTrainer(Trainer):
         if self._comm.rank == 0:
             self._window.set(Cell.LIMIT, self._cut(start))
         self._comm.share()  # nobody begins before the limit is set
-        tallies = self._comm.collect(self._interval())
+        with self._comm.launcher.needed():  # a rank that is lost may have the window to itself
+            tally = self._interval()
+        tallies = self._comm.collect(tally)
         end, whole = self._window.add(Cell.DONE), self.complete
         self.complete = False  # an interrupt may come anywhere
         if self._comm.rank == 0:

@@ -32,26 +32,25 @@ messages, W -> log2 W, and one exchange a host.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from stepctl import extras
-from stepctl.errors import ConfigError, NonFiniteError, StepctlError
+from stepctl import extras, launcher
+from stepctl.errors import ConfigError, NonFiniteError
+from stepctl.launcher import Launcher, RankError
 
 if TYPE_CHECKING:
     from stepctl.arena import Arena, Array, TreeSum
     from stepctl.window import Window
 
-# What launchers tell each process: Hydra (MPICH, Intel MPI) and Slurm's pmi2; Open MPI; Slurm's pmix.
-_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
-_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _FAILED = -1  # where others tell a signal's number, or 0
 _EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of sleep between two looks
 _AT_ONCE = 1 << 28  # elements that are sent together
@@ -68,10 +67,6 @@ class Order(IntEnum):
     PIN = 1
     TRAIN = 2
     STEP = 3
-
-
-class RankError(StepctlError):
-    """Another rank failed; rank 0 has the state of the last whole step."""
 
 
 class SaidElsewhere(ConfigError):
@@ -145,18 +140,8 @@ _world: list[Comm] = []
 def world() -> Comm:
     """Return the job that this process was started in; ConfigError if its MPI cannot be loaded, or is another."""
     if not _world:
-        _world.append(_joined() if is_rank() else ALONE)
+        _world.append(_joined() if launcher.is_rank() else ALONE)
     return _world[0]
-
-
-def is_rank() -> bool:
-    """Tell whether a launcher of MPI jobs started this process."""
-    return any(name in os.environ for name in _RANKS)
-
-
-def is_first() -> bool:
-    """Tell whether this process speaks for its job: it is rank 0, or no job's."""
-    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
 def end(code: int, *, failed: bool) -> None:
@@ -166,19 +151,19 @@ def end(code: int, *, failed: bool) -> None:
 
 
 def _joined() -> Comm:
-    # what is not told is 0
-    started = next((int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdecimal()), 0)
+    started, started_by = launcher.size(), Launcher()
     if started == 1:
         return ALONE
     try:
-        return _loaded(started)
+        with started_by.needed():
+            return _loaded(started, started_by)
     except ConfigError as error:
-        if is_first():
+        if launcher.is_first():
             raise
         raise SaidElsewhere(str(error)) from error
 
 
-def _loaded(started: int) -> Comm:
+def _loaded(started: int, started_by: Launcher) -> Comm:
     os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")
     extras.require("mpi4py", "mpi").rc(thread_level="funneled")  # the thread that writes checkpoints calls no MPI
     mpi = extras.require("mpi4py.MPI", "mpi")
@@ -188,15 +173,14 @@ def _loaded(started: int) -> Comm:
             f"{started} processes were started together, but to mpi4py's MPI ({library}) each is alone: start them "
             "with the mpiexec of that MPI, or install mpi4py for the MPI of your mpiexec"
         )
-    return World(mpi) if mpi.COMM_WORLD.size > 1 else ALONE
+    return World(mpi, started_by) if mpi.COMM_WORLD.size > 1 else ALONE
 
 
 class World(Comm):
     """The ranks of an MPI job. Rank 0 leads: it says what comes next, and it alone writes files."""
 
-    def __init__(self, mpi: Any) -> None:
-        self._mpi, self._comm = mpi, mpi.COMM_WORLD
-        self._parent = os.getppid()
+    def __init__(self, mpi: Any, started_by: Launcher) -> None:
+        self._mpi, self._comm, self.launcher = mpi, mpi.COMM_WORLD, started_by
         self._torn, self._ended = False, False  # whether rank 0 left a step that others may wait in; whether it is over
         self._orders = self._comm.Dup()  # so that a rank that cannot take part in a step can still follow
         self.rank, self.size = self._comm.rank, self._comm.size
@@ -218,8 +202,9 @@ class World(Comm):
         n_bytes = SharedSum.n_bytes(layout, leaves)
         if not self.share(self._one_host and _room(n_bytes * self.size)):
             return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
-        window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
-        window.Lock_all()
+        with self._together():
+            window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
+            window.Lock_all()
         self._windows.append(window)
         return SharedSum(layout, self._comm, leaves, self._wait, window)
 
@@ -241,7 +226,8 @@ class World(Comm):
     def _fail(self, rank: int, error: Exception | None) -> NoReturn:
         """Raise this rank's own error, or what the first rank that has one says of it: of one kind in every rank."""
         mine = (_host(), type(error).__name__, str(error), isinstance(error, NonFiniteError))
-        host, name, text, skippable = self._comm.bcast(mine if rank == self.rank else None, rank)
+        with self._together():
+            host, name, text, skippable = self._comm.bcast(mine if rank == self.rank else None, rank)
         told = (NonFiniteError if skippable else RankError)(f"rank {rank} on {host}: {name}: {text}")
         self.agreed = error if error is not None and isinstance(error, NonFiniteError) == skippable else told
         raise self.agreed
@@ -262,11 +248,12 @@ class World(Comm):
         return Order(told[0]), told[1]
 
     def share(self, value: Any = None) -> Any:
-        return self._comm.bcast(value)
+        with self._together():
+            return self._comm.bcast(value)
 
     def collect(self, value: Any) -> list[Any]:
-        self._wait(self._comm.Ibarrier())
-        found = self._comm.allgather((self._signal(), value))
+        with self._together():
+            found = self._comm.allgather((self._signal(), value))
         self._signals |= {number for number, _ in found if number}
         return [value for _, value in found]
 
@@ -275,8 +262,9 @@ class World(Comm):
         from stepctl.window import Window
 
         size = Window.size(n_bytes) if self.rank == 0 else 0
-        window = self._mpi.Win.Allocate(size, 1, comm=self._comm)
-        window.Lock_all()
+        with self._together():
+            window = self._mpi.Win.Allocate(size, 1, comm=self._comm)
+            window.Lock_all()
         self._windows.append(window)
         return Window(window, self._mpi.SUM)
 
@@ -307,6 +295,13 @@ class World(Comm):
     def neighbours(self) -> int:
         return self._neighbours
 
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Wait for all ranks; in here MPI may wait in its own way."""
+        self._wait(self._comm.Ibarrier())
+        with self.launcher.needed():
+            yield
+
     def _wait(self, request: Any) -> None:
         """Wait for a request of MPI's, which itself would hold the core.
 
@@ -315,22 +310,19 @@ class World(Comm):
         until(request.Test, self._hear)
 
     def _hear(self) -> None:
-        if self._orphaned():
-            raise RankError("what started this process was killed; start the job again, with resume")
+        self.launcher.check()
         if self.rank == 0 and self._comm.Iprobe(tag=_LOST):
             self._torn = True
             raise RankError(self._comm.recv(tag=_LOST))
-
-    def _orphaned(self) -> bool:
-        return os.getppid() != self._parent
 
     def end(self, code: int, *, failed: bool) -> None:
         if self._ended:
             return
         self._ended = True
+        self.launcher.end_together()
         all_end = self._all_end(code, failed)
-        if self._orphaned():
-            os._exit(code)  # MPI would wait for the launcher
+        if self.launcher.is_gone():
+            os._exit(code)  # MPI would wait for it
         if all_end:
             for window in self._windows:
                 window.Unlock_all()
@@ -346,7 +338,7 @@ class World(Comm):
 
         In that moment the launcher passes on what was said, which it forgets when it is told to abort.
         """
-        if self._orphaned():
+        if self.launcher.is_gone():
             return False
         if self.rank and not failed:
             self._comm.send(None, 0, _ENDING)
@@ -355,7 +347,7 @@ class World(Comm):
             self._orders.Ibcast(array("q", [Order.END, code])).Wait()
         awaited, end = self.size - 1, time.monotonic() + _LAST_WORDS
         while not failed or time.monotonic() < end:
-            if self._orphaned():
+            if self.launcher.is_gone():
                 return False
             if self.rank == 0 and self._comm.Iprobe(tag=_ENDING):
                 self._comm.recv(tag=_ENDING)

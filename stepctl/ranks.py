@@ -9,11 +9,12 @@ from typing import Any
 from stepctl import numerics
 from stepctl.assembly import Assembly, assemble
 from stepctl.asynchronous import AsyncTrainer, next_cut
-from stepctl.comm import Comm, Order, RankError, World
+from stepctl.comm import Comm, Order, World
 from stepctl.config import Config
 from stepctl.errors import DataError, NonFiniteError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.signals import Signals
+from stepctl.launcher import RankError
 from stepctl.problems import in_one_line
 from stepctl.state import Counters, TrainState
 from stepctl.tasks.base import OneUpdate

@@ -16,7 +16,7 @@ from stepctl.cli.main import cli
 
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
-    {"errors", "arena", "extras", "files", "sandbox"},
+    {"errors", "arena", "extras", "files", "sandbox", "launcher"},
     {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
     | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange", "window"},
     {"layers", "models", "data", "writers", "checkpoint"},
@@ -43,6 +43,7 @@ LEVELS = [
 ALLOWED = {
     ("extras", "errors"),
     ("sandbox", "errors"),
+    ("launcher", "errors"),
     ("schedules", "registry"),
     ("optimizers", "registry"),
     ("optimizers", "schedules"),

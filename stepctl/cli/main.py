@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import click
 
-from stepctl import __version__, comm
+from stepctl import __version__, comm, launcher
 from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
@@ -90,7 +90,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
     4 the run is in use, 75 stopped before the target with a durable checkpoint (run it again), 130 interrupted
     before training began.
     """
-    if ctx.invoked_subcommand not in _SHARED and not comm.is_first():
+    if ctx.invoked_subcommand not in _SHARED and not launcher.is_first():
         ctx.exit(Exit.DONE)
 
 
@@ -104,13 +104,13 @@ def main() -> None:
     try:
         code = cli.main(prog_name="stepctl", obj=WHOLE_PROCESS, standalone_mode=False)
     except click.ClickException as error:
-        if comm.is_first():
+        if launcher.is_first():
             error.show()
         code = error.exit_code
     except click.Abort:
         code = Exit.INTERRUPTED
     except BaseException:
-        if comm.is_rank():
+        if launcher.is_rank():
             with contextlib.suppress(OSError):
                 traceback.print_exc()
             comm.end(Exit.NEGATIVE, failed=True)

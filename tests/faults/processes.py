@@ -134,10 +134,11 @@ def start_cold(
     env: Mapping[str, str] | None = None,
     output: str | os.PathLike[str] | None = None,
     before: Sequence[str] = (),
+    program: Sequence[object] = ("-m", "stepctl"),
 ) -> Process:
-    """Start `python -m stepctl *arguments` by a new interpreter, below the command `before` if one is given."""
+    """Start `python *program *arguments` by a new interpreter, below the command `before` if one is given."""
     path = Path(cwd, output) if output is not None else _new_output(Path(cwd))
-    command = [*before, sys.executable, "-m", "stepctl", *(str(argument) for argument in arguments)]
+    command = [*before, sys.executable, *map(str, (*program, *arguments))]
     with open(path, "ab") as file:
         process = subprocess.Popen(
             command, cwd=cwd, env=_environment(env or {}), stdin=subprocess.DEVNULL, stdout=file, stderr=file

@@ -18,7 +18,7 @@ from moments import Moment, after, some_moment, when_there_are
 from processes import Process, start_cold, until
 from trials import Trial, acknowledged, assert_nothing_lost, checkpoints, content, ledger, make_trial, random_config
 
-from jobs import LONGEST, launcher, needs_mpi
+from jobs import HERE, LONGEST, launcher, needs_mpi
 
 Figure = Callable[[str, int], None]
 pytestmark = needs_mpi
@@ -111,6 +111,13 @@ def test_a_job_whose_launcher_is_killed_lets_the_run_go(who: str, tmp_path: Path
     trial.finish(run)
 
 
+def test_a_rank_that_mpi_keeps_waiting_ends_with_what_holds_it(tmp_path: Path) -> None:
+    with started(2, [], tmp_path, program=[HERE / "rank_waits.py"]) as (job, (waits, _, holds)):
+        until(lambda: "waits" in job.said())
+        assert holds.kill()
+        assert_gone([waits])
+
+
 # --- signalled
 
 TO = {"rank 0": [0], "rank 1": [1], "all ranks": [0, 1], "the launcher": [-1]}
@@ -164,10 +171,12 @@ def test_a_request_to_save_is_answered_and_training_goes_on(tmp_path: Path) -> N
 
 
 @contextlib.contextmanager
-def started(size: int, arguments: list[object], folder: Path) -> Iterator[tuple[Process, list[Process]]]:
+def started(
+    size: int, arguments: list[object], folder: Path, **options: Any
+) -> Iterator[tuple[Process, list[Process]]]:
     """Start `mpiexec -n <size> stepctl *arguments`; yield the launcher, and its ranks with, at -1, what holds them."""
     with contextlib.ExitStack() as stack:
-        job = stack.enter_context(start_cold(arguments, cwd=folder, before=launcher(size)))
+        job = stack.enter_context(start_cold(arguments, cwd=folder, before=launcher(size), **options))
         yield job, [stack.enter_context(member) for member in members(job, size)]
 
 
