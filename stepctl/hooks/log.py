@@ -58,7 +58,8 @@ class Log(Hook):
             if not self._fires(state.counters):
                 return
         self._write(state, metrics)
-        self._forget()
+        if self._means:
+            self._forget()
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         if metrics is not None and self._last_row != state.counters.global_step:

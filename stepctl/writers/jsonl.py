@@ -10,6 +10,7 @@ from typing import Any, final
 from stepctl.rundir import write_all, writing
 from stepctl.writers.base import Row, Writer
 
+_encoder = json.JSONEncoder(allow_nan=False)
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -23,9 +24,9 @@ class JSONLines(Writer):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def write(self, rows: Sequence[Row]) -> None:
-        lines = [json.dumps({key: json_value(item) for key, item in row.items()}) + "\n" for row in rows]
+        text = "".join([f"{_as_text(row)}\n" for row in rows])
         with writing(self._path):
-            write_all(self._descriptor, "".join(lines).encode())
+            write_all(self._descriptor, text.encode())
 
     def sync(self) -> None:
         with writing(self._path):
@@ -34,6 +35,13 @@ class JSONLines(Writer):
     def close(self) -> None:
         with writing(self._path):
             os.close(self._descriptor)
+
+
+def _as_text(row: Row) -> str:
+    try:
+        return _encoder.encode(row)
+    except ValueError:  # a float that JSON does not have
+        return _encoder.encode({key: json_value(item) for key, item in row.items()})
 
 
 def json_value(item: object) -> object:
