@@ -415,6 +415,32 @@ def test_a_signal_before_the_first_step_is_not_lost(number: signal.Signals) -> N
     assert saved("run") == ["step-00000000.h5"]
 
 
+LOST = """
+import os, signal, sys, weakref
+from stepctl.data.arrays import arrays
+
+class Gone:
+    pass
+
+def lost(*, path: str, targets, dtype):
+    sys.unraisablehook = lambda dropped: print("dropped", file=sys.stderr)
+    gone = Gone()
+    told = weakref.ref(gone, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del gone
+    return arrays(path=path, targets=targets, dtype=dtype)
+"""
+
+
+def test_ctrl_c_before_the_first_step_is_not_lost() -> None:
+    """Even where Python drops what its handler raises: there is no way out of a weak reference's callback."""
+    Path("lost.py").write_text(LOST)
+    small()
+    data = {"name": "lost:lost", "path": "samples.npz", "batch_size": 8, "validation_fraction": 0.5}
+    done = call("train", "--config", write(small(data=data, stop={"last_step": 3})), "--run-dir", "run", expect=130)
+    assert done.stderr == "dropped\nstepctl: interrupted before training began; nothing was changed\n"
+    assert not Path("run").exists()
+
+
 # --- exit codes and messages
 
 

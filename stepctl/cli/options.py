@@ -18,6 +18,7 @@ from stepctl.errors import ConfigError, Exit, printable
 if TYPE_CHECKING:
     from stepctl.segment import Segment
 
+_INTERRUPTED = f"{__name__}.interrupted"
 WHOLE_PROCESS = object()  # the context's obj where the command is all that its process does
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,19 +108,34 @@ def stop_assignments(num_steps: int | None, last_step: int | None) -> tuple[str,
 
 
 def hold_signals() -> None:
-    """Keep the signals that stop or save pending until training can answer them; Ctrl-C still ends the build-up."""
+    """Keep the signals that stop or save pending until training can answer them; Ctrl-C still ends the build-up.
+
+    `refuse_interrupted` comes at its end: where Python calls back from C, it drops what a handler raises.
+    """
     held = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     handlers = {number: signal.getsignal(number) for number in (*held, signal.SIGINT)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    context = click.get_current_context()
+
+    def interrupt(number: int, frame: object) -> None:
+        context.meta[_INTERRUPTED] = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
     def restore() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    context = click.get_current_context()
     if context.find_root().obj is not WHOLE_PROCESS:  # which has nothing left to do but to end
         context.call_on_close(restore)
+
+
+def refuse_interrupted() -> None:
+    """Raise KeyboardInterrupt if there was one since `hold_signals`."""
+    if click.get_current_context().meta.get(_INTERRUPTED):
+        raise KeyboardInterrupt
 
 
 def joined() -> Comm:
@@ -165,6 +181,7 @@ def train_segment(segment: Segment, *, began: float, max_time: float | None, qui
     from stepctl.cli.display import shown
     from stepctl.hooks.stop import TimeLimit
 
+    refuse_interrupted()
     run = segment.directory.path
     if (remedy := segment.nothing_to_do()) is not None:
         say(f"{run}: at global step {segment.start}, target {segment.target}: nothing to do ({remedy})")
