@@ -438,7 +438,7 @@ def test_ctrl_c_before_the_first_step_is_not_lost() -> None:
     data = {"name": "lost:lost", "path": "samples.npz", "batch_size": 8, "validation_fraction": 0.5}
     done = call("train", "--config", write(small(data=data, stop={"last_step": 3})), "--run-dir", "run", expect=130)
     assert done.stderr == "dropped\nstepctl: interrupted before training began; nothing was changed\n"
-    assert not Path("run").exists()
+    assert not saved("run")
 
 
 # --- exit codes and messages
