@@ -181,11 +181,11 @@ def train_segment(segment: Segment, *, began: float, max_time: float | None, qui
     from stepctl.cli.display import shown
     from stepctl.hooks.stop import TimeLimit
 
-    refuse_interrupted()
     run = segment.directory.path
     if (remedy := segment.nothing_to_do()) is not None:
         say(f"{run}: at global step {segment.start}, target {segment.target}: nothing to do ({remedy})")
         raise click.exceptions.Exit(Exit.DONE)
+    refuse_interrupted()
     if not quiet:
         say(f"{run}: global step {segment.start} to {segment.target}, from {segment.restored or 'a fresh start'}")
     with shown(segment, quiet=quiet, verbose=verbose) as (writers, hooks):
