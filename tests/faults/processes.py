@@ -186,11 +186,15 @@ def _enter(
         try:
             (call or _stepctl)()
         finally:  # as the interpreter does at its end
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            if callable(signal.getsignal(signal.SIGINT)):
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        while True:  # another may come before it is out of Python's hands
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
 
 
 def rows_at_once() -> None:

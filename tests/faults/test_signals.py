@@ -146,7 +146,7 @@ def judge(code: int, said: str, shots: list[Shot], before: Before, run: Path, tr
     elif code == STOPPED:
         judge_stop(said, shots, run)
     else:
-        assert -code in {shot.number for shot in shots} or code == INTERRUPTED, f"{code}: {said[-300:]}"
+        assert -code in {shot.number for shot in shots} or code == INTERRUPTED, f"{code}, {shots}: {said[-300:]}"
         # a fresh run begins with its first checkpoint
         began = before.began(run) and before.acknowledged
         assert not began, f"exit code {code} after training began: {shots}, {said[-300:]}"
