@@ -10,7 +10,7 @@ C: forward and backward of the whole batch; U: the update, which every rank make
 reduce-scatter and an all-gather each move (W - 1) / W; b: a rank's bandwidth; a: the latency of a message.
 Measured (tests/bench/ranks.py: an MLP 784-1024-1024-10, batch 256, Adam, one BLAS thread a rank, 2 cores): B = 7.5 MB,
 T(1) = 47.2 ms, T(2) = 28.8 ms with 1.9 ms of exchange through shared memory, so C = 40.6 ms and U = 6.6 ms. Two ranks
-are 1.64 times as fast, and not twice, for U, which is a quarter of their step. On a network, with a = 5 us:
+are about 1.5 times as fast, and not twice, for U, which is a quarter of their step. On a network, with a = 5 us:
 
     ranks                                         8               64              512
     one batch of 256, 10 Gbit/s      22.2 ms, 2.1 x  19.7 ms, 2.4 x  23.8 ms, 2.0 x
