@@ -121,10 +121,6 @@ class Comm:
     def copy(self, values: Array) -> None:
         """Give a 1-D array in every rank the values that it has in rank 0."""
 
-    def signals(self) -> set[int]:
-        """Return the signals that came to other ranks, as far as known, once."""
-        return set()
-
     def neighbours(self) -> int:
         """Return how many of the job's processes share this one's cores, itself included."""
         return 1
@@ -273,6 +269,7 @@ class World(Comm):
             self._wait(self._comm.Ibcast(values[start : start + _AT_ONCE]))
 
     def signals(self) -> set[int]:
+        """Return the signals that came to other ranks, as far as known, once."""
         heard, self._signals = self._signals, set()
         return heard
 

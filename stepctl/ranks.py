@@ -24,7 +24,7 @@ from stepctl.trainer import StopRule, Trainer
 class Lead:
     """Rank 0's stop rules together; where none says why to stop, the others are told to make a step too."""
 
-    def __init__(self, comm: Comm, rules: Sequence[StopRule], signals: Signals) -> None:
+    def __init__(self, comm: World, rules: Sequence[StopRule], signals: Signals) -> None:
         self._comm, self._rules, self._signals = comm, rules, signals
 
     def reason(self, counters: Counters) -> StopReason | None:
@@ -50,7 +50,7 @@ def leader(
     """Return rank 0's trainer, which the others follow; they must have been mustered."""
     comm, config = assembly.comm, assembly.config
     task, parts = assembly.task, (assembly.training, assembly.state)
-    stop = [Lead(comm, rules, signals)] if comm.size > 1 else rules
+    stop = [Lead(comm, rules, signals)] if isinstance(comm, World) else rules
     if not (isinstance(comm, World) and isinstance(task, OneUpdate) and config.distributed.mode == "async"):
         return Trainer(task, *parts, stop=stop, hooks=hooks, skip=skip)
 
