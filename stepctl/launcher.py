@@ -36,6 +36,13 @@ def size() -> int:
     return next((int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdecimal()), 0)
 
 
+def remedy() -> str:
+    """Return how processes that were started together, but as no ranks, can know of each other; else nothing."""
+    if is_rank() or size() < 2:
+        return ""
+    return "; if they are to be ranks of one job, start them with: srun --mpi=pmi2 (srun --mpi=list shows what it has)"
+
+
 class Launcher:
     """The process that started this one, and that alone can end the job when one of its processes is lost."""
 

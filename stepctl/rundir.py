@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stepctl import yamlio
+from stepctl import launcher, yamlio
 from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
 from stepctl.files import open_regular
 
@@ -160,7 +160,8 @@ class RunDirectory:
             except OSError as error:
                 remedy = "keep runs on a file system that has flock"
                 raise StepctlError(f"{self.path}: cannot be locked: {error.strerror}; {remedy}") from error
-        raise RunInUseError(f"{self.path}: in use by {_described(holder or {})}; wait for it, or stop it")
+        remedy = f"wait for it, or stop it{launcher.remedy()}"
+        raise RunInUseError(f"{self.path}: in use by {_described(holder or {})}; {remedy}")
 
     def freeze_config(self, plain: Mapping[str, Any]) -> None:
         """Write the resolved config, once, at the start of the run."""

@@ -14,6 +14,7 @@ from run_files import arrays, events, metrics, saved
 from slurm_cluster import Cluster, until
 
 import stepctl
+from jobs import needs_mpi
 
 pytestmark = [
     pytest.mark.faults,
@@ -26,7 +27,7 @@ LAST = 4000
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")  # what Slurm says of a job that is over
 CONFIG = f"""\
 seed: 7
-data: {{name: digits, batch_size: 64, validation_fraction: 0.2}}
+data: {{name: digits, batch_size: 64, shards: 2, validation_fraction: 0.2}}
 model: {{name: "held:mlp_with_a_hold"}}
 task: {{name: classification}}
 optimizer: {{name: adam, learning_rate: {{name: cosine, peak: 1e-3, warmup_steps: 100}}}}
@@ -66,6 +67,8 @@ code=$?
 case $code in 75 | 143) scontrol requeue "$SLURM_JOB_ID" ;; esac
 exit $code
 """
+# On two ranks; here they share the node's one CPU.
+RANKS_SCRIPT = SCRIPT.replace("srun", "srun --mpi=pmi2 -n 2 --overcommit")
 # What will do where slurm.conf says RequeueExit=75,143.
 SHORT_SCRIPT = SCRIPT[: SCRIPT.index("code=")]
 
@@ -165,6 +168,21 @@ def test_a_job_that_is_preempted_with_notice(
     run = stop_segments(cluster, lambda: preempt(cluster))
     ends_as_the_unbroken(cluster, job, run, unbroken)
     figure("Slurm: preempted with notice", 1)
+
+
+@needs_mpi
+def test_ranks_that_are_preempted_twice(cluster: Cluster, unbroken: Path, figure: Callable[[str, int], None]) -> None:
+    job = submit(cluster, RANKS_SCRIPT)
+    run = stop_segments(cluster, lambda: preempt(cluster), times=2)
+    ends_as_the_unbroken(cluster, job, run, unbroken, stopped=2)
+    assert [row["ranks"] for row in events(run, "start")] == [2, 2, 2]
+    figure("Slurm: two ranks preempted", said(cluster).count("DUE TO PREEMPTION") // 2)
+
+
+def test_ranks_that_srun_did_not_tell_of_each_other(cluster: Cluster) -> None:
+    job = submit(cluster, RANKS_SCRIPT.replace("--mpi=pmi2 ", ""))
+    until(lambda: cluster.job(job)["JobState"] in ENDS, "the end of the job")
+    assert "start them with: srun --mpi=pmi2" in said(cluster)  # both come long before one is done
 
 
 def test_a_job_whose_time_is_up(cluster: Cluster, unbroken: Path, figure: Callable[[str, int], None]) -> None:
