@@ -92,8 +92,15 @@ class Comm:
                 f"it ({allowed}), or start a new run with data.shards a multiple of {self.size}"
             )
 
+    def in_common(self, arenas: Sequence[Arena], gradients: Sequence[Arena], parts: int) -> bool:
+        """Let all ranks have rank 0's arenas in one memory, of which each updates its part.
+
+        False, and nothing is done, where they cannot. `gradients` are those of which sums over so many parts are made.
+        """
+        return False
+
     def tree_sum(self, layout: Arena, parts: int) -> TreeSum:
-        """Return the sum over all parts, to which this rank adds its own."""
+        """Return the sum over all parts, to which this rank adds its own; it is whole in `layout.part`."""
         from stepctl.arena import TreeSum
 
         return TreeSum(layout)
@@ -190,19 +197,39 @@ class World(Comm):
         self._one_host = here.size == self.size
         here.Free()
 
+    def in_common(self, arenas: Sequence[Arena], gradients: Sequence[Arena], parts: int) -> bool:
+        from stepctl.exchange import SharedSum
+        from stepctl.shared import RankOwners, n_bytes, room
+
+        leaves, needed = self._leaves(parts), n_bytes(arenas)
+        sums = self.size * sum(SharedSum.n_bytes(gradient, leaves) for gradient in gradients)
+        if not self.share(self._one_host and room(needed + sums)):
+            return False
+        window = self._shared_window(needed if self.rank == 0 else 0)
+        RankOwners(self._comm, self._wait, window, self._mpi.IN_PLACE).take(arenas)
+        return True
+
     def tree_sum(self, layout: Arena, parts: int) -> TreeSum:
         from stepctl.exchange import MessagedSum, SharedSum
+        from stepctl.shared import RankOwners
 
-        each = parts // self.size
-        leaves = [range(rank * each, (rank + 1) * each) for rank in range(self.size)]
-        n_bytes = SharedSum.n_bytes(layout, leaves)
-        if not self.share(self._one_host and _room(n_bytes * self.size)):
+        leaves = self._leaves(parts)
+        if not isinstance(layout.owners, RankOwners):
             return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
+        return SharedSum(layout, self.rank, leaves, self._shared_window(SharedSum.n_bytes(layout, leaves)))
+
+    def _leaves(self, parts: int) -> list[range]:
+        """Return which of so many parts are each rank's."""
+        each = parts // self.size
+        return [range(rank * each, (rank + 1) * each) for rank in range(self.size)]
+
+    def _shared_window(self, n_bytes: int) -> Any:
+        """Return memory that all ranks share: of this one's, so many bytes."""
         with self._together():
             window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
             window.Lock_all()
         self._windows.append(window)
-        return SharedSum(layout, self._comm, leaves, self._wait, window)
+        return window
 
     def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
         import numpy as np
@@ -365,15 +392,6 @@ def until(ready: Callable[[], bool], meanwhile: Callable[[], None] = lambda: Non
         else:
             time.sleep(_REST)
             meanwhile()
-
-
-def _room(n_bytes: int) -> bool:
-    """Tell whether there is so much shared memory: a process that touches more than there is ends."""
-    try:
-        status = os.statvfs("/dev/shm")
-    except OSError:
-        return False
-    return status.f_bavail * status.f_frsize > 1.1 * n_bytes
 
 
 def _host() -> str:
