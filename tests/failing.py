@@ -107,6 +107,12 @@ def own_digits(*, targets: Targets, dtype: str) -> Sources:
     return found
 
 
+class Whole(Classification):
+    """A task that does not say that learners' updates alone change its arrays."""
+
+    sliced = False
+
+
 class Indivisible(Classification):
     """A task whose step computes all of a batch by itself."""
 
