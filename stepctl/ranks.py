@@ -35,6 +35,7 @@ class Lead:
         for rule in self._rules:
             if (why := rule.reason(counters)) is not None:
                 return why
+        # all must update the same memory: that which a save in flight does not read
         self._comm.lead(Order.STEP, _in_common(self._state) and self._state.handed_over)
         return None
 
@@ -112,7 +113,7 @@ def follow(comm: World) -> int:
                 trainer = _enlist(comm)
             elif order == Order.STEP and trainer is not None:
                 if value:
-                    trainer.state.hand_over()  # as rank 0 did: all must update the same memory
+                    trainer.state.hand_over()
                 trainer.step()
         except BaseException as error:  # a user's own code may raise anything
             if error is not comm.agreed and not isinstance(error, NonFiniteError):

@@ -25,6 +25,7 @@ from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
 from stepctl.hooks.stop import StopAtStep, StopFile
+from stepctl.problems import in_one_line
 from stepctl.ranks import leader, muster
 from stepctl.rundir import RunDirectory, publish
 from stepctl.state import TrainState
@@ -185,7 +186,7 @@ class Segment:
             raise NonFiniteError(f"{error}; {self._without_non_finite()}") from error
         except TornUpdate as error:
             self._failed(trainer, self.saver, error)
-            raise TornUpdate(f"{error}; {self._before_it_tore()}") from error
+            raise TornUpdate(f"{in_one_line(str(error))}; {self._before_it_tore()}") from error
         except BaseException as error:
             self._failed(trainer, self.saver, error)
             raise

@@ -16,6 +16,7 @@ from stepctl.errors import DataError, NonFiniteError
 from stepctl.models.base import Backward
 from stepctl.optimizers.base import Tick
 from stepctl.optimizers.sgd import SGD
+from stepctl.schedules import Schedule
 from stepctl.tasks.supervised import Classification
 from user_model import TwoLayers
 
@@ -72,6 +73,19 @@ class FailsToUpdate(SGD):
             self.fault.append(Fault(self.rank, self.time + 4, self.error))  # four are a trial's
         self.fault[0]()
         return super().coefficients(tick)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailingRate(Schedule):
+    """A rate that one rank cannot tell at a step."""
+
+    rank: int
+    step: int
+
+    def after_warmup(self, step: int) -> float:
+        if step == self.step and os.environ.get("PMI_RANK", "0") == str(self.rank):
+            raise ValueError("this node has had enough")
+        return 0.1
 
 
 class FailingSource(Source):

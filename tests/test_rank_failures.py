@@ -97,12 +97,25 @@ def assert_told(done: Any, newest: str | None) -> None:
     assert newest is None or said.endswith(go_on)
 
 
+def rate(rank: int) -> dict[str, Any]:
+    """Return a config whose learning rate one rank cannot tell at the 5th step; each has a part of the model."""
+    schedule = {"name": "failing:FailingRate", "rank": rank, "step": 4}
+    model = {"name": "mlp", "hidden": [256]}
+    return {"model": model, "optimizer": {"name": "sgd", "learning_rate": schedule, "momentum": 0.9}}
+
+
 @needs_mpi
-def test_what_was_saved_goes_on_exactly(tmp_path: Path) -> None:
-    for rank, name in ((1, "failed/run"), (5, "whole/run")):  # there is no rank 5
-        write(tmp_path, **faulty("model", rank))
-        assert train(2, tmp_path, name).returncode == (1 if rank == 1 else 0)
-    mended = {"assignments": ("model.rank=5",), "allow_change": ("model.rank",)}
+@pytest.mark.parametrize(
+    ("sections", "rank", "key"),
+    [(lambda rank: faulty("model", rank), 1, "model.rank"), (rate, 0, "optimizer.learning_rate.rank")],
+    ids=["before the gradient is there", "after it, in rank 0"],
+)
+def test_what_was_saved_goes_on_exactly(sections: Any, rank: int, key: str, tmp_path: Path) -> None:
+    for at, name in ((rank, "failed/run"), (5, "whole/run")):  # there is no rank 5
+        write(tmp_path, **sections(at))
+        assert train(2, tmp_path, name).returncode == (0 if at == 5 else 1)
+    assert ends(tmp_path / "failed/run")[-1]["step"] == max(Store(tmp_path / "failed/run/checkpoints").steps()) == 4
+    mended = {"assignments": (f"{key}=5",), "allow_change": (key,)}
     assert resume(tmp_path / "failed/run", **mended).same_bits(resume(tmp_path / "whole/run"))
     assert rows(tmp_path / "failed/run") == rows(tmp_path / "whole/run")
 

@@ -37,6 +37,16 @@ SKIPPING = {
     "task": {"name": "regression"},
     "evaluate": {"every": None},
 }
+SPOILED_GAN = {
+    **SKIPPING,
+    "data": {"name": "arrays", "path": "spoiled.npz", "batch_size": 8, "shards": 2},
+    "model": {
+        "critic": {"name": "mlp", "hidden": [4000], "activation": "leaky_relu"},
+        "generator": {"name": "mlp", "hidden": [4000]},
+    },
+    "optimizer": WGAN["optimizer"],
+    "task": {"name": "wgan", "n_critic": 3, "latent": 4, "weight_clip": 0.9},
+}
 
 
 def sharded(shards: int, **sections: Any) -> dict[str, Any]:
@@ -67,6 +77,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # name -> ranks, config
         ),
     ),
     "a batch that one rank cannot use is skipped by all": (4, BASE | SHORT | SKIPPING),
+    "updates of a step are undone": (2, BASE | SHORT | SPOILED_GAN),
     "stopped early": (2, sharded(2, stop={"last_step": 40, "early_stopping": {"patience": 1, "min_delta": 9.0}})),
 }
 
@@ -87,11 +98,12 @@ def placed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return a config whose data are in a folder; make those of which a few are too large to learn from."""
     if "path" not in config["data"]:
         return config
-    generator, path = np.random.default_rng(0), folder / "spoiled.npz"
+    generator, path = np.random.default_rng(0), folder / f"{config['task']['name']}.npz"
     if not path.exists():
         x, y = generator.normal(size=(64, 3)), generator.normal(size=(64, 1))
-        x[[3, 17, 40]] = 1e38
-        np.savez(path, x=x.astype("f4"), y=y.astype("f4"))
+        x[[3, 17, 40]] = 3e38
+        labels = np.arange(64) % 2
+        np.savez(path, x=x.astype("f4"), y=labels if config["task"]["name"] == "wgan" else y.astype("f4"))
     return config | {"data": config["data"] | {"path": str(path)}}
 
 
@@ -135,7 +147,10 @@ def test_the_ranks_give_the_bits_and_rows_of_one_process(ranks: int, how: str, t
 
 def test_the_cases_are_what_they_are_called(tmp_path: Path) -> None:
     """A batch that nobody skipped, or a run that went to its end, would prove nothing."""
-    for name, event in (("a batch that one rank cannot use is skipped by all", "skipped_batches"),):
+    for name, event in (
+        ("a batch that one rank cannot use is skipped by all", "skipped_batches"),
+        ("updates of a step are undone", "skipped_batches"),
+    ):
         path = unbroken(placed(CASES[name][1], tmp_path), tmp_path / name)
         assert any(event in row for row in RunDirectory(path).read_ledger())
     assert max(files(unbroken(CASES["stopped early"][1], tmp_path / "early"))) < "step-00000040.h5"
