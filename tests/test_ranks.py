@@ -227,7 +227,7 @@ def test_a_sum_over_ranks_has_the_bits_of_the_sum_by_one(tmp_path: Path) -> None
 @pytest.mark.faults
 @pytest.mark.parametrize("ranks", [2, 4, 5, 8])
 def test_so_has_any_other_number_of_ranks(ranks: int, tmp_path: Path, figure: Figure) -> None:
-    figure("sums over ranks", sums(ranks, (1, 3, 16, 17, 1000, 4099, 8192, 60_000), tmp_path))
+    figure("sums over ranks", sums(ranks, (1, 3, 17, 4099, 8192, 20_000), tmp_path))
 
 
 def sums(ranks: int, sizes: tuple[int, ...], folder: Path) -> int:
