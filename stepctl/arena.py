@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -17,6 +19,7 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+GRAIN = 1 << 13  # elements of a block that no two processes divide: OpenBLAS threads no dot product of this size
 _DEEPEST = 16
 _SLICE = 1 << 18  # elements looked at together
 _UINT = {4: np.uint32, 8: np.uint64}
@@ -41,6 +44,36 @@ def _aligned(make: Callable[..., Array], shape: Shape, dtype: np.dtype[Any]) -> 
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
+class Owners:
+    """Who updates which part of an arena, and how they agree: here this process, all of it.
+
+    A part is whole blocks of GRAIN elements, but for the arena's end. All owners call the same in the same order.
+    """
+
+    def part(self, n: int) -> slice:
+        """Return which of n elements this process updates."""
+        return slice(0, n)
+
+    def least(self, number: int) -> int:
+        """Return the least of the owners' numbers."""
+        return number
+
+    def over_blocks(self, flat: Array, value: Callable[[Array], float]) -> list[float]:
+        """Return the value of each block of an arena, in order, found by the block's owner."""
+        return [value(flat[first : first + GRAIN]) for first in range(0, len(flat), GRAIN)]
+
+    def updating(self) -> contextlib.AbstractContextManager[None]:
+        """Keep all owners in here together, each of which updates its part: once one is out, all parts are whole.
+
+        TornUpdate if it fails where other owners' parts may have changed.
+        """
+        return _ALONE
+
+
+SOLE = Owners()
+_ALONE = contextlib.nullcontext()
+
+
 class _Memory(NamedTuple):
     flat: Array
     views: dict[str, Array]
@@ -54,6 +87,7 @@ class Arena(Mapping[str, Array]):
 
     An update writes the new values, all of them, into `target` and then calls `turn`. The target is `flat`
     itself, unless `hand_over` gave this memory away: then it is a second buffer, and the two change places.
+    Where several processes have the same memory, each of its `owners` updates its `part`.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], dtype: npt.DTypeLike, flat: Array | None = None) -> None:
@@ -63,7 +97,8 @@ class Arena(Mapping[str, Array]):
         self.dtype = np.dtype(dtype)
         self._memory = self._new_memory(flat)
         self._spare: _Memory | None = None
-        self._handed_over = False
+        self.handed_over = False  # and not updated since
+        self.owners = SOLE
 
     def _new_memory(self, flat: Array | None = None) -> _Memory:
         step = ALIGNMENT // self.dtype.itemsize
@@ -87,18 +122,28 @@ class Arena(Mapping[str, Array]):
         return self._memory.flat
 
     @property
+    def part(self) -> slice:
+        """What of the buffer this process updates."""
+        return self.owners.part(len(self._memory.flat))
+
+    @property
     def target(self) -> Array:
         """The buffer that the next update writes: `flat`, or the spare one after `hand_over`."""
-        if not self._handed_over:
+        if not self.handed_over:
             return self._memory.flat
         self._spare = self._spare or self._new_memory()
         return self._spare.flat
 
     def turn(self) -> None:
         """Make what an update wrote into `target` the values of this arena."""
-        if self._handed_over and self._spare is not None:
+        if self.handed_over and self._spare is not None:
             self._memory, self._spare = self._spare, self._memory
-            self._handed_over = False
+            self.handed_over = False
+
+    def move(self, memory: Array, spare: Array, owners: Owners) -> None:
+        """Be in other memory from now on, with the values that stand there; the second buffer is made already too."""
+        self._memory, self._spare = self._new_memory(memory), self._new_memory(spare)
+        self.owners = owners
 
     def hand_over(self) -> Arena:
         """Return an arena of the present values, in the memory where they are; the next update goes elsewhere.
@@ -108,8 +153,8 @@ class Arena(Mapping[str, Array]):
         """
         handed = object.__new__(Arena)
         handed.shapes, handed.dtype, handed._memory = self.shapes, self.dtype, self._memory
-        handed._spare, handed._handed_over = None, False
-        self._handed_over = True
+        handed._spare, handed.handed_over, handed.owners = None, False, SOLE
+        self.handed_over = True
         return handed
 
     def __getitem__(self, name: str) -> Array:
@@ -143,6 +188,20 @@ class Arena(Mapping[str, Array]):
         if (self.shapes, self.dtype) != (other.shapes, other.dtype):
             raise ValueError("the arenas differ in layout")
         self.flat[:] = other.flat
+
+    def first_non_finite(self) -> str | None:
+        """Return the name of the first array that is NaN or infinite in part, as far as its owners see."""
+        first = self.owners.least(self._first_bad())
+        return None if first == len(self) else list(self)[first]
+
+    def _first_bad(self) -> int:
+        """Return the number of the first array that is not finite in this process's part, or how many there are."""
+        mine = self.flat[self.part]
+        if all_finite(mine):
+            return len(self)
+        place = self.part.start + int(np.isfinite(mine).argmin())
+        starts = [(view.ctypes.data - self.flat.ctypes.data) // self.dtype.itemsize for view in self.values()]
+        return bisect_right(starts, place) - 1
 
     def mark(self) -> None:
         """Fill every named array with a NaN of a bit pattern that no computation makes."""

@@ -4,30 +4,32 @@ This is the only file that loads mpi4py, and only where a launcher started this 
 
 How far it scales. A step of W ranks takes
 
-    T(W) = C / W + U + 2 (W - 1) / W B / b + 2 (W - 1) a
+    T(W) = (C + U) / W + E                                    on one host
+    T(W) = C / W + U + 2 (W - 1) / W B / b + 2 (W - 1) a      between hosts
 
-C: forward and backward of the whole batch; U: the update, which every rank makes; B: bytes of the gradient, of which a
-reduce-scatter and an all-gather each move (W - 1) / W; b: a rank's bandwidth; a: the latency of a message.
+C: forward and backward of the whole batch; U: the update, of which each rank makes its part where all share the state,
+and all of it elsewhere; E: the exchange in shared memory; B: bytes of the gradient, of which a reduce-scatter and an
+all-gather each move (W - 1) / W; b: a rank's bandwidth; a: the latency of a message.
 Measured (tests/bench/ranks.py: an MLP 784-1024-1024-10, batch 256, Adam, one BLAS thread a rank, 2 cores): B = 7.5 MB,
-T(1) = 47.2 ms, T(2) = 28.8 ms with 1.9 ms of exchange through shared memory, so C = 40.6 ms and U = 6.6 ms. Two ranks
-are about 1.5 times as fast, and not twice, for U, which is a quarter of their step. On a network, with a = 5 us:
+T(1) = 44.9 ms, of which U = 6.3 ms; T(2) = 26.4 ms with E = 1.4 ms. Two ranks are 1.74 times as fast, and not twice,
+for E, and as (C + U) / 2 takes 11 % longer: two busy cores share cache and memory. On a network, with a = 5 us:
 
     ranks                                         8               64              512
-    one batch of 256, 10 Gbit/s      22.2 ms, 2.1 x  19.7 ms, 2.4 x  23.8 ms, 2.0 x
-    one batch of 256, 100 Gbit/s     12.8 ms, 3.7 x   9.0 ms, 5.2 x  13.0 ms, 3.6 x
-    256 samples a rank, 10 Gbit/s     57.8 ms, 82 %   59.6 ms, 79 %   64.3 ms, 73 %
-    256 samples a rank, 100 Gbit/s    48.3 ms, 98 %   49.0 ms, 96 %   53.5 ms, 88 %
+    one batch of 256, 10 Gbit/s      21.7 ms, 2.1 x  19.4 ms, 2.3 x  23.5 ms, 1.9 x
+    one batch of 256, 100 Gbit/s     12.2 ms, 3.7 x   8.7 ms, 5.1 x  12.7 ms, 3.5 x
+    256 samples a rank, 10 Gbit/s     55.5 ms, 81 %   57.3 ms, 78 %   62.0 ms, 72 %
+    256 samples a rank, 100 Gbit/s    46.0 ms, 98 %   46.7 ms, 96 %   51.2 ms, 88 %
 
 A batch that stays the same stops gaining at about 8 ranks: U and the exchange do not shrink. A batch that grows with
 the ranks scales to hundreds on a fast network, and then the W - 1 messages of each rank count.
 
-What changes then. (1) Each rank updates only the slice that it owns, and parameters are gathered instead of gradients:
-the same bytes, U / W, and the optimizer's slots in W parts: 64 ranks at 100 Gbit/s then take 2.5 ms for the one batch,
-18 times as fast. (2) No rank has the whole state any more, so a checkpoint is a file of each rank, and a manifest of
-their digests that is published last, and alone is acknowledged. (3) The exchange of the last layers can begin while
-the first ones' backward still runs, where the network moves bytes without the cores; between two busy cores of one
-host there is nothing to gain: the exchange is 7 % of the step, and takes the cores that backward needs. (4) Trees of
-messages, W -> log2 W, and one exchange a host.
+What changes then. (1) Between hosts too each rank updates only its part, and parameters are gathered instead of
+gradients: the same bytes, U / W, and the optimizer's slots in W parts: 64 ranks at 100 Gbit/s then take 2.5 ms for the
+one batch, 18 times as fast. (2) No rank has the whole state any more, so a checkpoint is a file of each rank, and a
+manifest of their digests that is published last, and alone is acknowledged. (3) The exchange of the last layers can
+begin while the first ones' backward still runs, where the network moves bytes without the cores; between two busy
+cores of one host there is nothing to gain: the exchange is 5 % of the step, and takes the cores that backward needs.
+(4) Trees of messages, W -> log2 W, and one exchange a host.
 """
 
 from __future__ import annotations
@@ -80,8 +82,12 @@ class Comm:
 
     def mine(self, parts: int) -> range:
         """Return which of so many equal parts of a batch are this rank's: as many for each, one after another."""
+        return self._leaves(parts)[self.rank]
+
+    def _leaves(self, parts: int) -> list[range]:
+        """Return which of so many parts are each rank's."""
         each = parts // self.size
-        return range(self.rank * each, (self.rank + 1) * each)
+        return [range(rank * each, (rank + 1) * each) for rank in range(self.size)]
 
     def refuse_uneven(self, parts: int) -> None:
         """Raise ConfigError if so many shards cannot be dealt out evenly."""
@@ -92,8 +98,15 @@ class Comm:
                 f"it ({allowed}), or start a new run with data.shards a multiple of {self.size}"
             )
 
+    def in_common(self, arenas: Sequence[Arena], gradients: Sequence[Arena], parts: int) -> bool:
+        """Let all ranks have rank 0's arenas in one memory, of which each updates its part.
+
+        False, and nothing is done, where they cannot. `gradients` are those of which sums over so many parts are made.
+        """
+        return False
+
     def tree_sum(self, layout: Arena, parts: int) -> TreeSum:
-        """Return the sum over all parts, to which this rank adds its own."""
+        """Return the sum over all parts, to which this rank adds its own; it is whole in `layout.part`."""
         from stepctl.arena import TreeSum
 
         return TreeSum(layout)
@@ -190,19 +203,34 @@ class World(Comm):
         self._one_host = here.size == self.size
         here.Free()
 
+    def in_common(self, arenas: Sequence[Arena], gradients: Sequence[Arena], parts: int) -> bool:
+        from stepctl.exchange import SharedSum
+        from stepctl.shared import RankOwners, n_bytes, room
+
+        leaves, needed = self._leaves(parts), n_bytes(arenas)
+        sums = self.size * sum(SharedSum.n_bytes(gradient, leaves) for gradient in gradients)
+        if not self.share(self._one_host and room(needed + sums)):
+            return False
+        window = self._shared_window(needed if self.rank == 0 else 0)
+        RankOwners(self._comm, self._wait, window, self._mpi.IN_PLACE).take(arenas)
+        return True
+
     def tree_sum(self, layout: Arena, parts: int) -> TreeSum:
         from stepctl.exchange import MessagedSum, SharedSum
+        from stepctl.shared import RankOwners
 
-        each = parts // self.size
-        leaves = [range(rank * each, (rank + 1) * each) for rank in range(self.size)]
-        n_bytes = SharedSum.n_bytes(layout, leaves)
-        if not self.share(self._one_host and _room(n_bytes * self.size)):
+        leaves = self._leaves(parts)
+        if not isinstance(layout.owners, RankOwners):
             return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
+        return SharedSum(layout, self.rank, leaves, self._shared_window(SharedSum.n_bytes(layout, leaves)))
+
+    def _shared_window(self, n_bytes: int) -> Any:
+        """Return memory that all ranks share: of this one's, so many bytes."""
         with self._together():
             window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
             window.Lock_all()
         self._windows.append(window)
-        return SharedSum(layout, self._comm, leaves, self._wait, window)
+        return window
 
     def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
         import numpy as np
@@ -221,7 +249,7 @@ class World(Comm):
 
     def _fail(self, rank: int, error: Exception | None) -> NoReturn:
         """Raise this rank's own error, or what the first rank that has one says of it: of one kind in every rank."""
-        mine = (_host(), type(error).__name__, str(error), isinstance(error, NonFiniteError))
+        mine = (os.uname().nodename, type(error).__name__, str(error), isinstance(error, NonFiniteError))
         with self._together():
             host, name, text, skippable = self._comm.bcast(mine if rank == self.rank else None, rank)
         told = (NonFiniteError if skippable else RankError)(f"rank {rank} on {host}: {name}: {text}")
@@ -365,16 +393,3 @@ def until(ready: Callable[[], bool], meanwhile: Callable[[], None] = lambda: Non
         else:
             time.sleep(_REST)
             meanwhile()
-
-
-def _room(n_bytes: int) -> bool:
-    """Tell whether there is so much shared memory: a process that touches more than there is ends."""
-    try:
-        status = os.statvfs("/dev/shm")
-    except OSError:
-        return False
-    return status.f_bavail * status.f_frsize > 1.1 * n_bytes
-
-
-def _host() -> str:
-    return os.uname().nodename

@@ -24,15 +24,16 @@ class MovingAverage:
     warmup: bool = False
 
     def update(self, average: Arena, params: Arena, number: int) -> None:
-        """Take in the parameters after update `number` (1, 2, ...): arenas of one layout."""
+        """Take in this process's part of the parameters after update `number` (1, 2, ...): arenas of one layout."""
         decay = min(self.decay, (1 + number) / (10 + number)) if self.warmup else self.decay
         old, new, values, scratch = average.flat, average.target, params.flat, _scratch(params.dtype)
-        for start in range(0, len(old), _BLOCK):
-            at = slice(start, min(start + _BLOCK, len(old)))
-            part = scratch[: at.stop - start]
-            np.multiply(values[at], 1 - decay, out=part)
+        mine = average.part
+        for start in range(mine.start, mine.stop, _BLOCK):
+            at = slice(start, min(start + _BLOCK, mine.stop))
+            added = scratch[: at.stop - start]
+            np.multiply(values[at], 1 - decay, out=added)
             np.multiply(old[at], decay, out=new[at])
-            np.add(new[at], part, out=new[at])
+            np.add(new[at], added, out=new[at])
         average.turn()
 
 

@@ -1,24 +1,22 @@
 """The sum of a step's gradients over the ranks of a job, with the bits that one process alone gets.
 
 Each rank sums its whole subtrees of the tree over all shards. Then every rank owns a slice of the flat arena: it goes
-on with the tree on that slice, from where all ranks' subtrees end (a reduce-scatter), and all get all slices (an
-all-gather). On one host the ranks read each other's arenas where they are; between hosts slices are sent, straight
-from and into the arenas.
+on with the tree on that slice, from where all ranks' subtrees end (a reduce-scatter). Where the ranks share the
+parameters, the slice is the part that this rank updates, read from the others' arenas where they are; no rank needs
+more. Where they do not, slices are sent, straight from and into the arenas, and all get all of them (an all-gather).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from stepctl.arena import ALIGNMENT, Arena, Array, Fold, TreeSum, aligned_empty
-
-Wait = Callable[[Any], None]
-_PAGE = 4096  # bytes
+from stepctl.shared import Wait, arenas_in, padded
 
 
 def subtrees(leaves: range) -> list[tuple[int, int]]:
@@ -56,17 +54,17 @@ def reduce(summands: Sequence[tuple[int, int, Array]], out: Array) -> None:
 class ExchangedSum(TreeSum):
     """A tree's sum of arenas to which each rank of an MPI communicator adds the leaves that are its own."""
 
-    def __init__(self, layout: Arena, comm: Any, leaves: list[range], wait: Wait) -> None:
-        """`leaves` is what each rank adds; `wait` waits for a request of MPI's."""
-        self._comm, self._wait, self._rank = comm, wait, int(comm.rank)
-        super().__init__(layout, leaves[self._rank].start)
+    def __init__(self, layout: Arena, rank: int, leaves: list[range], mine: slice) -> None:
+        """`leaves` is what each rank adds, `mine` the slice that this rank owns."""
+        self._rank, self._mine = rank, mine
+        super().__init__(layout, leaves[rank].start)
         self._subtrees = [subtrees(of) for of in leaves]
-        edges = bounds(len(layout.flat), comm.size, layout.dtype.itemsize)
-        self._slices = [slice(start, end) for start, end in pairwise(edges)]
-        self._mine = self._slices[self._rank]
 
     def total(self) -> Arena:
-        """Return the sum of every rank's summands. All must have added theirs: a `gather` comes before."""
+        """Return the sum of every rank's summands, in `layout.part`.
+
+        All must have added theirs: a `gather` comes before.
+        """
         arenas = [arena for _, _, arena in self._fold.take()]
         slices = self._scattered(arenas)
         found = zip(self._subtrees, slices, strict=True)
@@ -74,7 +72,7 @@ class ExchangedSum(TreeSum):
             [(*place, values) for places, of in found for place, values in zip(places, of, strict=True)],
             arenas[0].flat[self._mine],
         )
-        self._gather(arenas[0])
+        self._complete(arenas[0])
         self._free += arenas
         self._begin()
         return arenas[0]
@@ -84,16 +82,19 @@ class ExchangedSum(TreeSum):
         """Return by rank this rank's slice of its subtrees."""
 
     @abstractmethod
-    def _gather(self, total: Arena) -> None:
-        """Fetch the other ranks' slices of the total."""
+    def _complete(self, total: Arena) -> None:
+        """Fetch what this rank needs of the other ranks' slices of the total."""
 
 
 class MessagedSum(ExchangedSum):
     """The exchange by messages: over any network."""
 
     def __init__(self, layout: Arena, comm: Any, leaves: list[range], wait: Wait, in_place: Any) -> None:
-        super().__init__(layout, comm, leaves, wait)
-        self._in_place = in_place
+        """`wait` waits for a request of MPI's."""
+        edges = bounds(len(layout.flat), comm.size, layout.dtype.itemsize)
+        self._slices = [slice(start, end) for start, end in pairwise(edges)]
+        super().__init__(layout, comm.rank, leaves, self._slices[comm.rank])
+        self._comm, self._wait, self._in_place = comm, wait, in_place
         self._counts, self._starts = [at.stop - at.start for at in self._slices], [at.start for at in self._slices]
         rounds = max(map(len, self._subtrees))
         # (round, rank, elements)
@@ -116,29 +117,31 @@ class MessagedSum(ExchangedSum):
         places = [rank * width for rank in ranks]
         self._wait(self._comm.Ialltoallv([values, (sent, self._starts)], [received, (got, places)]))
 
-    def _gather(self, total: Arena) -> None:
+    def _complete(self, total: Arena) -> None:
         self._wait(self._comm.Iallgatherv(self._in_place, [total.flat, (self._counts, self._starts)]))
 
 
 class SharedSum(ExchangedSum):
-    """The exchange through memory that all ranks share: on one host."""
+    """The exchange through memory that all ranks share: for parameters of which each rank updates its part."""
 
-    def __init__(self, layout: Arena, comm: Any, leaves: list[range], wait: Wait, window: Any) -> None:
+    def __init__(self, layout: Arena, rank: int, leaves: list[range], window: Any) -> None:
         """`window` is one of shared memory: of each rank `n_bytes(layout, leaves)`."""
-        super().__init__(layout, comm, leaves, wait)
+        super().__init__(layout, rank, leaves, layout.part)
         self._window, self._made = window, 0
         self._numbers = [_places(of)[0] for of in leaves]  # by rank, the arena that each of its subtrees ends in
-        self._peers = [self._arenas(layout, rank) for rank in range(comm.size)]
+        self._peers = [self._arenas(layout, peer) for peer in range(len(leaves))]
 
     @staticmethod
     def n_bytes(layout: Arena, leaves: list[range]) -> int:
         """Return what each rank needs of shared memory."""
-        return max(_places(of)[1] for of in leaves) * _padded(layout)
+        return max(_places(of)[1] for of in leaves) * padded(layout)
 
     def _arenas(self, layout: Arena, rank: int) -> list[Arena]:
         memory = np.frombuffer(self._window.Shared_query(rank)[0], np.uint8)
-        parts = memory[: len(memory) // _padded(layout) * _padded(layout)].reshape(-1, _padded(layout))
-        return [layout.like(part[: layout.n_bytes].view(layout.dtype)) for part in parts]
+        found = [layout.like(flat) for flat in arenas_in(memory, layout)]
+        for arena in found:
+            arena.owners = layout.owners
+        return found
 
     def _new(self) -> Arena:
         self._made += 1
@@ -156,21 +159,8 @@ class SharedSum(ExchangedSum):
             for peer, numbers in zip(self._peers, self._numbers, strict=True)
         ]
 
-    def _gather(self, total: Arena) -> None:
-        self._settle()
-        for rank, at in enumerate(self._slices):
-            if rank != self._rank:
-                total.flat[at] = self._peers[rank][self._numbers[rank][0]].flat[at]
-        self._settle()  # the gradient is used up by an update, so all must have read it
-
-    def _settle(self) -> None:
-        self._window.Sync()
-        self._wait(self._comm.Ibarrier())
-        self._window.Sync()
-
-
-def _padded(layout: Arena) -> int:
-    return -(-layout.n_bytes // _PAGE) * _PAGE
+    def _complete(self, total: Arena) -> None:
+        """Nothing: the other ranks update with theirs."""
 
 
 def _places(leaves: range) -> tuple[list[int], int]:

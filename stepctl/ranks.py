@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepctl import numerics
+from stepctl.arena import SOLE
 from stepctl.assembly import Assembly, assemble
 from stepctl.asynchronous import AsyncTrainer, next_cut
 from stepctl.comm import Comm, Order, World
@@ -24,8 +25,8 @@ from stepctl.trainer import StopRule, Trainer
 class Lead:
     """Rank 0's stop rules together; where none says why to stop, the others are told to make a step too."""
 
-    def __init__(self, comm: World, rules: Sequence[StopRule], signals: Signals) -> None:
-        self._comm, self._rules, self._signals = comm, rules, signals
+    def __init__(self, comm: World, state: TrainState, rules: Sequence[StopRule], signals: Signals) -> None:
+        self._comm, self._state, self._rules, self._signals = comm, state, rules, signals
 
     def reason(self, counters: Counters) -> StopReason | None:
         """Return why to stop now, or None."""
@@ -34,7 +35,8 @@ class Lead:
         for rule in self._rules:
             if (why := rule.reason(counters)) is not None:
                 return why
-        self._comm.lead(Order.STEP)
+        # all must update the same memory: that which a save in flight does not read
+        self._comm.lead(Order.STEP, _in_common(self._state) and self._state.handed_over)
         return None
 
 
@@ -50,7 +52,7 @@ def leader(
     """Return rank 0's trainer, which the others follow; they must have been mustered."""
     comm, config = assembly.comm, assembly.config
     task, parts = assembly.task, (assembly.training, assembly.state)
-    stop = [Lead(comm, rules, signals)] if isinstance(comm, World) else rules
+    stop = [Lead(comm, assembly.state, rules, signals)] if isinstance(comm, World) else rules
     if not (isinstance(comm, World) and isinstance(task, OneUpdate) and config.distributed.mode == "async"):
         return Trainer(task, *parts, stop=stop, hooks=hooks, skip=skip)
 
@@ -68,14 +70,14 @@ def muster(assembly: Assembly) -> list[str]:
 
     RankError if one of them cannot.
     """
-    comm, state = assembly.comm, assembly.state
+    comm = assembly.comm
     comm.lead(Order.TRAIN)
     comm.share(None if comm.size == 1 else _known(assembly))
     answers = comm.collect(None)[1:]
     failed = next((problem for problem, _ in answers if problem), None)
     if failed:
         raise RankError(failed)
-    _copy(comm, state)
+    take_up(assembly)
     return [difference for _, difference in answers if difference]
 
 
@@ -84,9 +86,19 @@ def _known(assembly: Assembly) -> tuple[Any, ...]:
     return assembly.config.plain(), counters, assembly.numerics, assembly.data_fingerprint
 
 
-def _copy(comm: Comm, state: TrainState) -> None:
-    for arena in (*state.arenas.values(), state.buffers):
-        comm.copy(arena.flat)
+def take_up(assembly: Assembly) -> None:
+    """Have the state that rank 0 has: the same memory, where there is such and the task can do with it, or a copy."""
+    task, state = assembly.task, assembly.state
+    gradients = [learner.params(state) for learner in task.learners.values()]
+    arenas = list(state.arenas.values())
+    if not (task.sliced and task.comm.in_common(arenas, gradients, assembly.config.data.shards)):
+        for arena in arenas:
+            assembly.comm.copy(arena.flat)
+    assembly.comm.copy(state.buffers.flat)
+
+
+def _in_common(state: TrainState) -> bool:
+    return all(arena.owners is not SOLE for arena in state.arenas.values())
 
 
 def follow(comm: World) -> int:
@@ -100,6 +112,8 @@ def follow(comm: World) -> int:
             if order == Order.TRAIN:
                 trainer = _enlist(comm)
             elif order == Order.STEP and trainer is not None:
+                if value:
+                    trainer.state.hand_over()
                 trainer.step()
         except BaseException as error:  # a user's own code may raise anything
             if error is not comm.agreed and not isinstance(error, NonFiniteError):
@@ -124,7 +138,7 @@ def _enlist(comm: World) -> Trainer | None:
     answers = comm.collect(("", f"rank {comm.rank}: {'; '.join(differences)}" if differences else ""))
     if any(problem for problem, _ in answers[1:]):
         return None
-    _copy(comm, assembly.state)
+    take_up(assembly)
     assembly.state.counters = Counters(counters)
     task, parts = assembly.task, (assembly.training, assembly.state)
     if isinstance(task, OneUpdate) and assembly.config.distributed.mode == "async":

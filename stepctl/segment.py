@@ -18,13 +18,14 @@ from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
 from stepctl.checkpoint.store import Store
-from stepctl.errors import NonFiniteError, NumericsError, StepctlError, StoppedAtOnce
+from stepctl.errors import NonFiniteError, NumericsError, StepctlError, StoppedAtOnce, TornUpdate
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.histograms import histograms_of
 from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
 from stepctl.hooks.stop import StopAtStep, StopFile
+from stepctl.problems import in_one_line
 from stepctl.ranks import leader, muster
 from stepctl.rundir import RunDirectory, publish
 from stepctl.state import TrainState
@@ -183,6 +184,9 @@ class Segment:
         except NonFiniteError as error:
             self._failed(trainer, self.saver, error)
             raise NonFiniteError(f"{error}; {self._without_non_finite()}") from error
+        except TornUpdate as error:
+            self._failed(trainer, self.saver, error)
+            raise TornUpdate(f"{in_one_line(str(error))}; {self._before_it_tore()}") from error
         except BaseException as error:
             self._failed(trainer, self.saver, error)
             raise
@@ -195,6 +199,10 @@ class Segment:
         self.save_what_stands(trainer, save)
         with contextlib.suppress(StepctlError):  # the disk may be what failed
             self.record_end(f"{type(error).__name__}: {error}")
+
+    def _before_it_tore(self) -> str:
+        newest = names.file_name(max(self.store.steps(), default=self.start))
+        return f"no whole state is left to save: go on from {newest} with: stepctl resume {self.directory.path}"
 
     def _without_non_finite(self) -> str:
         go_on = f"stepctl resume {self.directory.path} --set"

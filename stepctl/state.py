@@ -133,6 +133,11 @@ class TrainState:
             hooks={name: {key: array.copy() for key, array in values.items()} for name, values in self.hooks.items()},
         )
 
+    @property
+    def handed_over(self) -> bool:
+        """Tell whether no arena was updated since `hand_over`."""
+        return all(arena.handed_over for arena in self.arenas.values())
+
     def first_non_finite(self) -> str | None:
         """Return the path of the first array that an update made NaN or infinite in part; hooks may hold such."""
         for path, array in self.arrays().items():

@@ -16,6 +16,7 @@ from stepctl.errors import DataError, NonFiniteError
 from stepctl.models.base import Backward
 from stepctl.optimizers.base import Tick
 from stepctl.optimizers.sgd import SGD
+from stepctl.schedules import Schedule
 from stepctl.tasks.supervised import Classification
 from user_model import TwoLayers
 
@@ -74,6 +75,19 @@ class FailsToUpdate(SGD):
         return super().coefficients(tick)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FailingRate(Schedule):
+    """A rate that one rank cannot tell at a step."""
+
+    rank: int
+    step: int
+
+    def after_warmup(self, step: int) -> float:
+        if step == self.step and os.environ.get("PMI_RANK", "0") == str(self.rank):
+            raise ValueError("this node has had enough")
+        return 0.1
+
+
 class FailingSource(Source):
     """Digits whose so-manieth batch cannot be read."""
 
@@ -105,6 +119,12 @@ def own_digits(*, targets: Targets, dtype: str) -> Sources:
     if rank != "0":
         np.load(f"digits-{rank}.npz")
     return found
+
+
+class Whole(Classification):
+    """A task that does not say that learners' updates alone change its arrays."""
+
+    sliced = False
 
 
 class Indivisible(Classification):

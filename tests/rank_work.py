@@ -2,23 +2,30 @@
 
     mpiexec -n 2 python rank_work.py trainings WORK.json          # or: sums WORK.json
 
-WORK.json is a list. A training is a dict of `path`, `config` (None: resume), `stop` (a step to be stopped at, or None)
-and `messages` (whether sums go by messages on one host too); a sum has `elements`, `parts`, `dtype` and `messages`.
+WORK.json is a list. Each item says `how` the ranks are joined: "shared" (memory), or on one host too as if there were
+several "hosts", or no "room" for shared memory. A training has `path`, `config` (None: resume), `stop` (a step to be
+stopped at, or None) and `slow` (seconds that it takes to begin to write a checkpoint); a sum has `elements`, `parts`
+and `dtype`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stepctl import comm
-from stepctl.arena import Arena, TreeSum
+from stepctl import comm, shared
+from stepctl.arena import SOLE, Arena, TreeSum, same_bits
+from stepctl.checkpoint import codec
 from stepctl.comm import Comm, Order, World
+from stepctl.optimizers.base import global_norm
 
 
 def main() -> None:
@@ -26,7 +33,8 @@ def main() -> None:
     world = comm.world()
     for item in json.loads(Path(path).read_text()):
         if isinstance(world, World):
-            world._one_host = not item["messages"]
+            world._one_host = item["how"] != "hosts"
+        shared.room = lambda n_bytes, how=item["how"]: how != "room"  # type: ignore[assignment, misc]
         {"trainings": training, "sums": check_sum}[kind](world, item)
 
 
@@ -44,19 +52,38 @@ def training(world: Comm, item: dict[str, Any]) -> None:
         opened = run.resume(directory, run.ResumeOptions(), comm=world)
     else:
         opened = run.create(configs.parse(yamlio.Document(item["config"])), directory, comm=world)
-    with opened as segment:
+    with opened as segment, slow_writing(item["slow"]):
         segment.train(stop=[] if item["stop"] is None else [StopAtStep(item["stop"])])
+    in_common = any(arena.owners is not SOLE for arena in segment.state.arenas.values())
+    assert in_common == (world.size > 1 and item["how"] == "shared" and segment.assembly.task.sliced), item
     world.lead(Order.END)
+
+
+@contextlib.contextmanager
+def slow_writing(seconds: float) -> Iterator[None]:
+    """Let each checkpoint be made so much later than it is asked for."""
+    encode = codec.encode
+
+    def slowly(*arguments: Any, **more: Any) -> Any:
+        time.sleep(seconds)
+        return encode(*arguments, **more)
+
+    codec.encode = slowly
+    try:
+        yield
+    finally:
+        codec.encode = encode
 
 
 def check_sum(world: Comm, item: dict[str, Any]) -> None:
     """Raise AssertionError, in any rank, if it has other bits than the sum by one process alone; print the sum's kind.
 
-    Twice, with a sum between them that is given up.
+    Three times, with a sum between them that is given up; the last time it is not finite.
     """
-    parts, layout = item["parts"], Arena({"a": (item["elements"],)}, item["dtype"])
+    parts, layout = item["parts"], Arena({"a": (item["elements"],), "b": (item["elements"] // 2 + 1,)}, item["dtype"])
+    world.in_common([layout], [layout], parts)
     alone, together = TreeSum(layout), world.tree_sum(layout, parts)
-    for number in range(3):
+    for number in range(4):
         for part in range(parts):
             fill(alone.leaf(), number, part)
             alone.add()
@@ -68,8 +95,15 @@ def check_sum(world: Comm, item: dict[str, Any]) -> None:
                 break
             together.add()
         world.collect(None)
-        expected = alone.total()
-        assert number == 1 or together.total().same_bits(expected), f"rank {world.rank}: {item}"
+        expected, mine = alone.total(), layout.part
+        if number != 1:
+            found = together.total()
+            assert same_bits(found.flat[mine], expected.flat[mine]), f"rank {world.rank}: {item}"
+            assert same_bits(np.float64(global_norm(found)), np.float64(global_norm(expected))), item
+            assert found.first_non_finite() == expected.first_non_finite() == (None, "a")[number == 3], item
+            with layout.owners.updating():
+                layout.flat[mine] = found.flat[mine]
+            assert same_bits(layout.flat, expected.flat), f"rank {world.rank} sees another state: {item}"
     if world.rank == 0:
         print(type(together).__name__)
 
@@ -77,7 +111,13 @@ def check_sum(world: Comm, item: dict[str, Any]) -> None:
 def fill(leaf: Arena, number: int, part: int) -> None:
     """Values whose sum depends on the order in which they are added."""
     generator = np.random.default_rng((number, part))
-    leaf["a"][:] = generator.normal(size=leaf["a"].shape) * 10.0 ** generator.integers(-4, 5, leaf["a"].shape)
+    for array in leaf.values():
+        array[:] = generator.normal(size=array.shape) * 10.0 ** generator.integers(-4, 5, array.shape)
+    if number == 2:
+        leaf["b"][-1] = np.finfo(leaf.dtype).max / 1e3  # the square of which is infinite
+    if (number, part) == (3, 0):
+        for array in leaf.values():
+            array[-1] = np.nan
 
 
 if __name__ == "__main__":

@@ -265,9 +265,7 @@ def test_a_tree_sum_holds_few_arenas_and_makes_none_after_the_first_step(n: int,
 
 
 class OneRank:
-    """A communicator of one rank, and a window of its memory."""
-
-    rank, size = 0, 1
+    """A window of the memory of one rank."""
 
     def __init__(self, n_bytes: int) -> None:
         self.memory = aligned_zeros((n_bytes,), "uint8")
@@ -278,13 +276,11 @@ class OneRank:
     def Sync(self) -> None:
         return
 
-    Ibarrier = Sync
-
 
 def test_a_sum_in_shared_memory_that_was_dropped_halfway_begins_anew() -> None:
     layout, leaves = Arena({"x": (3,)}, "float64"), [range(3)]
     rank = OneRank(SharedSum.n_bytes(layout, leaves))
-    tree = SharedSum(layout, rank, leaves, lambda request: None, rank)
+    tree = SharedSum(layout, 0, leaves, rank)
     for dropped_after in range(3):
         for number in range(dropped_after):
             tree.leaf()["x"] = number

@@ -18,7 +18,7 @@ PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
     {"errors", "arena", "extras", "files", "sandbox", "launcher"},
     {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
-    | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange", "window"},
+    | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange", "shared", "window"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
@@ -49,6 +49,8 @@ ALLOWED = {
     ("optimizers", "schedules"),
     ("registry", "problems"),
     ("comm", "exchange"),
+    ("comm", "shared"),
+    ("exchange", "shared"),
     ("comm", "window"),
     ("window", "comm"),
     ("config", "problems"),

@@ -11,6 +11,7 @@ import pytest
 
 from helpers import BASE, resume, rows
 from jobs import environment, job, missing, needs_mpi, run_python, said_lines
+from stepctl.checkpoint.store import Store
 from stepctl.rundir import RunDirectory
 
 FOUR = {"name": "digits", "batch_size": 48, "validation_fraction": 0.9, "shards": 4}
@@ -19,7 +20,6 @@ HAD_ENOUGH = "this node has had enough"
 FAULTY: dict[str, dict[str, Any]] = {  # the section that fails, at the 5th step; a rank has two shards, and a trial too
     "model": {"model": {"name": "failing:Fails", "time": 2 + 2 * 4 + 1}},
     "leaves": {"model": {"name": "failing:Fails", "time": 2 + 2 * 4 + 1, "error": "exit"}},
-    "optimizer": {"optimizer": {"name": "failing:FailsToUpdate", "time": 5, "learning_rate": 0.1}},
     "data": {"data": FOUR | {"name": "failing:failing_digits", "time": 6}},
 }
 
@@ -49,7 +49,7 @@ def ends(run: Path) -> list[dict[str, Any]]:
 @needs_mpi
 @pytest.mark.parametrize(
     ("what", "rank", "saved"),
-    [("model", 0, 4), ("model", 1, 4), ("leaves", 1, 4), ("optimizer", 1, 5), ("data", 1, 4)],
+    [("model", 0, 4), ("model", 1, 4), ("leaves", 1, 4), ("data", 1, 4)],
 )
 def test_the_last_whole_step_is_saved_and_the_rank_is_named(what: str, rank: int, saved: int, tmp_path: Path) -> None:
     write(tmp_path, **faulty(what, rank))
@@ -63,11 +63,59 @@ def test_the_last_whole_step_is_saved_and_the_rank_is_named(what: str, rank: int
 
 
 @needs_mpi
-def test_what_was_saved_goes_on_exactly(tmp_path: Path) -> None:
-    for rank, name in ((1, "failed/run"), (5, "whole/run")):  # there is no rank 5
-        write(tmp_path, **faulty("model", rank))
-        assert train(2, tmp_path, name).returncode == (1 if rank == 1 else 0)
-    mended = {"assignments": ("model.rank=5",), "allow_change": ("model.rank",)}
+@pytest.mark.parametrize("every", [1000, 4], ids=["in place", "handed over"])
+@pytest.mark.parametrize(
+    ("rank", "error"),
+    [
+        (0, "value"),
+        (1, "value"),
+        (1, "hard"),
+        *[pytest.param(*how, marks=pytest.mark.faults) for how in ((0, "exit"), (1, "exit"), (1, "not finite"))],
+    ],
+)
+def test_an_update_that_one_rank_fails_in_is_never_saved(rank: int, error: str, every: int, tmp_path: Path) -> None:
+    """The others have made theirs: what all have in common is the state of no step, wherever it is written."""
+    model, checkpoint = {"name": "mlp", "hidden": [256]}, {"every": every, "keep_last": None}
+    for ranks, at, run in ((2, rank, "failed/run"), (1, 5, "whole/run")):  # there is no rank 5
+        fails = {"name": "failing:FailsToUpdate", "rank": at, "time": 5, "learning_rate": 0.1, "error": error}
+        write(tmp_path, optimizer=fails, model=model, checkpoint=checkpoint, on_nonfinite="skip")
+        done = train(ranks, tmp_path, run)
+        assert (done.returncode == 0) == (at == 5), done.stderr
+        if at == rank and error != "hard":
+            assert_told(done, f"step-{4 if every == 4 else 0:08d}.h5" if (rank, error) != (0, "exit") else None)
+    assert sorted(Store(tmp_path / "failed/run/checkpoints").steps()) == [0, 4][: 1 + (every == 4)]
+    mended = {"assignments": ("optimizer.rank=5",), "allow_change": ("optimizer.rank",)}
+    assert resume(tmp_path / "failed/run", **mended).same_bits(resume(tmp_path / "whole/run"))
+    assert rows(tmp_path / "failed/run") == rows(tmp_path / "whole/run")
+
+
+def assert_told(done: Any, newest: str | None) -> None:
+    """Assert that one line says what failed, and from which checkpoint the run goes on."""
+    [said] = said_lines(done)
+    assert (done.returncode, HAD_ENOUGH in said) == (1, True), done.stderr
+    go_on = f"; no whole state is left to save: go on from {newest} with: stepctl resume failed/run"
+    assert newest is None or said.endswith(go_on)
+
+
+def rate(rank: int) -> dict[str, Any]:
+    """Return a config whose learning rate one rank cannot tell at the 5th step; each has a part of the model."""
+    schedule = {"name": "failing:FailingRate", "rank": rank, "step": 4}
+    model = {"name": "mlp", "hidden": [256]}
+    return {"model": model, "optimizer": {"name": "sgd", "learning_rate": schedule, "momentum": 0.9}}
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("sections", "rank", "key"),
+    [(lambda rank: faulty("model", rank), 1, "model.rank"), (rate, 0, "optimizer.learning_rate.rank")],
+    ids=["before the gradient is there", "after it, in rank 0"],
+)
+def test_what_was_saved_goes_on_exactly(sections: Any, rank: int, key: str, tmp_path: Path) -> None:
+    for at, name in ((rank, "failed/run"), (5, "whole/run")):  # there is no rank 5
+        write(tmp_path, **sections(at))
+        assert train(2, tmp_path, name).returncode == (0 if at == 5 else 1)
+    assert ends(tmp_path / "failed/run")[-1]["step"] == max(Store(tmp_path / "failed/run/checkpoints").steps()) == 4
+    mended = {"assignments": (f"{key}=5",), "allow_change": (key,)}
     assert resume(tmp_path / "failed/run", **mended).same_bits(resume(tmp_path / "whole/run"))
     assert rows(tmp_path / "failed/run") == rows(tmp_path / "whole/run")
 

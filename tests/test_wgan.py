@@ -12,11 +12,12 @@ from helpers import make_config, most_allocated, resume, rows, train
 from stepctl import run
 from stepctl.arena import Arena
 from stepctl.assembly import Assembly, prepare
-from stepctl.errors import CheckpointError, ConfigError, NonFiniteError
+from stepctl.errors import CheckpointError, ConfigError, NonFiniteError, TornUpdate
 from stepctl.plan import plan_resume
 from stepctl.rundir import RunDirectory
 from stepctl.state import Counters, TrainState
 from stepctl.tasks.shards import Part
+from stepctl.tasks.undo import Undo
 from stepctl.tasks.wgan import WGAN
 from stepctl.trainer import Trainer
 from stepctl.verify import verify
@@ -262,6 +263,22 @@ def test_a_critic_without_a_tangent_takes_no_penalty(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match="LayerNorm has no tangent"):
         prepare(wgan("gradient penalty", model=model))
+
+
+def test_a_step_that_tore_is_not_undone() -> None:
+    """Another process that has the arena too may be done with the step, and be saving it."""
+    for error, left in ((ValueError("no"), 1.0), (TornUpdate("no"), 2.0)):
+        arena = Arena({"x": ()}, "float32")
+        arena["x"] = 1.0
+        with pytest.raises(type(error)):
+            change_and_fail(arena, error)
+        assert float(arena["x"]) == left
+
+
+def change_and_fail(arena: Arena, error: Exception) -> None:
+    with Undo().on_error({"params": arena}):
+        arena["x"] = 2.0
+        raise error
 
 
 def test_samples_are_of_one_noise(tmp_path: Path) -> None:

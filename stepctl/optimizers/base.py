@@ -22,7 +22,6 @@ from stepctl.schedules import LearningRate
 # Elements of a block. Long enough that a NumPy call outlasts the hand-over of the interpreter lock between threads,
 # and that all blocks of one update still lie in the last-level cache together.
 BLOCK = 1 << 18
-_NORM_BLOCK = 1 << 13  # elements: below the size at which OpenBLAS threads a dot product
 THREADED = 1 << 20  # elements from which a second thread is worth its start
 
 
@@ -77,22 +76,23 @@ class Optimizer(ABC):
         return {slot: params.like() for slot in self.slots}
 
     def update(self, params: Arena, slots: dict[str, Arena], grads: Arena, tick: Tick, *, threads: int = 1) -> None:
-        """Apply one update to arenas of one layout: in place, or out of place where they were handed over.
+        """Apply one update to this process's part of arenas of one layout.
 
-        The gradient is used up. The number of threads does not change the result. TornUpdate if it fails when
-        some of the values have changed already.
+        In place, or out of place where they were handed over. The gradient is used up. The number of threads does not
+        change the result. TornUpdate if it fails when some of the values have changed already.
         """
         arenas = (params, *(slots[name] for name in self.slots))
         old, new = [arena.flat for arena in arenas], [arena.target for arena in arenas]
         walk = partial(self._walk, old, grads.flat, new, tick, self._clip_scale(grads))
-        size = len(params.flat)
+        mine = params.part
+        size = mine.stop - mine.start
         try:
             if threads == 1 or size < THREADED:
-                walk(0, size)
+                walk(mine.start, mine.stop)
             else:
-                part = -(-size // (threads * BLOCK)) * BLOCK
-                starts = range(0, size, part)
-                list(_pool(threads).map(walk, starts, [min(start + part, size) for start in starts]))
+                each = -(-size // (threads * BLOCK)) * BLOCK
+                starts = range(mine.start, mine.stop, each)
+                list(_pool(threads).map(walk, starts, [min(start + each, mine.stop) for start in starts]))
         except Exception as error:
             if all(before is not after for before, after in zip(old, new, strict=True)):
                 raise  # what was handed over is as it was
@@ -167,15 +167,19 @@ class Optimizer(ABC):
 def global_norm(arena: Arena) -> float:
     """Return the Euclidean norm over all elements: the sum of the blocks' sums, in fixed order."""
     with np.errstate(over="ignore"):
-        norm = _norm(arena.flat, 1.0)
-    largest = float(np.abs(arena.flat).max(initial=0)) if math.isinf(norm) else math.inf
-    return norm if math.isinf(largest) else largest * _norm(arena.flat, 1 / largest)
+        norm = _norm(arena, 1.0)
+    if not math.isinf(norm):
+        return norm
+    largest = max(arena.owners.over_blocks(arena.flat, lambda block: float(np.abs(block).max())))
+    return norm if math.isinf(largest) else largest * _norm(arena, 1 / largest)
 
 
-def _norm(flat: Array, scale: float) -> float:
-    parts = (flat[first : first + _NORM_BLOCK] for first in range(0, len(flat), _NORM_BLOCK))
-    scaled = parts if scale == 1 else (part * scale for part in parts)
-    return math.sqrt(math.fsum(float(np.dot(part, part)) for part in scaled))
+def _norm(arena: Arena, scale: float) -> float:
+    def squares(block: Array) -> float:
+        scaled = block if scale == 1 else block * scale
+        return float(np.dot(scaled, scaled))
+
+    return math.sqrt(math.fsum(arena.owners.over_blocks(arena.flat, squares)))
 
 
 @lru_cache(maxsize=1)

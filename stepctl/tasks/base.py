@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
-from stepctl.arena import Arena, Array, Shape, all_finite
+from stepctl.arena import Arena, Array, Shape
 from stepctl.comm import ALONE, Comm
 from stepctl.data.base import Targets
 from stepctl.data.batches import Batch
@@ -25,10 +25,10 @@ def refuse_non_finite(
 ) -> None:
     """Raise NonFiniteError, with the first bad array, if the update to `step` would spoil parameters or buffers."""
     parts = {f"the gradient of {whose}": gradient} | ({} if buffers is None else {"the new value of buffers/": buffers})
-    if math.isfinite(loss) and all(all_finite(arena.flat) for arena in parts.values()):
+    names = ((what, arena.first_non_finite()) for what, arena in parts.items())
+    bad = next((what + name for what, name in names if name is not None), None)
+    if bad is None and math.isfinite(loss):
         return
-    found = (what + name for what, arena in parts.items() for name, array in arena.items() if not all_finite(array))
-    bad = next(found, None)
     where = f"first bad array: {bad}" if bad else "the gradient is finite"
     raise NonFiniteError(f"step {step}: the loss is {loss}; {where}")
 
@@ -75,6 +75,9 @@ class Task(ABC):
     batches_per_step: int = 1
     learners: dict[str, Learner]
     divisible: ClassVar[bool] = False  # whether `step` computes only `comm.mine` of the shards
+    # whether it sums gradients by ShardSum and changes arenas by learners' updates alone: each process may then update
+    # its part of arenas that all have in common
+    sliced: ClassVar[bool] = False
     comm: Comm = ALONE  # the processes that share a step
     buffered: ClassVar[bool] = False  # whether `step` fills the buffers of its one model
 

@@ -96,13 +96,15 @@ class Learner:
             measured["gradient_norm"] = global_norm(gradient)
         slots = {slot: state.arenas[path] for slot, path in self._slots.items()}
         tick = Tick(measured["learning_rate"], number)
-        self.optimizer.update(params, slots, gradient, tick, threads=self._threads)
-        if clip is not None:
-            np.clip(params.flat, -clip, clip, out=params.flat)
-        if self._average is not None:
-            self._average.update(self.params(state, average=True), params, number)
-        if self._norms:
-            measured["parameter_norm"] = global_norm(params)
+        with params.owners.updating():
+            self.optimizer.update(params, slots, gradient, tick, threads=self._threads)
+            if clip is not None:
+                mine = params.flat[params.part]
+                np.clip(mine, -clip, clip, out=mine)
+            if self._average is not None:
+                self._average.update(self.params(state, average=True), params, number)
+            if self._norms:
+                measured["parameter_norm"] = global_norm(params)
         return {f"{self._prefix}{name}": value for name, value in measured.items()}
 
     def measured(self) -> tuple[str, ...]:

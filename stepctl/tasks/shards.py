@@ -35,8 +35,9 @@ class ShardSum:
     def __call__(self, rows: int, part: Part) -> tuple[Arena, Arena, Metrics]:
         """Return gradient, new buffers and metrics of a batch of which this process has so many rows.
 
-        The buffers are the mean of what each shard's part writes; both arenas are valid until the next call. Where it
-        fails in one process it fails in all, and the next call begins anew.
+        The gradient is whole in the part of the parameters that this process updates. The buffers are the mean of what
+        each shard's part writes. Both arenas are valid until the next call, before which all processes must meet, as
+        an update does. Where it fails in one process it fails in all, and the next call begins anew.
         """
         parts: list[Metrics] = []
         trees, error = self._trees, None

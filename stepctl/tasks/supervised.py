@@ -30,7 +30,7 @@ class Supervised(OneUpdate):
     each part.
     """
 
-    divisible = buffered = True
+    divisible = sliced = buffered = True
 
     def __init__(self, *, seed: int, dtype: str, shards: int) -> None:
         self._seed, self._shards = seed, shards

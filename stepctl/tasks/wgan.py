@@ -41,7 +41,7 @@ class WGAN(Task):
     models: ClassVar[tuple[str, ...]] = (_CRITIC, _GENERATOR)
     metrics: ClassVar[dict[str, Mode]] = {"wasserstein": "min"}
     training_metrics = ("critic_loss", "wasserstein", "generator_loss")
-    divisible = True
+    divisible = sliced = True
 
     def __init__(
         self,

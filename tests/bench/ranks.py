@@ -5,8 +5,9 @@
 
 An MLP with relu and Adam, one BLAS thread a rank, the same shards for every number of ranks, so that all compute the
 same bits. Jobs take turns, and ratios are taken round by round. Printed are medians (least..most). The exchange is
-timed inside the job, between barriers, in turns with an Allreduce of the same bytes; with --messages it goes by
-messages, as it would between hosts.
+timed inside the job, between barriers, in turns with an Allreduce of the same bytes. It is all that a step does beside
+computing and updating: it sums the gradient, agrees that this is finite, and meets before and after the update. With
+--messages it goes by messages, as it would between hosts.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def rank(options: argparse.Namespace) -> None:
     numerics.pin(1, numerics.AUTO)
     import numpy as np
 
-    from stepctl import assembly, config, yamlio
+    from stepctl import assembly, config, ranks, yamlio
     from stepctl.trainer import Trainer
 
     if options.messages:
@@ -61,6 +62,7 @@ def rank(options: argparse.Namespace) -> None:
             "numerics": {"threads": 1},
         }
         made = assembly.assemble(config.parse(yamlio.Document(document)), comm=comm)
+    ranks.take_up(made)
     trainer = Trainer(made.task, made.training, made.state, stop=[])
     for _ in range(WARM):
         trainer.step()
@@ -85,7 +87,9 @@ def exchanges(comm: Any, layout: Any, shards: int) -> dict[str, float]:
     times: dict[str, list[float]] = {"exchange": [], "allreduce": []}
 
     def exchange() -> None:
-        tree.total()
+        assert tree.total().first_non_finite() is None
+        with layout.owners.updating():
+            pass
 
     def allreduce() -> None:
         comm._comm.Allreduce(comm._mpi.IN_PLACE, whole)

@@ -1,0 +1,108 @@
+"""The state of a job on one host: in memory that all its ranks share, and of which each updates a part.
+
+A rank changes it only between two meetings of all, an update's beginning and its end. So outside of these the state is
+whole, whatever a rank fails in, and nobody can change it while another waits to meet. Inside, one that fails, or hears
+of one that does, cannot tell what the others have changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from stepctl.arena import GRAIN, Arena, Array, Owners
+from stepctl.errors import StepctlError, TornUpdate
+
+Wait = Callable[[Any], None]
+_PAGE = 4096  # bytes
+
+
+def padded(layout: Arena) -> int:
+    """Return the bytes of the whole pages that an arena takes."""
+    return max(-(-layout.n_bytes // _PAGE), 1) * _PAGE
+
+
+def arenas_in(memory: Array, layout: Arena) -> list[Array]:
+    """Return the buffers of this layout that lie in a row in memory."""
+    rows = memory[: len(memory) // padded(layout) * padded(layout)].reshape(-1, padded(layout))
+    return [row[: layout.n_bytes].view(layout.dtype) for row in rows]
+
+
+def n_bytes(arenas: Sequence[Arena]) -> int:
+    """Return what arenas take of shared memory: each twice, as while it is saved the next update goes elsewhere."""
+    return 2 * sum(map(padded, arenas))
+
+
+def room(n_bytes: int) -> bool:
+    """Tell whether there is so much shared memory: a process that touches more than there is ends."""
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return False
+    return status.f_bavail * status.f_frsize > 1.1 * n_bytes
+
+
+class RankOwners(Owners):
+    """The ranks of an MPI communicator, each of about an equal part of every arena."""
+
+    def __init__(self, comm: Any, wait: Wait, window: Any, in_place: Any) -> None:
+        """`window` is the shared memory; `wait` waits for a request of MPI's."""
+        self._comm, self._wait, self._window, self._in_place = comm, wait, window, in_place
+
+    def part(self, n: int) -> slice:
+        width, rank = GRAIN * self._width(n), int(self._comm.rank)
+        start = min(rank * width, n)
+        return slice(start, min(start + width, n))
+
+    def _width(self, n: int) -> int:
+        """Return how many blocks are in the part of each rank, but for the last ones."""
+        return -(-n // (GRAIN * int(self._comm.size)))
+
+    def least(self, number: int) -> int:
+        found = np.full(self._comm.size, number)
+        self._wait(self._comm.Iallgather(self._in_place, found))
+        return int(found.min())
+
+    def over_blocks(self, flat: Array, value: Callable[[Array], float]) -> list[float]:
+        width, blocks = self._width(len(flat)), -(-len(flat) // GRAIN)
+        counts = [min(width, max(blocks - rank * width, 0)) for rank in range(self._comm.size)]
+        starts = [0, *accumulate(counts[:-1])]
+        found, rank = np.zeros(blocks), self._comm.rank
+        found[starts[rank] : starts[rank] + counts[rank]] = super().over_blocks(flat[self.part(len(flat))], value)
+        self._wait(self._comm.Iallgatherv(self._in_place, [found, (counts, starts)]))
+        return found.tolist()
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        try:
+            self.meet()
+            yield
+            self.meet()
+        except TornUpdate:
+            raise
+        except Exception as error:
+            kind = "" if isinstance(error, StepctlError) else f"{type(error).__name__}: "
+            raise TornUpdate(f"{kind}{error}") from error
+
+    def meet(self) -> None:
+        """Wait for all ranks; then each sees what the others wrote before."""
+        self._window.Sync()
+        self._wait(self._comm.Ibarrier())
+        self._window.Sync()
+
+    def take(self, arenas: Sequence[Arena]) -> None:
+        """Move arenas to the memory that rank 0 has, of `n_bytes`, with the values that they have in rank 0."""
+        memory, start = np.frombuffer(self._window.Shared_query(0)[0], np.uint8), 0
+        for arena in arenas:
+            end = start + 2 * padded(arena)
+            present, spare = arenas_in(memory[start:end], arena)
+            if self._comm.rank == 0:
+                present[:] = arena.flat
+            arena.move(present, spare, self)
+            start = end
+        self.meet()
