@@ -162,10 +162,10 @@ class RunDirectory:
                 raise StepctlError(f"{self.path}: cannot be locked: {error.strerror}; {remedy}") from error
         raise RunInUseError(f"{self.path}: in use by {_described(holder or {})}; wait for it, or stop it")
 
-    def freeze_config(self, plain: Mapping[str, Any]) -> None:
+    def freeze_config(self, text: str) -> None:
         """Write the resolved config, once, at the start of the run."""
         header = "# The resolved config, frozen when the run started; later changes are in ledger.jsonl.\n"
-        publish(self.config, [(header + yamlio.dumps(dict(plain))).encode()])
+        publish(self.config, [(header + text).encode()])
 
     def clear_stillborn(self) -> None:
         """Remove what a start left that never came to its first checkpoint."""

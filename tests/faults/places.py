@@ -58,7 +58,7 @@ class Disk:
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.point = kind, folder / kind
         self.point.mkdir()
-        self._image, self._loop = folder / f"{kind}.image", -1
+        self._image = folder / f"{kind}.image"
         with open(self._image, "wb") as file:
             file.truncate(_SIZES[kind])
         make = shutil.which(f"mkfs.{kind}") or shutil.which(f"mkfs.{kind}", path="/usr/sbin:/sbin")
@@ -72,8 +72,11 @@ class Disk:
 
     def mount(self) -> None:
         """Mount it, and replay its journal if its power was cut."""
-        self._loop = _attached(self._image)
-        _mount(os.readlink(f"/proc/self/fd/{self._loop}"), self.point, self.kind)
+        loop = _attached(self._image)
+        try:
+            _mount(os.readlink(f"/proc/self/fd/{loop}"), self.point, self.kind)
+        finally:
+            os.close(loop)  # the mount alone holds it from now on, and no process that is forked off this one
 
     def cut_power(self, flag: int) -> None:
         """Let nothing reach the device from now on; only what did is there at the next mount."""
@@ -86,7 +89,6 @@ class Disk:
     def unmount(self) -> None:
         """Unmount it, and let the device go with all that the system kept of it; OSError if a file is still open."""
         _checked(_libc.umount2(os.fsencode(self.point), 0))
-        os.close(self._loop)
 
 
 def _attached(image: Path) -> int:
