@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from apart import apart, command, ended, fork, warm_up
-from places import LOG_LOST, LOG_WRITTEN, Disk, mount_memory, own_mounts
+from places import LOG_LOST, LOG_WRITTEN, Disk, memory_device, mount_memory, own_mounts
 from small_runs import Unbroken, checkpoints
 
 from stepctl import config as configs
@@ -39,13 +39,13 @@ Manner = Callable[["Bench", Path], None]
 class Bench:
     """A disk, the unbroken run to compare with, and an assembly that every process forked off here can go on with."""
 
-    def __init__(self, kind: str, folder: Path, unbroken: Unbroken) -> None:
+    def __init__(self, kind: str, folder: Path, unbroken: Unbroken, device: Path | None = None) -> None:
         own_mounts()
         memory = folder / "memory"
         mount_memory(memory, 1 << 30)
         self.unbroken = unbroken
         self.assembly = prepare(configs.parse(yamlio.load(str(self.unbroken.config))))
-        self.disk = Disk(kind, memory)
+        self.disk = Disk(kind, memory, device)
         warm_up(["resume", unbroken.path, "-q"])  # the config that its checkpoints hold is read once, here
         warm_up(["train", "--config", unbroken.config, "--run-dir", memory / "warm", "--last-step", 2, "-q"])
         self._next = Process(self)
@@ -149,9 +149,9 @@ def cut_within_a_save(bench: Bench, process: Process, random_: random.Random, fl
     return heard
 
 
-def survive(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) -> float:
+def survive(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int, device: Path | None = None) -> float:
     """Cut the power so often in the life of one run after another, and check after each; return the seconds."""
-    bench, random_ = Bench(kind, folder, unbroken), random.Random(seed)
+    bench, random_ = Bench(kind, folder, unbroken, device), random.Random(seed)
     number, since, seen = 0, time.monotonic(), set[int]()
     for cut in range(cuts):
         run = bench.disk.point / str(number) / "run"
@@ -213,7 +213,8 @@ def test_a_few_power_cuts_lose_nothing(kind: str, tmp_path: Path, unbroken: Unbr
 def test_a_power_cut_at_any_moment_loses_nothing(
     kind: str, seed: int, tmp_path: Path, unbroken: Unbroken, figure: Figure
 ) -> None:
-    record(kind, 50, apart(survive, kind, tmp_path, unbroken, 50, seed), figure)
+    with memory_device(kind) as device:
+        record(kind, 50, apart(survive, kind, tmp_path, unbroken, 50, seed, device), figure)
 
 
 @pytest.mark.parametrize("kind", KINDS)
