@@ -377,6 +377,6 @@ def settle_numerics(assembly: Assembly) -> None:
 
 def check_size(config: Config) -> None:
     """Raise ConfigError if a config is longer than what can be read back."""
-    n_bytes = len(yamlio.dumps(config.plain()))
+    n_bytes = len(config.text)
     if n_bytes > yamlio.MAX_BYTES // 2:
         raise ConfigError(f"config: {n_bytes} bytes with its defaults; at most {yamlio.MAX_BYTES // 2} can be kept")

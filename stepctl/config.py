@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,7 @@ from stepctl.errors import ConfigError
 from stepctl.problems import Problem, did_you_mean, in_lines, problems_of, unknown_key
 from stepctl.registry import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 from stepctl.state import GLOBAL_STEP, Trigger, trigger
-from stepctl.yamlio import Document, flatten
+from stepctl.yamlio import Document, dumps, flatten
 
 # Each section that is a component, and its family.
 FAMILIES = {"data": "data", "model": "models", "task": "tasks", "optimizer": "optimizers"}
@@ -249,15 +250,17 @@ class Config(Section):
                 del plain[section]["name"]
         return plain
 
+    @functools.cached_property
+    def text(self) -> str:
+        """The plain values as YAML."""
+        return dumps(self.plain())
+
     def with_values(self, changes: Mapping[str, Any]) -> Config:
         """Return a copy with these dotted keys set to values that are known to be right."""
         plain = self.plain()
         for key, value in changes.items():
             *folders, last = key.split(".")
-            at = plain
-            for folder in folders:
-                at = at[folder]
-            at[last] = value
+            functools.reduce(dict.__getitem__, folders, plain)[last] = value
         return Config.model_validate(plain)
 
     def target(self, start: int) -> int:
@@ -363,11 +366,9 @@ def _line(document: Document, problem: Problem) -> str:
 def changes(old: Config, new: Config) -> list[dict[str, Any]]:
     """Return every key whose value differs: [{"key", "old", "new"}], None where it is absent."""
     before, after = flatten(old.plain()), flatten(new.plain())
-    return [
-        {"key": key, "old": before.get(key), "new": after.get(key)}
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-    ]
+    keys = dict.fromkeys([*before, *after])
+    both = [{"key": key, "old": before.get(key), "new": after.get(key)} for key in keys]
+    return [change for change in both if change["old"] != change["new"]]
 
 
 def refuse_unknown(allowed: tuple[str, ...], *known: Config) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepctl import config as configs
-from stepctl import rundir, yamlio
+from stepctl import rundir
 from stepctl.assembly import Assembly, assemble, check_size, settle_numerics
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.store import Store
@@ -69,7 +69,7 @@ def fork(
         settled = config.numerics != base.numerics
         texts = {
             "run": child.name,
-            "config": yamlio.dumps(config.plain()),
+            "config": config.text,
             # the bits are those of the parent's numerics until other ones are asked for
             "numerics": json.dumps(assembly.numerics) if settled else header.numerics,
         }

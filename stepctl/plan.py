@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 from stepctl import config as configs
-from stepctl import rates, rundir, yamlio
+from stepctl import rates, rundir
 from stepctl.assembly import Assembly, assemble
 from stepctl.checkpoint import codec, userblock
 from stepctl.checkpoint.store import Store
@@ -96,9 +96,7 @@ def _notes(config: Config) -> list[str]:
 
 def _plan(assembly: Assembly, directory: RunDirectory, span: Span) -> dict[str, Any]:
     config, state = assembly.config, assembly.state
-    image = codec.encode(
-        state, run=directory.name, config=yamlio.dumps(config.plain()), numerics=json.dumps(assembly.numerics)
-    )
+    image = codec.encode(state, run=directory.name, config=config.text, numerics=json.dumps(assembly.numerics))
     params = {folder: arena for folder, arena in state.arenas.items() if folder.partition("/")[0] == "params"}
     shapes = {f"{folder}/{name}": shape for folder, arena in params.items() for name, shape in arena.shapes.items()}
     n_bytes, n_sums = sum(arena.n_bytes for arena in params.values()), config.data.shards.bit_length()

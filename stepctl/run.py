@@ -46,7 +46,7 @@ def founded(directory: RunDirectory, config: Config, say: Say) -> Iterator[None]
         directory.refuse_run()
         directory.clear_temporaries()
         directory.clear_stillborn()
-        directory.freeze_config(config.plain())
+        directory.freeze_config(config.text)
         yield
 
 

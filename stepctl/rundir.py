@@ -163,10 +163,10 @@ class RunDirectory:
         remedy = f"wait for it, or stop it{launcher.remedy()}"
         raise RunInUseError(f"{self.path}: in use by {_described(holder or {})}; {remedy}")
 
-    def freeze_config(self, plain: Mapping[str, Any]) -> None:
+    def freeze_config(self, text: str) -> None:
         """Write the resolved config, once, at the start of the run."""
         header = "# The resolved config, frozen when the run started; later changes are in ledger.jsonl.\n"
-        publish(self.config, [(header + yamlio.dumps(dict(plain))).encode()])
+        publish(self.config, [(header + text).encode()])
 
     def clear_stillborn(self) -> None:
         """Remove what a start left that never came to its first checkpoint."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepctl import __version__, rundir, yamlio
+from stepctl import __version__, rundir
 from stepctl.arena import Array
 from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
@@ -84,7 +84,7 @@ class Segment:
         self._forked: Collection[int] = ()  # steps that forks began at
         self._texts = {
             "run": directory.name,
-            "config": yamlio.dumps(self.config.plain()),
+            "config": self.config.text,
             "numerics": json.dumps(assembly.numerics),
         }
 

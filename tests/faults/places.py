@@ -1,4 +1,4 @@
-"""File systems of a test's own: an image on a loop device whose power can be cut, and a small one in memory.
+"""File systems of a test's own: one whose power can be cut, and a small one in memory.
 
 To be used in a process apart: the mounts are seen by that process and its children alone, and when the last of them
 ends, however it ends, the system unmounts what is left and lets the loop device go.
@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,8 @@ _NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x20000, 1 << 18, 1 << 14  # CLONE_NEWNS, MS
 _GET_FREE, _SET_FILE, _LET_GO = 0x4C82, 0x4C00, 0x4C01  # LOOP_CTL_GET_FREE, LOOP_SET_FD, LOOP_CLR_FD
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
 LOG_WRITTEN, LOG_LOST = 1, 2  # ..._LOGFLUSH, ..._NOLOGFLUSH: the journal in memory is written out first, or not
-_SIZES = {"ext4": 16 << 20, "xfs": 300 << 20}  # the least that mkfs makes; the image is sparse
+_SIZES = {"ext4": 16 << 20, "xfs": 300 << 20}  # the least that mkfs makes; most of it is never written
+_ZRAM = Path("/sys/class/zram-control")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -52,19 +54,50 @@ def in_memory(folder: Path) -> Path:
     return point
 
 
-class Disk:
-    """An ext4 or xfs on a loop device, mounted at `point`."""
+@contextlib.contextmanager
+def memory_device(kind: str) -> Iterator[Path | None]:
+    """Make a block device in memory that answers at once, for a `Disk`; None if the system has no such thing.
 
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.kind, self.point = kind, folder / kind
+    To be used where the process that mounts it ends before, however it ends: nobody else lets it go.
+    """
+    try:
+        number = (_ZRAM / "hot_add").read_text().strip()
+    except OSError:
+        yield None
+        return
+    try:
+        Path(f"/sys/block/zram{number}/disksize").write_text(str(_SIZES[kind]))
+        yield Path(f"/dev/zram{number}")
+    finally:
+        _remove(number)
+
+
+def _remove(number: str, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            (_ZRAM / "hot_remove").write_text(number)
+            return
+        except OSError:  # what is left of the test has yet to end
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+
+
+class Disk:
+    """An ext4 or xfs, mounted at `point`: on a block device that is given, or else on an image on a loop device."""
+
+    def __init__(self, kind: str, folder: Path, device: Path | None = None) -> None:
+        self.kind, self.point, self._device = kind, folder / kind, device
         self.point.mkdir()
-        self._image, self._loop = folder / f"{kind}.image", -1
-        with open(self._image, "wb") as file:
-            file.truncate(_SIZES[kind])
+        self._image = folder / f"{kind}.image"
+        if device is None:
+            with open(self._image, "wb") as file:
+                file.truncate(_SIZES[kind])
         make = shutil.which(f"mkfs.{kind}") or shutil.which(f"mkfs.{kind}", path="/usr/sbin:/sbin")
         if make is None:
             raise Refused(f"mkfs.{kind} is not installed")
-        subprocess.run([make, "-q", self._image], check=True)
+        subprocess.run([make, "-q", device or self._image], check=True)
         try:
             self.mount()
         except OSError as error:
@@ -72,8 +105,14 @@ class Disk:
 
     def mount(self) -> None:
         """Mount it, and replay its journal if its power was cut."""
-        self._loop = _attached(self._image)
-        _mount(os.readlink(f"/proc/self/fd/{self._loop}"), self.point, self.kind)
+        if self._device is not None:
+            _mount(str(self._device), self.point, self.kind)
+            return
+        loop = _attached(self._image)
+        try:
+            _mount(os.readlink(f"/proc/self/fd/{loop}"), self.point, self.kind)
+        finally:
+            os.close(loop)  # the mount alone holds it from now on, and no process that is forked off this one
 
     def cut_power(self, flag: int) -> None:
         """Let nothing reach the device from now on; only what did is there at the next mount."""
@@ -86,7 +125,6 @@ class Disk:
     def unmount(self) -> None:
         """Unmount it, and let the device go with all that the system kept of it; OSError if a file is still open."""
         _checked(_libc.umount2(os.fsencode(self.point), 0))
-        os.close(self._loop)
 
 
 def _attached(image: Path) -> int:

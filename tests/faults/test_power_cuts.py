@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import re
 import select
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 from apart import apart, command, ended, fork, warm_up
-from places import LOG_LOST, LOG_WRITTEN, Disk, mount_memory, own_mounts
+from places import LOG_LOST, LOG_WRITTEN, Disk, memory_device, mount_memory, own_mounts
 from small_runs import Unbroken, checkpoints
 
 from stepctl import config as configs
 from stepctl import yamlio
-from stepctl.assembly import Assembly, prepare
+from stepctl.assembly import prepare
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.rundir import RunDirectory
@@ -30,33 +33,45 @@ LAST = 100
 DEADLINE = 60.0
 _SAVED = re.compile(rb"^saved step-([0-9]{8})\.h5$", re.MULTILINE)
 Figure = Callable[[str, int], None]
+Manner = Callable[["Bench", Path], None]
 
 
 class Bench:
-    """A disk, the unbroken run to compare with, and an assembly that every process forked off here goes on with."""
+    """A disk, the unbroken run to compare with, and an assembly that every process forked off here can go on with."""
 
-    def __init__(self, kind: str, folder: Path, unbroken: Unbroken) -> None:
+    def __init__(self, kind: str, folder: Path, unbroken: Unbroken, device: Path | None = None) -> None:
         own_mounts()
         memory = folder / "memory"
         mount_memory(memory, 1 << 30)
         self.unbroken = unbroken
         self.assembly = prepare(configs.parse(yamlio.load(str(self.unbroken.config))))
-        self.disk = Disk(kind, memory)
+        self.disk = Disk(kind, memory, device)
         warm_up(["resume", unbroken.path, "-q"])  # the config that its checkpoints hold is read once, here
         warm_up(["train", "--config", unbroken.config, "--run-dir", memory / "warm", "--last-step", 2, "-q"])
+        self._next = Process(self)
 
-    def begin(self, run: Path, before: Callable[[], None] = lambda: None) -> Process:
-        """Start or go on with a run by the command line."""
-        words = ["train", "--config", self.unbroken.config, "--run-dir", run, "--or-resume", "-v"]
-        return Process(words, before)
-
-    def go_on(self, run: Path) -> Process:
-        """Resume a run with the assembly that is there: the same, without the time it takes to build one."""
-        return Process([], lambda: _resume(run, self.assembly))
+    def start(self, manner: Manner, run: Path) -> Process:
+        """Start or go on with a run in a manner; the process for the one after it gets ready meanwhile."""
+        process = self._next
+        process.go(manner, run)
+        self._next = Process(self)
+        return process
 
 
-def _resume(run: Path, assembly: Assembly) -> None:
-    directory = RunDirectory(run)
+def by_command(bench: Bench, run: Path) -> None:
+    """Start or go on with a run by the command line."""
+    words = ["train", "--config", bench.unbroken.config, "--run-dir", run, "--or-resume", "-v"]
+    sys.argv[1:] = map(str, words)  # for what a forked process does next
+
+
+def by_command_without_fsync(bench: Bench, run: Path) -> None:
+    without_fsync()
+    by_command(bench, run)
+
+
+def by_assembly(bench: Bench, run: Path) -> None:
+    """Resume a run with the assembly that is there: the same, without the time it takes to build one."""
+    directory, assembly = RunDirectory(run), bench.assembly
     with directory.lock():
         directory.clear_temporaries()
         with Store(directory.checkpoints).newest(print, lambda reader: codec.restore(reader, assembly.state)) as reader:
@@ -69,11 +84,27 @@ def _resume(run: Path, assembly: Assembly) -> None:
 
 
 class Process:
-    """A process that trains, and what it has acknowledged so far."""
+    """A process that stands ready to train, or trains; and what it has acknowledged so far."""
 
-    def __init__(self, words: list[object], before: Callable[[], None]) -> None:
-        self.pid, self._pipe = fork(words, before)
+    def __init__(self, bench: Bench) -> None:
+        self._door, inside = multiprocessing.Pipe()
+        self.pid, self._pipe = fork([], lambda: self._stand_ready(bench, inside))
+        inside.close()
         self.said = b""
+
+    def _stand_ready(self, bench: Bench, inside: Connection) -> None:
+        """Copy, by reading a good checkpoint, the memory that the fork shares and a resume will write to; then wait."""
+        self._door.close()  # so that the wait ends if the test does
+        Store(RunDirectory(bench.unbroken.path).checkpoints).newest(print).close()
+        try:
+            manner, run = inside.recv()
+        except EOFError:
+            raise SystemExit(0) from None
+        manner(bench, run)
+
+    def go(self, manner: Manner, run: Path) -> None:
+        self._door.send((manner, run))
+        self._door.close()
 
     def acknowledged(self) -> set[int]:
         return {int(step) for step in _SAVED.findall(self.said)}
@@ -118,14 +149,14 @@ def cut_within_a_save(bench: Bench, process: Process, random_: random.Random, fl
     return heard
 
 
-def survive(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) -> float:
+def survive(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int, device: Path | None = None) -> float:
     """Cut the power so often in the life of one run after another, and check after each; return the seconds."""
-    bench, random_ = Bench(kind, folder, unbroken), random.Random(seed)
+    bench, random_ = Bench(kind, folder, unbroken, device), random.Random(seed)
     number, since, seen = 0, time.monotonic(), set[int]()
     for cut in range(cuts):
         run = bench.disk.point / str(number) / "run"
         files = checkpoints(run)
-        process = bench.begin(run) if cut % 10 == 9 or not files else bench.go_on(run)
+        process = bench.start(by_command if cut % 10 == 9 or not files else by_assembly, run)
         seen |= cut_within_a_save(bench, process, random_, random_.choice((LOG_WRITTEN, LOG_LOST)))
         assert (found := bench.unbroken.faults(run, seen)) == [], f"cut {cut}: {found}: {process.said.decode()}"
         if LAST in seen:
@@ -142,7 +173,7 @@ def forget(kind: str, folder: Path, unbroken: Unbroken, cuts: int, seed: int) ->
     bench, random_, lost = Bench(kind, folder, unbroken), random.Random(seed), []
     for cut in range(cuts):
         run = bench.disk.point / str(cut) / "run"
-        process = bench.begin(run, without_fsync)
+        process = bench.start(by_command_without_fsync, run)
         process.hears(lambda process=process: len(process.acknowledged()) >= 2, DEADLINE)
         heard = cut_within_a_save(bench, process, random_, LOG_LOST)
         faults = bench.unbroken.faults(run, heard)
@@ -182,7 +213,8 @@ def test_a_few_power_cuts_lose_nothing(kind: str, tmp_path: Path, unbroken: Unbr
 def test_a_power_cut_at_any_moment_loses_nothing(
     kind: str, seed: int, tmp_path: Path, unbroken: Unbroken, figure: Figure
 ) -> None:
-    record(kind, 50, apart(survive, kind, tmp_path, unbroken, 50, seed), figure)
+    with memory_device(kind) as device:
+        record(kind, 50, apart(survive, kind, tmp_path, unbroken, 50, seed, device), figure)
 
 
 @pytest.mark.parametrize("kind", KINDS)
