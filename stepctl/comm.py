@@ -201,6 +201,8 @@ class World(Comm):
         cores = here.allgather(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None)
         self._neighbours: int = cores.count(cores[here.rank])
         self._one_host = here.size == self.size
+        if here.rank == 0:
+            launcher.unname_shared_memory()
         here.Free()
 
     def in_common(self, arenas: Sequence[Arena], gradients: Sequence[Arena], parts: int) -> bool:

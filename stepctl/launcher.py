@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from stepctl.errors import StepctlError
 
@@ -14,6 +15,7 @@ from stepctl.errors import StepctlError
 _HYDRA = "PMI_RANK"
 _RANKS = (_HYDRA, "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_NAMED = " /dev/shm/mpich_shm_"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -73,6 +75,16 @@ class Launcher:
         # the processes of Open MPI end by themselves, and what forks them may be a thread that ends before
         if _HYDRA in os.environ:
             _signal_at_its_end(signal.SIGKILL)
+
+
+def unname_shared_memory() -> None:
+    """Let the memory that MPICH's ranks on this host share go with the last of them, also where they are killed.
+
+    For one of them, once all have it; MPICH itself takes the names away at an end in order only.
+    """
+    with contextlib.suppress(OSError):
+        for path in {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if _NAMED in line}:
+            os.unlink(path)
 
 
 def _signal_at_its_end(number: int) -> None:

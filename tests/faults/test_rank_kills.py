@@ -96,6 +96,12 @@ def assert_gone(others: list[Process]) -> None:
     assert not any(other.running(after=SOON) for other in others)
 
 
+def named_memory(pid: int) -> list[str]:
+    """Return the names of the memory that a process shares, which would stay if all that have it were killed."""
+    parts = (line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return [path for path in parts if path.startswith("/dev/shm/") and not path.endswith("(deleted)")]
+
+
 @pytest.mark.parametrize("who", [pytest.param("the launcher", marks=pytest.mark.faults), "what holds the ranks"])
 def test_a_job_whose_launcher_is_killed_lets_the_run_go(who: str, tmp_path: Path) -> None:
     """The lock is free as soon as the ranks are gone: a resume right after it finds nobody there."""
@@ -103,6 +109,7 @@ def test_a_job_whose_launcher_is_killed_lets_the_run_go(who: str, tmp_path: Path
     run = trial.new_run("killed")
     with started(2, trial.begin(run), trial.folder) as (job, others):
         when_there_are(5, "ledger.jsonl", 0)(job, run)
+        assert [path for rank in others[:-1] for path in named_memory(rank.pid)] == []
         assert (job if who == "the launcher" else others[-1]).kill()
         assert_gone(others)
     assert_nothing_lost(run, 3)
