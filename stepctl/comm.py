@@ -206,33 +206,30 @@ class World(Comm):
         here.Free()
 
     def in_common(self, arenas: Sequence[Arena], gradients: Sequence[Arena], parts: int) -> bool:
+        from stepctl import shared
         from stepctl.exchange import SharedSum
-        from stepctl.shared import RankOwners, n_bytes, room
 
-        leaves, needed = self._leaves(parts), n_bytes(arenas)
+        leaves, needed = self._leaves(parts), shared.n_bytes(arenas)
         sums = self.size * sum(SharedSum.n_bytes(gradient, leaves) for gradient in gradients)
-        if not self.share(self._one_host and room(needed + sums)):
+        if not self.share(self._one_host and shared.room(needed + sums)):
             return False
-        window = self._shared_window(needed if self.rank == 0 else 0)
-        RankOwners(self._comm, self._wait, window, self._mpi.IN_PLACE).take(arenas)
-        return True
+        memory = shared.memory(needed, self.rank, self.share, self.collect)
+        if memory is not None:
+            shared.RankOwners(self._comm, self._wait, self._mpi.IN_PLACE).take(arenas, memory)
+        return memory is not None
 
     def tree_sum(self, layout: Arena, parts: int) -> TreeSum:
+        from stepctl import shared
         from stepctl.exchange import MessagedSum, SharedSum
-        from stepctl.shared import RankOwners
 
         leaves = self._leaves(parts)
-        if not isinstance(layout.owners, RankOwners):
+        if not isinstance(layout.owners, shared.RankOwners):
             return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
-        return SharedSum(layout, self.rank, leaves, self._shared_window(SharedSum.n_bytes(layout, leaves)))
-
-    def _shared_window(self, n_bytes: int) -> Any:
-        """Return memory that all ranks share: of this one's, so many bytes."""
-        with self._together():
-            window = self._mpi.Win.Allocate_shared(n_bytes, comm=self._comm)
-            window.Lock_all()
-        self._windows.append(window)
-        return window
+        needed = self.size * SharedSum.n_bytes(layout, leaves)
+        memory = shared.memory(needed, self.rank, self.share, self.collect)
+        if memory is None:
+            raise RankError("shared memory is not to be had any more; go on with resume")
+        return SharedSum(layout, self.rank, leaves, memory)
 
     def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
         import numpy as np

@@ -124,20 +124,20 @@ class MessagedSum(ExchangedSum):
 class SharedSum(ExchangedSum):
     """The exchange through memory that all ranks share: for parameters of which each rank updates its part."""
 
-    def __init__(self, layout: Arena, rank: int, leaves: list[range], window: Any) -> None:
-        """`window` is one of shared memory: of each rank `n_bytes(layout, leaves)`."""
+    def __init__(self, layout: Arena, rank: int, leaves: list[range], memory: Array) -> None:
+        """`memory` is shared: of each rank `n_bytes(layout, leaves)`."""
         super().__init__(layout, rank, leaves, layout.part)
-        self._window, self._made = window, 0
+        self._made = 0
         self._numbers = [_places(of)[0] for of in leaves]  # by rank, the arena that each of its subtrees ends in
-        self._peers = [self._arenas(layout, peer) for peer in range(len(leaves))]
+        self._peers = [self._arenas(layout, part) for part in np.split(memory, len(leaves))]
 
     @staticmethod
     def n_bytes(layout: Arena, leaves: list[range]) -> int:
         """Return what each rank needs of shared memory."""
         return max(_places(of)[1] for of in leaves) * padded(layout)
 
-    def _arenas(self, layout: Arena, rank: int) -> list[Arena]:
-        memory = np.frombuffer(self._window.Shared_query(rank)[0], np.uint8)
+    @staticmethod
+    def _arenas(layout: Arena, memory: Array) -> list[Arena]:
         found = [layout.like(flat) for flat in arenas_in(memory, layout)]
         for arena in found:
             arena.owners = layout.owners
@@ -153,7 +153,6 @@ class SharedSum(ExchangedSum):
         self._free, self._made = [], 0
 
     def _scattered(self, arenas: list[Arena]) -> list[list[Array]]:
-        self._window.Sync()
         return [
             [peer[number].flat[self._mine] for number in numbers]
             for peer, numbers in zip(self._peers, self._numbers, strict=True)

@@ -8,7 +8,9 @@ of one that does, cannot tell what the others have changed.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -20,6 +22,7 @@ from stepctl.errors import StepctlError, TornUpdate
 
 Wait = Callable[[Any], None]
 _PAGE = 4096  # bytes
+_PLACE = "/dev/shm"
 
 
 def padded(layout: Arena) -> int:
@@ -41,18 +44,54 @@ def n_bytes(arenas: Sequence[Arena]) -> int:
 def room(n_bytes: int) -> bool:
     """Tell whether there is so much shared memory: a process that touches more than there is ends."""
     try:
-        status = os.statvfs("/dev/shm")
+        status = os.statvfs(_PLACE)
     except OSError:
         return False
     return status.f_bavail * status.f_frsize > 1.1 * n_bytes
 
 
+def memory(n_bytes: int, rank: int, share: Callable[[Any], Any], collect: Callable[[Any], list[Any]]) -> Array | None:
+    """Return memory of zeros that all ranks share, None where one cannot; it is gone with the last of them.
+
+    `share` gives rank 0's value to all, `collect` all ranks' values.
+    """
+    # not MPI's own: MPICH leaves it behind when a job is killed
+    path = share(_created(n_bytes) if rank == 0 else None)
+    found = None if path is None else _mapped(path, n_bytes)
+    everywhere = all(collect(found is not None))
+    if path is not None and rank == 0:
+        os.unlink(path)
+    return found if everywhere else None
+
+
+def _created(n_bytes: int) -> str | None:
+    """Make a file of zeros in memory, for other processes to map too; None if that fails."""
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="stepctl-", dir=_PLACE)
+        try:
+            os.truncate(descriptor, n_bytes)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return None
+    return path
+
+
+def _mapped(path: str, n_bytes: int) -> Array | None:
+    """Return the bytes of such a file, which need its name no longer then; None if that fails."""
+    try:
+        with open(path, "r+b") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), n_bytes), np.uint8)
+    except (OSError, ValueError):
+        return None
+
+
 class RankOwners(Owners):
     """The ranks of an MPI communicator, each of about an equal part of every arena."""
 
-    def __init__(self, comm: Any, wait: Wait, window: Any, in_place: Any) -> None:
-        """`window` is the shared memory; `wait` waits for a request of MPI's."""
-        self._comm, self._wait, self._window, self._in_place = comm, wait, window, in_place
+    def __init__(self, comm: Any, wait: Wait, in_place: Any) -> None:
+        """`wait` waits for a request of MPI's."""
+        self._comm, self._wait, self._in_place = comm, wait, in_place
 
     def part(self, n: int) -> slice:
         width, rank = GRAIN * self._width(n), int(self._comm.rank)
@@ -91,13 +130,11 @@ class RankOwners(Owners):
 
     def meet(self) -> None:
         """Wait for all ranks; then each sees what the others wrote before."""
-        self._window.Sync()
         self._wait(self._comm.Ibarrier())
-        self._window.Sync()
 
-    def take(self, arenas: Sequence[Arena]) -> None:
-        """Move arenas to the memory that rank 0 has, of `n_bytes`, with the values that they have in rank 0."""
-        memory, start = np.frombuffer(self._window.Shared_query(0)[0], np.uint8), 0
+    def take(self, arenas: Sequence[Arena], memory: Array) -> None:
+        """Move arenas to shared memory, of `n_bytes`, with the values that they have in rank 0."""
+        start = 0
         for arena in arenas:
             end = start + 2 * padded(arena)
             present, spare = arenas_in(memory[start:end], arena)

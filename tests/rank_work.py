@@ -3,9 +3,9 @@
     mpiexec -n 2 python rank_work.py trainings WORK.json          # or: sums WORK.json
 
 WORK.json is a list. Each item says `how` the ranks are joined: "shared" (memory), or on one host too as if there were
-several "hosts", or no "room" for shared memory. A training has `path`, `config` (None: resume), `stop` (a step to be
-stopped at, or None) and `slow` (seconds that it takes to begin to write a checkpoint); a sum has `elements`, `parts`
-and `dtype`.
+several "hosts", no "room" for shared memory, or some that the last rank has "not seen". A training has `path`, `config`
+(None: resume), `stop` (a step to be stopped at, or None) and `slow` (seconds that it takes to begin to write a
+checkpoint); a sum has `elements`, `parts` and `dtype`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from stepctl.checkpoint import codec
 from stepctl.comm import Comm, Order, World
 from stepctl.optimizers.base import global_norm
 
+MAPPED = shared._mapped
+
 
 def main() -> None:
     kind, path = sys.argv[1:]
@@ -35,6 +37,8 @@ def main() -> None:
         if isinstance(world, World):
             world._one_host = item["how"] != "hosts"
         shared.room = lambda n_bytes, how=item["how"]: how != "room"  # type: ignore[assignment, misc]
+        unseen = item["how"] == "not seen" and world.rank == world.size - 1
+        shared._mapped = (lambda path, n_bytes: None) if unseen else MAPPED
         {"trainings": training, "sums": check_sum}[kind](world, item)
 
 

@@ -264,23 +264,9 @@ def test_a_tree_sum_holds_few_arenas_and_makes_none_after_the_first_step(n: int,
     assert set().union(*used[1:]) <= used[0]
 
 
-class OneRank:
-    """A window of the memory of one rank."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self.memory = aligned_zeros((n_bytes,), "uint8")
-
-    def Shared_query(self, rank: int) -> tuple[Array]:
-        return (self.memory,)
-
-    def Sync(self) -> None:
-        return
-
-
 def test_a_sum_in_shared_memory_that_was_dropped_halfway_begins_anew() -> None:
     layout, leaves = Arena({"x": (3,)}, "float64"), [range(3)]
-    rank = OneRank(SharedSum.n_bytes(layout, leaves))
-    tree = SharedSum(layout, 0, leaves, rank)
+    tree = SharedSum(layout, 0, leaves, aligned_zeros((SharedSum.n_bytes(layout, leaves),), "uint8"))
     for dropped_after in range(3):
         for number in range(dropped_after):
             tree.leaf()["x"] = number

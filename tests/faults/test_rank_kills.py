@@ -118,6 +118,21 @@ def test_a_job_whose_launcher_is_killed_lets_the_run_go(who: str, tmp_path: Path
     trial.finish(run)
 
 
+def test_the_memory_that_ranks_share_is_gone_with_them_however_they_end(tmp_path: Path) -> None:
+    """It has no name any more by which it could stay."""
+    trial = make_trial(tmp_path, small_config())
+    run = trial.new_run("killed")
+    with started(2, trial.begin(run), trial.folder) as (job, others):
+        when_there_are(5, "metrics.jsonl", 0)(job, run)
+        maps = [content(Path(f"/proc/{rank.pid}/maps")).decode().splitlines() for rank in others[:2]]
+        assert others[0].kill()
+        assert_gone(others)
+    for lines in maps:
+        shared = [line for line in lines if "/stepctl-" in line and "/dev/shm/" in line]
+        assert shared, "they share nothing"
+        assert all(line.endswith("(deleted)") for line in shared)
+
+
 def test_a_rank_that_mpi_keeps_waiting_ends_with_what_holds_it(tmp_path: Path) -> None:
     with started(2, [], tmp_path, program=[HERE / "rank_waits.py"]) as (job, (waits, _, holds)):
         until(lambda: "waits" in job.said())
