@@ -49,6 +49,8 @@ class TornUpdate(StepctlError):
 class NonFiniteError(StepctlError):
     """A loss, a gradient or a state holds NaN or infinity."""
 
+    by_all = False  # whether every process that shares the step raises it
+
 
 class ConfigError(StepctlError):
     """The command line, the config or a component's argument is wrong."""

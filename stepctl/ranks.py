@@ -116,7 +116,7 @@ def follow(comm: World) -> int:
                     trainer.state.hand_over()
                 trainer.step()
         except BaseException as error:  # a user's own code may raise anything
-            if error is not comm.agreed and not isinstance(error, NonFiniteError):
+            if error is not comm.agreed and not (isinstance(error, NonFiniteError) and error.by_all):
                 comm.give_up(_of(comm, error))
                 trainer = None
 

@@ -68,13 +68,16 @@ def _created(n_bytes: int) -> str | None:
     """Make a file of zeros in memory, for other processes to map too; None if that fails."""
     try:
         descriptor, path = tempfile.mkstemp(prefix="stepctl-", dir=_PLACE)
-        try:
-            os.truncate(descriptor, n_bytes)
-        finally:
-            os.close(descriptor)
     except OSError:
         return None
-    return path
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)  # now: a process that touches more than there is later is killed
+        return path
+    except OSError:
+        os.unlink(path)
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def _mapped(path: str, n_bytes: int) -> Array | None:

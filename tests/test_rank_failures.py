@@ -21,6 +21,7 @@ FAULTY: dict[str, dict[str, Any]] = {  # the section that fails, at the 5th step
     "model": {"model": {"name": "failing:Fails", "time": 2 + 2 * 4 + 1}},
     "leaves": {"model": {"name": "failing:Fails", "time": 2 + 2 * 4 + 1, "error": "exit"}},
     "data": {"data": FOUR | {"name": "failing:failing_digits", "time": 6}},
+    "data, not finite": {"data": FOUR | {"name": "failing:failing_digits", "time": 6, "error": "not finite"}},
 }
 
 
@@ -49,7 +50,7 @@ def ends(run: Path) -> list[dict[str, Any]]:
 @needs_mpi
 @pytest.mark.parametrize(
     ("what", "rank", "saved"),
-    [("model", 0, 4), ("model", 1, 4), ("leaves", 1, 4), ("data", 1, 4)],
+    [("model", 0, 4), ("model", 1, 4), ("leaves", 1, 4), ("data", 1, 4), ("data, not finite", 1, 4)],
 )
 def test_the_last_whole_step_is_saved_and_the_rank_is_named(what: str, rank: int, saved: int, tmp_path: Path) -> None:
     write(tmp_path, **faulty(what, rank))

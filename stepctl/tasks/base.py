@@ -30,7 +30,9 @@ def refuse_non_finite(
     if bad is None and math.isfinite(loss):
         return
     where = f"first bad array: {bad}" if bad else "the gradient is finite"
-    raise NonFiniteError(f"step {step}: the loss is {loss}; {where}")
+    error = NonFiniteError(f"step {step}: the loss is {loss}; {where}")
+    error.by_all = True
+    raise error
 
 
 def refuse_unwritten(gradient: Arena, buffers: Arena, whose: str = "model") -> None:
