@@ -51,7 +51,7 @@ def test_every_option_it_names_exists() -> None:
     known = {option for command in cli.commands.values() for each in command.params for option in each.opts}
     known |= {option for each in cli.params for option in each.opts} | {"--help"}
     known |= {option for each in cli.commands["config"].commands.values() for p in each.params for option in p.opts}  # type: ignore[attr-defined]
-    ours = re.sub("^#SBATCH.*|pytest --faults", "", README, flags=re.M)
+    ours = re.sub("^#SBATCH.*|pytest --faults|srun --mpi", "", README, flags=re.M)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= known
 
 
