@@ -11,14 +11,14 @@ C: forward and backward of the whole batch; U: the update, of which each rank ma
 and all of it elsewhere; E: the exchange in shared memory; B: bytes of the gradient, of which a reduce-scatter and an
 all-gather each move (W - 1) / W; b: a rank's bandwidth; a: the latency of a message.
 Measured (tests/bench/ranks.py: an MLP 784-1024-1024-10, batch 256, Adam, one BLAS thread a rank, 2 cores): B = 7.5 MB,
-T(1) = 44.9 ms, of which U = 6.3 ms; T(2) = 26.4 ms with E = 1.4 ms. Two ranks are 1.74 times as fast, and not twice,
-for E, and as (C + U) / 2 takes 11 % longer: two busy cores share cache and memory. On a network, with a = 5 us:
+T(1) = 46.7 ms, of which U = 6.3 ms; T(2) = 25.9 ms with E = 1.4 ms. Two ranks are 1.78 times as fast, and not twice,
+for E, and as (C + U) / 2 takes 5 % longer: two busy cores share cache and memory. On a network, with a = 5 us:
 
     ranks                                         8               64              512
-    one batch of 256, 10 Gbit/s      21.7 ms, 2.1 x  19.4 ms, 2.3 x  23.5 ms, 1.9 x
-    one batch of 256, 100 Gbit/s     12.2 ms, 3.7 x   8.7 ms, 5.1 x  12.7 ms, 3.5 x
-    256 samples a rank, 10 Gbit/s     55.5 ms, 81 %   57.3 ms, 78 %   62.0 ms, 72 %
-    256 samples a rank, 100 Gbit/s    46.0 ms, 98 %   46.7 ms, 96 %   51.2 ms, 88 %
+    one batch of 256, 10 Gbit/s      21.9 ms, 2.1 x  19.4 ms, 2.4 x  23.5 ms, 2.0 x
+    one batch of 256, 100 Gbit/s     12.5 ms, 3.7 x   8.7 ms, 5.3 x  12.7 ms, 3.7 x
+    256 samples a rank, 10 Gbit/s     57.3 ms, 82 %   59.1 ms, 79 %   63.8 ms, 73 %
+    256 samples a rank, 100 Gbit/s    47.8 ms, 98 %   48.5 ms, 96 %   53.0 ms, 88 %
 
 A batch that stays the same stops gaining at about 8 ranks: U and the exchange do not shrink. A batch that grows with
 the ranks scales to hundreds on a fast network, and then the W - 1 messages of each rank count.
