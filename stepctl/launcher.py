@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from stepctl.errors import StepctlError
 
@@ -82,8 +81,8 @@ def unname_shared_memory() -> None:
 
     For one of them, once all have it; MPICH itself takes the names away at an end in order only.
     """
-    with contextlib.suppress(OSError):
-        for path in {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if _NAMED in line}:
+    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+        for path in {line.split()[-1] for line in maps if _NAMED in line}:
             os.unlink(path)
 
 

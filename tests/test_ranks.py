@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from helpers import BASE, make_config, rows, train
 from jobs import HERE, launcher, needs_mpi, run_python
+from stepctl import shared
 from stepctl.rundir import RunDirectory
 
 Figure = Callable[[str, int], None]
@@ -170,6 +172,16 @@ def test_a_checkpoint_holds_its_step_though_all_ranks_update_while_it_is_written
         assert_as_unbroken(tmp_path / how / "run", alone)
         [end] = [row for row in RunDirectory(tmp_path / how / "run").read_ledger() if row["event"] == "end"]
         assert end["waits"] >= 2, "training was to be ahead of each save"
+
+
+def test_shared_memory_is_taken_whole_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is only promised is missing when it is touched, and the system ends the process then."""
+    monkeypatch.setattr(shared, "_PLACE", str(tmp_path))
+    path = shared._created(1 << 20)
+    assert path is not None
+    assert os.stat(path).st_blocks * 512 >= 1 << 20
+    assert shared._created(1 << 60) is None
+    assert os.listdir(tmp_path) == [os.path.basename(path)]
 
 
 def test_resumed_with_other_numbers_of_ranks_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:

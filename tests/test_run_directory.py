@@ -113,6 +113,17 @@ def test_a_second_holder_is_told_who_the_first_is(tmp_path: Path) -> None:
     assert said["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def test_a_second_holder_that_srun_started_is_told_how_both_become_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with holder(tmp_path), pytest.raises(RunInUseError, match="start them with: srun --mpi=pmi2"):
+        RunDirectory(tmp_path).lock().__enter__()
+    monkeypatch.setenv("PMI_RANK", "1")  # it is one already
+    with holder(tmp_path), pytest.raises(RunInUseError, match=r"or stop it$"):
+        RunDirectory(tmp_path).lock().__enter__()
+
+
 def test_the_lock_excludes_in_one_process_too_and_ends_with_its_block(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     with directory.lock(), pytest.raises(RunInUseError), RunDirectory(tmp_path).lock():
