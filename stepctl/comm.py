@@ -98,10 +98,10 @@ class Comm:
                 f"it ({allowed}), or start a new run with data.shards a multiple of {self.size}"
             )
 
-    def in_common(self, arenas: Sequence[Arena], gradients: Sequence[Arena], parts: int) -> bool:
+    def in_common(self, arenas: Sequence[Arena]) -> bool:
         """Let all ranks have rank 0's arenas in one memory, of which each updates its part.
 
-        False, and nothing is done, where they cannot. `gradients` are those of which sums over so many parts are made.
+        False, and nothing is done, where they cannot.
         """
         return False
 
@@ -205,15 +205,10 @@ class World(Comm):
             launcher.unname_shared_memory()
         here.Free()
 
-    def in_common(self, arenas: Sequence[Arena], gradients: Sequence[Arena], parts: int) -> bool:
+    def in_common(self, arenas: Sequence[Arena]) -> bool:
         from stepctl import shared
-        from stepctl.exchange import SharedSum
 
-        leaves, needed = self._leaves(parts), shared.n_bytes(arenas)
-        sums = self.size * sum(SharedSum.n_bytes(gradient, leaves) for gradient in gradients)
-        if not self.share(self._one_host and shared.room(needed + sums)):
-            return False
-        memory = shared.memory(needed, self.rank, self.share, self.collect)
+        memory = self._shared(shared.n_bytes(arenas)) if self._one_host else None
         if memory is not None:
             shared.RankOwners(self._comm, self._wait, self._mpi.IN_PLACE).take(arenas, memory)
         return memory is not None
@@ -223,13 +218,16 @@ class World(Comm):
         from stepctl.exchange import MessagedSum, SharedSum
 
         leaves = self._leaves(parts)
-        if not isinstance(layout.owners, shared.RankOwners):
-            return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
-        needed = self.size * SharedSum.n_bytes(layout, leaves)
-        memory = shared.memory(needed, self.rank, self.share, self.collect)
+        in_common = isinstance(layout.owners, shared.RankOwners)
+        memory = self._shared(self.size * SharedSum.n_bytes(layout, leaves)) if in_common else None
         if memory is None:
-            raise RankError("shared memory is not to be had any more; go on with resume")
+            return MessagedSum(layout, self._comm, leaves, self._wait, self._mpi.IN_PLACE)
         return SharedSum(layout, self.rank, leaves, memory)
+
+    def _shared(self, n_bytes: int) -> Array | None:
+        from stepctl import shared
+
+        return shared.memory(n_bytes, self.rank, self.share, self.collect)
 
     def gather(self, rows: list[Row], names: Sequence[str], parts: int, error: Exception | None) -> list[Row]:
         import numpy as np

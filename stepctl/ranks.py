@@ -89,9 +89,8 @@ def _known(assembly: Assembly) -> tuple[Any, ...]:
 def take_up(assembly: Assembly) -> None:
     """Have the state that rank 0 has: the same memory, where there is such and the task can do with it, or a copy."""
     task, state = assembly.task, assembly.state
-    gradients = [learner.params(state) for learner in task.learners.values()]
     arenas = list(state.arenas.values())
-    if not (task.sliced and task.comm.in_common(arenas, gradients, assembly.config.data.shards)):
+    if not (task.sliced and task.comm.in_common(arenas)):
         for arena in arenas:
             assembly.comm.copy(arena.flat)
     assembly.comm.copy(state.buffers.flat)

@@ -41,17 +41,8 @@ def n_bytes(arenas: Sequence[Arena]) -> int:
     return 2 * sum(map(padded, arenas))
 
 
-def room(n_bytes: int) -> bool:
-    """Tell whether there is so much shared memory: a process that touches more than there is ends."""
-    try:
-        status = os.statvfs(_PLACE)
-    except OSError:
-        return False
-    return status.f_bavail * status.f_frsize > 1.1 * n_bytes
-
-
 def memory(n_bytes: int, rank: int, share: Callable[[Any], Any], collect: Callable[[Any], list[Any]]) -> Array | None:
-    """Return memory of zeros that all ranks share, None where one cannot; it is gone with the last of them.
+    """Return memory of zeros that all ranks share, None where there is none; it is gone with the last of them.
 
     `share` gives rank 0's value to all, `collect` all ranks' values.
     """

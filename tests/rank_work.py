@@ -3,14 +3,15 @@
     mpiexec -n 2 python rank_work.py trainings WORK.json          # or: sums WORK.json
 
 WORK.json is a list. Each item says `how` the ranks are joined: "shared" (memory), or on one host too as if there were
-several "hosts", no "room" for shared memory, or some that the last rank has "not seen". A training has `path`, `config`
-(None: resume), `stop` (a step to be stopped at, or None) and `slow` (seconds that it takes to begin to write a
-checkpoint); a sum has `elements`, `parts` and `dtype`.
+several "hosts", no "room" for shared memory, room for "some" of it (the state), or some that the last rank has "not
+seen". A training has `path`, `config` (None: resume), `stop` (a step to be stopped at, or None) and `slow` (seconds
+that it takes to begin to write a checkpoint); a sum has `elements`, `parts` and `dtype`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -27,7 +28,7 @@ from stepctl.checkpoint import codec
 from stepctl.comm import Comm, Order, World
 from stepctl.optimizers.base import global_norm
 
-MAPPED = shared._mapped
+CREATED, MAPPED = shared._created, shared._mapped
 
 
 def main() -> None:
@@ -36,7 +37,9 @@ def main() -> None:
     for item in json.loads(Path(path).read_text()):
         if isinstance(world, World):
             world._one_host = item["how"] != "hosts"
-        shared.room = lambda n_bytes, how=item["how"]: how != "room"  # type: ignore[assignment, misc]
+        made = itertools.count()
+        most = {"room": 0, "some": 1}.get(item["how"], 1000)
+        shared._created = lambda n_bytes, made=made, most=most: CREATED(n_bytes) if next(made) < most else None
         unseen = item["how"] == "not seen" and world.rank == world.size - 1
         shared._mapped = (lambda path, n_bytes: None) if unseen else MAPPED
         {"trainings": training, "sums": check_sum}[kind](world, item)
@@ -59,7 +62,7 @@ def training(world: Comm, item: dict[str, Any]) -> None:
     with opened as segment, slow_writing(item["slow"]):
         segment.train(stop=[] if item["stop"] is None else [StopAtStep(item["stop"])])
     in_common = any(arena.owners is not SOLE for arena in segment.state.arenas.values())
-    assert in_common == (world.size > 1 and item["how"] == "shared" and segment.assembly.task.sliced), item
+    assert in_common == (world.size > 1 and item["how"] in ("shared", "some") and segment.assembly.task.sliced), item
     world.lead(Order.END)
 
 
@@ -85,7 +88,7 @@ def check_sum(world: Comm, item: dict[str, Any]) -> None:
     Three times, with a sum between them that is given up; the last time it is not finite.
     """
     parts, layout = item["parts"], Arena({"a": (item["elements"],), "b": (item["elements"] // 2 + 1,)}, item["dtype"])
-    world.in_common([layout], [layout], parts)
+    world.in_common([layout])
     alone, together = TreeSum(layout), world.tree_sum(layout, parts)
     for number in range(4):
         for part in range(parts):

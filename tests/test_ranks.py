@@ -161,10 +161,11 @@ def test_the_cases_are_what_they_are_called(tmp_path: Path) -> None:
 def test_a_checkpoint_holds_its_step_though_all_ranks_update_while_it_is_written(tmp_path: Path) -> None:
     """Each is begun to be made when the steps before the next have long been made; in the other memory, and in place.
 
-    Where there is no room for the memory, or one rank cannot have it, each has a state of its own.
+    Where there is no room for the memory, or one rank cannot have it, each has a state of its own; where there is none
+    for the gradients, they are exchanged by messages.
     """
     config = sharded(4, ema={"decay": 0.9})
-    ways = ("shared", "room", "not seen")
+    ways = ("shared", "room", "some", "not seen")
     items = [training(new_run(tmp_path / how), config, slow=0.2) | {"how": how} for how in ways]
     do("trainings", 2, items, tmp_path)
     alone = unbroken(config, tmp_path / "alone")
