@@ -68,10 +68,12 @@ def test_the_last_whole_step_is_saved_and_the_rank_is_named(what: str, rank: int
 @pytest.mark.parametrize(
     ("rank", "error"),
     [
-        (0, "value"),
         (1, "value"),
         (1, "hard"),
-        *[pytest.param(*how, marks=pytest.mark.faults) for how in ((0, "exit"), (1, "exit"), (1, "not finite"))],
+        *[
+            pytest.param(*how, marks=pytest.mark.faults)
+            for how in ((0, "value"), (0, "exit"), (1, "exit"), (1, "not finite"))
+        ],
     ],
 )
 def test_an_update_that_one_rank_fails_in_is_never_saved(rank: int, error: str, every: int, tmp_path: Path) -> None:
