@@ -10,14 +10,15 @@ milliseconds: median (least..most). stepctl trains for real (batch 2048): timed 
 save is compared with steps without one. Tools that cannot be imported are left out.
 
 share: what the steps that a save can touch (the one that begins it and the 20 after it) take longer than the other
-79 of each 100: the median over the saves, its quartiles, and the mean. Where BLAS uses every core, a save takes one
-of them away for a while;
-`--threads 1` leaves one free. Needs Debian's package dataset-fashion-mnist.
+79 of each 100: the median over the saves, its quartiles, and the mean. Where BLAS uses every core, a save takes one of
+them away for a while; `--threads 1` leaves one free. With `--digest-only` a save hands the state over and computes its
+SHA-256, and nothing else: the least that it can cost. Needs Debian's package dataset-fashion-mnist.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import multiprocessing
 import os
@@ -167,7 +168,14 @@ TOOLS: dict[str, tuple[str, Callable[[Path, int], None]]] = {
 # --- what share of the wall time saves take
 
 
-def share(saves: int, threads: int | None) -> None:
+def digest_only(segment: Any, state: Any, *_: object) -> None:
+    """Stand in for a save: the digest of the state, and no file."""
+    sha256 = hashlib.sha256()
+    for array in state.arrays().values():
+        sha256.update(array)
+
+
+def share(saves: int, threads: int | None, publish: Callable[..., None] | None) -> None:
     import numpy as np
 
     from stepctl import config as configs
@@ -175,6 +183,7 @@ def share(saves: int, threads: int | None) -> None:
     from stepctl.hooks.base import Hook
     from stepctl.run import create
     from stepctl.rundir import RunDirectory
+    from stepctl.segment import Segment
 
     document = yamlio.load(str(ROOT / "configs" / "fashion-mnist.yaml"))
     if not Path(document.value["data"]["images"]).exists():
@@ -191,6 +200,8 @@ def share(saves: int, threads: int | None) -> None:
 
     config = configs.parse(document)
     with tempfile.TemporaryDirectory() as folder, create(config, RunDirectory(Path(folder) / "run")) as segment:
+        if publish is not None:
+            Segment._publish = publish  # type: ignore[method-assign]
         outcome = segment.train(hooks=[Ends()])
     # from the second save on: the first one maps the second set of arrays
     seconds = np.diff(ends[EVERY - 1 : EVERY * (saves + 1)]).reshape(saves, EVERY)
@@ -275,13 +286,14 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=8)
     parser.add_argument("--shared-saves", type=int, default=60, help="share: saves to average over")
     parser.add_argument("--threads", type=int, help="share: BLAS threads")
+    parser.add_argument("--digest-only", action="store_true", help="share: the least that a save can cost")
     options = parser.parse_args()
     if options.what == "stall":
         in_children(options.tools, options.rounds, options.saves)
     elif options.what == "one":
         TOOLS[options.tool][1](options.folder, options.saves)
     elif options.what == "share":
-        share(options.shared_saves, options.threads)
+        share(options.shared_saves, options.threads, digest_only if options.digest_only else None)
     else:
         memory()
 
