@@ -178,12 +178,12 @@ def _enter(
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    inside.send(os.getpid())
-    inside.recv()
-    inside.close()
     try:
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            inside.send(os.getpid())
+            inside.recv()
+            inside.close()
             (call or _stepctl)()
         finally:  # as the interpreter does at its end
             if callable(signal.getsignal(signal.SIGINT)):
