@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from stepctl.config import Config, Samples
 from stepctl.data.base import Source, Targets, count_classes
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
 from stepctl.ema import MovingAverage
-from stepctl.errors import ConfigError, StepctlError
+from stepctl.errors import ConfigError, NonFiniteError, StepctlError
 from stepctl.hooks.base import Hook
 from stepctl.hooks.evaluate import Evaluate
 from stepctl.hooks.log import Log
@@ -55,7 +56,8 @@ class Assembly:
     @np.errstate(all="ignore")
     def trial(self) -> None:
         """Try the first step without taking it, so that a model that breaks its protocol is refused before it."""
-        self.task.trial(self.state, self.training.batch(self.state.counters.samples_seen))
+        with contextlib.suppress(NonFiniteError):  # whether that stops the run is for the first step to say
+            self.task.trial(self.state, self.training.batch(self.state.counters.samples_seen))
 
     def stop_rules(self) -> list[EarlyStopping | TargetMetric]:
         """Return what stops a run on account of its evaluations."""

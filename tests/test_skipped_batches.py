@@ -57,6 +57,17 @@ def test_stopped_at_any_step(stop: int, unbroken: Any, tmp_path: Path) -> None:
     assert_as_unbroken(tmp_path / "run", resume(tmp_path / "run", last_step=LAST), unbroken)
 
 
+def test_stopped_before_a_batch_that_the_model_itself_refuses(tmp_path: Path) -> None:
+    """A resume tries that batch before it begins, and goes on all the same."""
+    model = {"name": "user_model:Refuses", "above": 1e30}
+    path = tmp_path / "unbroken"
+    state = train(config(tmp_path, model=model), path)
+    assert state.counters.samples_seen > LAST * BATCH, "some batch was refused"
+    for stop in range(LAST + 1):
+        train(config(tmp_path, stop, model=model), tmp_path / str(stop))
+        assert_as_unbroken(tmp_path / str(stop), resume(tmp_path / str(stop), last_step=LAST), (state, path))
+
+
 class Asked:
     """Stops at the n-th time it is asked: once before every batch, also after one that was skipped."""
 

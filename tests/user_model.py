@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from stepctl.arena import Arena, Array, Shape, Workspace
+from stepctl.errors import NonFiniteError
 from stepctl.models.base import Backward, Model
 
 
@@ -40,6 +41,19 @@ class TwoLayers(Model):
             dz.sum(axis=0, out=grads["in/b"])
 
         return (hidden * noise) @ params["out/V"], backward
+
+
+class Refuses(TwoLayers):
+    """Has an opinion of its own on what can be learnt from."""
+
+    def __init__(self, *, above: float, input_shape: Shape, n_outputs: int) -> None:
+        super().__init__(input_shape=input_shape, n_outputs=n_outputs)
+        self.above = above
+
+    def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
+        if workspace.rng is not None and np.abs(x).max() > self.above:
+            raise NonFiniteError("a sample is too large")
+        return super().forward(params, x, workspace)
 
 
 class ForgetsTheBias(TwoLayers):
