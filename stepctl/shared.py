@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import tempfile
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from stepctl.errors import StepctlError, TornUpdate
 
 Wait = Callable[[Any], None]
 _PAGE = 4096  # bytes
-_PLACE = "/dev/shm"
+_MEMORY = "/dev/shm"  # which has a size: what were taken beyond all memory would end processes
 
 
 def padded(layout: Arena) -> int:
@@ -47,34 +47,51 @@ def memory(n_bytes: int, rank: int, share: Callable[[Any], Any], collect: Callab
     `share` gives rank 0's value to all, `collect` all ranks' values.
     """
     # not MPI's own: MPICH leaves it behind when a job is killed
-    path = share(_created(n_bytes) if rank == 0 else None)
-    found = None if path is None else _mapped(path, n_bytes)
+    descriptor = _created(n_bytes) if rank == 0 else None
+    place = share(None if descriptor is None else Place.of(f"/proc/{os.getpid()}/fd/{descriptor}"))
+    found = None if place is None else _mapped(place, n_bytes)
     everywhere = all(collect(found is not None))
-    if path is not None and rank == 0:
-        os.unlink(path)
+    if descriptor is not None:
+        os.close(descriptor)
     return found if everywhere else None
 
 
-def _created(n_bytes: int) -> str | None:
-    """Make a file of zeros in memory, for other processes to map too; None if that fails."""
+class Place(NamedTuple):
+    """Where other processes of a host find a file that has no name, and what tells them that it is this one."""
+
+    path: str
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str) -> Place:
+        """Return the place of the file that a path leads to."""
+        found = os.stat(path)
+        return cls(path, found.st_dev, found.st_ino)
+
+
+def _created(n_bytes: int) -> int | None:
+    """Open a file of zeros in memory, for other processes to map too; None if that fails."""
+    if sys.platform != "linux":
+        return None
     try:
-        descriptor, path = tempfile.mkstemp(prefix="stepctl-", dir=_PLACE)
+        descriptor = os.open(_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:
         return None
     try:
         os.posix_fallocate(descriptor, 0, n_bytes)  # now: a process that touches more than there is later is killed
-        return path
+        return descriptor
     except OSError:
-        os.unlink(path)
-        return None
-    finally:
         os.close(descriptor)
+        return None
 
 
-def _mapped(path: str, n_bytes: int) -> Array | None:
-    """Return the bytes of such a file, which need its name no longer then; None if that fails."""
+def _mapped(place: Place, n_bytes: int) -> Array | None:
+    """Return the bytes of such a file, which may be closed then; None if that fails."""
     try:
-        with open(path, "r+b") as file:
+        if Place.of(place.path) != place:  # in a container, processes have other numbers
+            return None
+        with open(place.path, "r+b") as file:
             return np.frombuffer(mmap.mmap(file.fileno(), n_bytes), np.uint8)
     except (OSError, ValueError):
         return None

@@ -41,7 +41,7 @@ def main() -> None:
         most = {"room": 0, "some": 1}.get(item["how"], 1000)
         shared._created = lambda n_bytes, made=made, most=most: CREATED(n_bytes) if next(made) < most else None
         unseen = item["how"] == "not seen" and world.rank == world.size - 1
-        shared._mapped = (lambda path, n_bytes: None) if unseen else MAPPED
+        shared._mapped = (lambda place, n_bytes: None) if unseen else MAPPED
         {"trainings": training, "sums": check_sum}[kind](world, item)
 
 

@@ -175,14 +175,31 @@ def test_a_checkpoint_holds_its_step_though_all_ranks_update_while_it_is_written
         assert end["waits"] >= 2, "training was to be ahead of each save"
 
 
-def test_shared_memory_is_taken_whole_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_is_taken_whole_at_once_or_not_at_all() -> None:
     """What is only promised is missing when it is touched, and the system ends the process then."""
-    monkeypatch.setattr(shared, "_PLACE", str(tmp_path))
-    path = shared._created(1 << 20)
-    assert path is not None
-    assert os.stat(path).st_blocks * 512 >= 1 << 20
+    descriptor = shared._created(1 << 20)
+    assert descriptor is not None
+    assert os.fstat(descriptor).st_blocks * 512 >= 1 << 20
+    os.close(descriptor)
     assert shared._created(1 << 60) is None
-    assert os.listdir(tmp_path) == [os.path.basename(path)]
+
+
+def test_shared_memory_never_has_a_name_and_no_other_is_taken_for_it() -> None:
+    """A name would outlive a kill; where processes are numbered anew, another file may be found in its place."""
+    open_files = os.listdir("/proc/self/fd")
+    assert shared.memory(1 << 16, 0, lambda place: place._replace(inode=place.inode + 1), lambda value: [value]) is None
+    assert os.listdir("/proc/self/fd") == open_files
+    seen: list[shared.Place] = []
+
+    def share(place: shared.Place) -> shared.Place:
+        seen.append(place)
+        assert os.stat(place.path).st_nlink == 0
+        return place
+
+    memory = shared.memory(1 << 16, 0, share, lambda value: [value])
+    assert memory is not None
+    assert not memory.any()
+    assert shared.memory(1 << 16, 1, lambda _: seen[0], lambda value: [value]) is None
 
 
 def test_resumed_with_other_numbers_of_ranks_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
