@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from stepctl.arena import Arena, Array, TreeSum
     from stepctl.window import Window
 
+_TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _FAILED = -1  # where others tell a signal's number, or 0
 _EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of sleep between two looks
 _AT_ONCE = 1 << 28  # elements that are sent together
@@ -304,8 +305,9 @@ class World(Comm):
         def take(number: int, frame: object) -> None:
             self._untold.append(number)
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in _TOLD:
             signal.signal(number, take)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TOLD)  # one held since the start is seen now
 
     def signalled(self) -> bool:
         """Tell whether a signal came to this rank that the others do not know of yet."""

@@ -18,6 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import stepctl
 from helpers import file_bytes, make_config, rows, train
@@ -26,6 +27,7 @@ from stepctl.arena import Arena
 from stepctl.checkpoint import codec, names
 from stepctl.cli.main import cli
 from stepctl.config import Config
+from stepctl.errors import ConfigError
 from stepctl.rundir import RunDirectory
 from stepctl.state import Counters, TrainState
 
@@ -286,6 +288,21 @@ def test_inspect_prints_a_table_with_the_same_figures() -> None:
 
 
 # --- signals
+
+
+@pytest.mark.parametrize("command", ["train --config x.yaml", "resume x"])
+def test_signals_are_held_before_the_ranks_of_a_job_join(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes most of a job's start; one that came in it would end the job with another code than 75."""
+
+    def world() -> None:
+        held.update(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        raise ConfigError("enough")
+
+    held = set[int]()
+    monkeypatch.setattr("stepctl.cli.options.world", world)
+    assert CliRunner().invoke(cli, command.split()).exit_code == 2
+    assert held >= {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)

@@ -45,11 +45,11 @@ def resume(
 ) -> None:
     """Go on with RUN from its newest good checkpoint, to its newest target or to the one given here."""
     began = time.monotonic()
+    hold_signals()
     comm = joined()
     from stepctl import numerics
     from stepctl.rundir import RunDirectory
 
-    hold_signals()
     stop = stop_section(num_steps, last_step)
     directory = RunDirectory(run_dir)
     document = directory.newest_config()

@@ -49,14 +49,14 @@ def train(
 ) -> None:
     """Start a run from a config, and train it to its target."""
     began = time.monotonic()
+    if not dry_run:
+        hold_signals()
     comm = joined()
     from stepctl import numerics, yamlio
     from stepctl.rundir import RunDirectory
 
     if as_json and not dry_run:
         raise click.UsageError("--json prints the plan of --dry-run: give both")
-    if not dry_run:
-        hold_signals()
     document = yamlio.load(config_path)
     stop = stop_section(num_steps, last_step)
     if stop is not None:
