@@ -50,7 +50,6 @@ def fork(
     child.refuse_run()
     child.refuse_strangers()
     with parent.lock(say):
-        parent.mend_ledger()
         store = Store(parent.checkpoints, parent.acknowledged())
         base, asked = _configs(parent, options)
         with store.newest(say) if options.at is None else _open(store, options.at) as reader:

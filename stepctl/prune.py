@@ -55,7 +55,6 @@ def _remove(directory: RunDirectory, store: Store, pruned: list[int]) -> None:
 
 
 def _record(directory: RunDirectory, pruned: list[int]) -> None:
-    directory.mend_ledger()
     directory.append_ledger("prune", steps=pruned)
 
 

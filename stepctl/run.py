@@ -95,9 +95,11 @@ def resume(
         back = options.from_step
         with store.newest(say, accept) if back is None else store.open(back, accept) as reader:
             header, name = reader.header, reader.name
+        step = header.global_step
+        if step not in directory.acknowledged().values():  # a kill came between the file and its line
+            directory.append_ledger("checkpoint", step=step, file=name, sha256=header.sha256, pruned=[])
         _check_data(assembly, ledger, options)
         assembly.trial()
-        step = header.global_step
         for watch in assembly.forget(watched_with(header, base)):
             say(f"note: {watch} goes by something else from here on, and begins anew")
         target = target_of(config, options, ledger, step, changed)

@@ -184,6 +184,7 @@ class RunDirectory:
         """Add one durable line: {"event", "time", ...}."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"event": event, "time": now, **facts}).encode() + b"\n"
+        self.mend_ledger()  # a full disk may have cut the line before
         with writing(self.ledger), open(self.ledger, "ab") as file:
             file.write(line)
             file.flush()
@@ -202,10 +203,9 @@ class RunDirectory:
         return {row["sha256"]: row["step"] for row in self.read_ledger() if row["event"] == "checkpoint"}
 
     def mend_ledger(self) -> None:
-        """Cut a line that a kill left unfinished, so that the next one begins a line of its own."""
-        text = _content(self.ledger)
-        if text and not text.endswith(b"\n"):
-            lines = text.splitlines()
+        """Cut a line that was left unfinished, so that the next one begins a line of its own."""
+        if _content(self.ledger, last=1) not in (b"", b"\n"):
+            lines = _content(self.ledger).splitlines()
             publish(self.ledger, [line + b"\n" for line in lines if _parsed(line) is not None])
 
     def cut_metrics(self, step: int) -> None:
@@ -367,9 +367,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, last: int | None = None) -> bytes:
+    """Return what a file holds, or only so many of its last bytes; nothing if there is none."""
     try:
         with open_regular(str(path)) as file:
+            if last is not None:
+                file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return b""

@@ -81,6 +81,7 @@ class Segment:
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
         self._background, self._saved, self._number = Background(), deque[str](), 0  # anew for each `train`
+        self._unsaid = deque[dict[str, Any]]()  # lines of checkpoints that the ledger does not have yet
         self._forked: Collection[int] = ()  # steps that forks began at
         self._texts = {
             "run": directory.name,
@@ -147,7 +148,6 @@ class Segment:
         What is raised in between saves the state, if it is that of a whole step, and is recorded.
         """
         self._background = Background()
-        self.directory.mend_ledger()
         if self.goes_back:
             self._set_aside_later()
         self.directory.cut_metrics(self.start)
@@ -266,7 +266,10 @@ class Segment:
         digest = self.store.publish(step, codec.encode(state, **self._texts), self._background.abandoned)
         pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows, self._forked)
         name = names.file_name(step)
-        self.directory.append_ledger("checkpoint", step=step, file=name, sha256=digest, pruned=pruned)
+        self._unsaid.append({"step": step, "file": name, "sha256": digest, "pruned": pruned})
+        while self._unsaid:  # first of those whose line found no room on the disk
+            self.directory.append_ledger("checkpoint", **self._unsaid[0])
+            self._unsaid.popleft()
         self._saved.append(name)
         self.store.remove(pruned)
 

@@ -93,7 +93,8 @@ def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
     for good in found:
         is_new = holder is not None and good.step > max(expected, default=-1)
         if good.sha256 not in digests and not is_new:
-            yield Problem("unknown", good.file, f"{good.file}: whole, but ledger.jsonl does not know it")
+            hint = "; if a kill came before its line, the next resume writes that" if good.step not in expected else ""
+            yield Problem("unknown", good.file, f"{good.file}: whole, but ledger.jsonl does not know it{hint}")
 
 
 def acknowledged_files(directory: RunDirectory) -> dict[int, str]:

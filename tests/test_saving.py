@@ -26,6 +26,7 @@ from stepctl.run import create
 from stepctl.rundir import RunDirectory
 from stepctl.state import Counters, TrainState
 from stepctl.tasks.base import Metrics
+from stepctl.verify import verify
 
 ALL = {"every": 1, "keep_last": None}
 
@@ -217,6 +218,27 @@ def test_with_on_error_continue_the_next_save_tries_again(tmp_path: Path, monkey
         segment.train()
     assert [row["step"] for row in ledger(tmp_path / "run", "checkpoint")] == [0, 5, 20, 25, 35, 40]
     assert [line.partition(";")[0] for line in said] == [f"warning: step {step}: no room" for step in (10, 15, 30)]
+
+
+def test_a_line_that_the_ledger_had_no_room_for_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not run into the next, and the file that it is for, which is good, is not forgotten."""
+    real, path = RunDirectory.append_ledger, tmp_path / "run"
+    full = {10, 15}
+
+    def append(directory: RunDirectory, event: str, **facts: Any) -> None:
+        if event == "checkpoint" and facts["step"] in full:
+            full.remove(facts["step"])
+            with open(directory.ledger, "a") as file:
+                file.write('{"event": "checkp')
+            raise StepctlError(f"step {facts['step']}: no room")
+        real(directory, event, **facts)
+
+    monkeypatch.setattr(RunDirectory, "append_ledger", append)
+    with create(make_config(checkpoint=ALL | {"every": 5, "on_error": "continue"}), RunDirectory(path)) as segment:
+        segment.train()
+    assert [row["step"] for row in ledger(path, "checkpoint")] == list(range(0, 41, 5))
+    assert len((path / "ledger.jsonl").read_text().splitlines()) == 2 + 9
+    assert verify(str(path))[1] == []
 
 
 def test_the_last_save_must_succeed_whatever_on_error_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,25 @@ def test_a_run_that_was_killed_is_good(tmp_path: Path) -> None:
     assert call("verify", path)["ok"]
 
 
+@pytest.mark.parametrize("target", [30, 40], ids=["nothing to do", "steps to make"])
+def test_a_checkpoint_whose_line_a_kill_prevented_gets_it_by_the_next_resume(target: int, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    train(make_config(checkpoint=KEEP, stop={"last_step": 30}), path)
+    edit(path / "ledger.jsonl", lambda row: None if row["step"] == 30 and row["event"] != "start" else row)
+    [problem] = call("verify", path, expect=1)["problems"]
+    assert (problem["code"], problem["file"]) == ("unknown", "step-00000030.h5")
+    assert "the next resume writes that" in problem["message"]
+    resume(path, last_step=target)
+    assert call("verify", path)["ok"]
+
+
+def test_a_file_that_was_exchanged_is_still_another_after_a_resume(run: Path) -> None:
+    altered(run, 40, "params/dense0/weight", 0, lambda value: value + 1)
+    edit(run / "ledger.jsonl", lambda row: row | {"sha256": 64 * "0"} if row.get("file") == "step-00000040.h5" else row)
+    resume(run, last_step=45)
+    assert {"other", "unknown"} <= {problem["code"] for problem in call("verify", run, expect=1)["problems"]}
+
+
 def test_a_cadence_changed_on_the_way_is_followed(tmp_path: Path) -> None:
     path = tmp_path / "run"
     train(make_config(checkpoint=KEEP, stop={"last_step": 20}), path)
