@@ -41,6 +41,7 @@ class Run:
         self._fresh = segment.restored is None
         self._metrics: Metrics | None = None
         self._opened = contextlib.ExitStack()
+        self._closed = False
         atexit.register(self.close)  # for whoever forgets
 
     @property
@@ -105,6 +106,7 @@ class Run:
 
     def save(self) -> None:
         """Publish a checkpoint of the state as it is, if this step has none yet, and wait until it is durable."""
+        self._check_held()
         if self._fresh or self._trainer is not None:  # what was restored, and not trained, has one
             self._begin()
             self._segment.saver.now(self.state)
@@ -123,10 +125,13 @@ class Run:
         A fresh run always is: its first checkpoint is that of no updates yet. After a step that was broken off
         (a hook's error, Ctrl-C) nothing is written: a resume goes on from the newest checkpoint.
         """
+        if self._closed:
+            return None
         atexit.unregister(self.close)
         with self._stack:
             if self._fresh:
                 self._begin()
+            self._closed = True
             if self._trainer is None:
                 return None
             trainer, self._trainer = self._trainer, None
@@ -146,6 +151,7 @@ class Run:
             self.close()
             return
         atexit.unregister(self.close)
+        self._closed = True
         with self._stack:
             trainer, self._trainer = self._trainer, None
             if trainer is not None and isinstance(error, KeyboardInterrupt):
@@ -158,7 +164,12 @@ class Run:
         with contextlib.suppress(type(error)):
             self._opened.__exit__(type(error), error, error.__traceback__)
 
+    def _check_held(self) -> None:
+        if self._closed:
+            raise StepctlError(f"{self.path}: is closed, and no longer held; go on with: stepctl.resume")
+
     def _finished(self) -> StopReason | None:
+        self._check_held()
         # to begin a segment that makes no step would cut the last one's final rows
         return None if self._fresh or self._trainer is not None else self.stop_reason
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import subprocess
@@ -49,6 +50,22 @@ def silent(message: str) -> None:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, list[dict[str, Any]]]:
     path = tmp_path_factory.mktemp("unbroken") / "run"
     return train(make_config(stop={"last_step": LAST}), path), rows(path)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_closed_run_makes_no_step(steps: int, tmp_path: Path) -> None:
+    """Nobody holds it any more: it may be another's."""
+    for path, fails in ((tmp_path / "left", False), (tmp_path / "failed", True)):
+        run = stepctl.create(CONFIG, path, say=silent)
+        with contextlib.suppress(ZeroDivisionError), run:
+            run.step(steps)
+            assert not fails or 1 / 0
+        before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        for use in (run.step, run.train, run.save):
+            with pytest.raises(StepctlError, match="is closed, and no longer held"):
+                use()
+        assert run.close() is None
+        assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize("first", [0, 1, 7, 19, 20])
