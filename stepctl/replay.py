@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stepctl import compare, numerics
+from stepctl import compare, numerics, rundir
 from stepctl import config as configs
 from stepctl.assembly import assemble
 from stepctl.checkpoint import codec
@@ -33,10 +33,13 @@ def replay(
     if base.distributed.mode == "async":
         raise ConfigError(f"{directory.path}: was trained asynchronously, which gives other bits each time: no replay")
     assembly = assemble(base)
+    if rundir.newest_data(directory.read_ledger()) not in (None, assembly.data_fingerprint):
+        origins = ", ".join(source.origin for source in assembly.sources)
+        raise ConfigError(f"{origins}: the data are not those that {directory.path} was trained on; bring them back")
     state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged)
 
     def restore(reader: codec.Reader) -> None:
-        check_same_run(reader, base, set(), _ANOTHER)
+        check_same_run(reader.name, reader.header.config, base, set(), _ANOTHER)
         codec.restore(reader, state)
 
     with store.open(first, restore) as reader:
@@ -48,5 +51,5 @@ def replay(
         stop = [StopAtStep(step)]
         Trainer(assembly.task, assembly.training, state, stop=stop, hooks=assembly.hooks, skip=skip).run()
         with store.open(step) as reader:
-            check_same_run(reader, base, set(), _ANOTHER)
+            check_same_run(reader.name, reader.header.config, base, set(), _ANOTHER)
             yield step, compare.state(reader, state)

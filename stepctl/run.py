@@ -86,7 +86,7 @@ def resume(
         asked = {change["key"] for change in changed}
 
         def accept(reader: codec.Reader) -> None:
-            words = check_same_run(reader, config, excused)
+            words = check_same_run(reader.name, reader.header.config, config, excused)
             codec.restore(reader, assembly.state)
             check_counters(assembly, excused)
             for line in (line for key, line in words.items() if key not in asked):
@@ -141,10 +141,13 @@ def _replace_stop(document: yamlio.Document, assignments: Sequence[str]) -> None
             document.put(other, None, given)
 
 
-def check_same_run(reader: codec.Reader, config: Config, excused: set[str], remedy: str = _PUT_BACK) -> dict[str, str]:
-    """Return in words, by key, what is excused; CheckpointError if a locked key differs from `config` that is not."""
+def check_same_run(file: str, text: str, config: Config, excused: set[str], remedy: str = _PUT_BACK) -> dict[str, str]:
+    """Return in words, by key, what is excused; CheckpointError if a locked key differs from `config` that is not.
+
+    `text` is the config that a checkpoint, a `file`, was made with.
+    """
     # as plain values: what a checkpoint names is never imported
-    made_with = yamlio.flatten(yamlio.loads(reader.header.config, f"{reader.name}:/config").value)
+    made_with = yamlio.flatten(yamlio.loads(text, f"{file}:/config").value)
     words = {}
     for key, value in yamlio.flatten(config.plain()).items():
         if configs.policy(key) == "live" or made_with.get(key, value) == value:
@@ -152,10 +155,9 @@ def check_same_run(reader: codec.Reader, config: Config, excused: set[str], reme
         if not any(f"{key}.".startswith(f"{name}.") for name in excused):
             raise CheckpointError(
                 "config",
-                f"{reader.name}: made with another config ({key}: {made_with[key]}, not {value}); "
-                + remedy.format(key=key),
+                f"{file}: made with another config ({key}: {made_with[key]}, not {value}); " + remedy.format(key=key),
             )
-        words[key] = f"{reader.name} was made with {key} {made_with[key]}; going on with {value}"
+        words[key] = f"{file} was made with {key} {made_with[key]}; going on with {value}"
     return words
 
 

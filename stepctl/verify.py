@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from stepctl import config as configs
 from stepctl import files, yamlio
 from stepctl.checkpoint import names
-from stepctl.errors import CheckpointError
+from stepctl.errors import CheckpointError, ConfigError, StepctlError
+from stepctl.run import check_same_run, excused_keys
 from stepctl.rundir import RunDirectory
 from stepctl.sandbox import Sandbox
 from stepctl.state import GLOBAL_STEP
@@ -34,6 +36,7 @@ class Found(NamedTuple):
     step: int
     sha256: str
     file: str
+    config: str  # as text
 
 
 def verify(path: str) -> tuple[list[Found], list[Problem]]:
@@ -45,7 +48,7 @@ def verify(path: str) -> tuple[list[Found], list[Problem]]:
         raise CheckpointError("none", f"{path}: neither a checkpoint nor a run (no checkpoints/ in it)")
     found, problems = verify_files([str(directory.checkpoints / names.file_name(step)) for step in _steps(directory)])
     problems = [*_without_pruned(directory, problems), *check_ledger(directory, found)]
-    problems += check_metrics(directory)
+    problems += [*check_config(directory, found), *check_metrics(directory)]
     return found, problems
 
 
@@ -56,7 +59,7 @@ def verify_files(paths: list[str]) -> tuple[list[Found], list[Problem]]:
         for path in paths:
             try:
                 answer = sandbox.call("stepctl.checkpoint.codec:check", path)
-                found.append(Found(answer["step"], answer["sha256"], os.path.basename(path)))
+                found.append(Found(**answer, file=os.path.basename(path)))
             except CheckpointError as error:
                 problems.append(Problem(error.code, os.path.basename(path), str(error)))
     return found, problems
@@ -109,6 +112,20 @@ def acknowledged_files(directory: RunDirectory) -> dict[int, str]:
             aside = names.step_of(str(name).partition(".aside-")[0])
             acknowledged.pop(-1 if aside is None else aside, None)
     return acknowledged
+
+
+def check_config(directory: RunDirectory, found: list[Found]) -> Iterator[Problem]:
+    """Compare the config that a resume goes by with the one that the newest good file was made with."""
+    file, newest = directory.config.name, max(found, default=None)
+    if not files.is_there(directory.config):
+        yield Problem("config", file, f"{file}: is missing, and a resume needs it; the checkpoints hold it, in /config")
+        return
+    try:
+        config = configs.parse(directory.newest_config())
+        if newest is not None:
+            check_same_run(newest.file, newest.config, config, excused_keys(directory.read_ledger(), []))
+    except StepctlError as error:
+        yield Problem("config", file, f"{file}: {str(error).splitlines()[0].removeprefix(f'{directory.config}: ')}")
 
 
 def check_metrics(directory: RunDirectory) -> Iterator[Problem]:
@@ -167,7 +184,11 @@ def _wanted(spans: list[Span], most: int) -> set[tuple[int, str]]:
 
 
 def _first_config(directory: RunDirectory) -> dict[str, Any]:
-    return yamlio.load(str(directory.config)).value if directory.config.is_file() else {}
+    try:
+        config = yamlio.load(str(directory.config)).value
+    except ConfigError:  # `check_config` says it
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _grid(cadence: Any, first: int, last: int) -> range:

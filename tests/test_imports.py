@@ -71,6 +71,7 @@ ALLOWED = {
     ("plan", "run"),
     ("rates", "assembly"),
     ("replay", "assembly"),
+    ("verify", "run"),
     ("compare", "report"),
     ("curves", "runs"),
     ("doctor", "disk"),

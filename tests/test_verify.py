@@ -131,6 +131,20 @@ def row_late(run: Path) -> None:
         metrics.write('{"step": 41, "kind": "train", "loss": 1.0}\n')
 
 
+def config_lost(run: Path) -> None:
+    (run / "config.yaml").unlink()
+
+
+def config_edited(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("batch_size: ", "batch_size: 1"))
+
+
+def config_broken(run: Path) -> None:
+    with open(run / "config.yaml", "a") as file:
+        file.write("seed: {\n")
+
+
 WRONG: dict[Callable[[Path], None], set[tuple[str, str]]] = {
     cut: {("length", "step-00000020.h5")},
     removed: {("lost", "step-00000020.h5")},
@@ -140,6 +154,9 @@ WRONG: dict[Callable[[Path], None], set[tuple[str, str]]] = {
     row_twice: {("twice", "metrics.jsonl")},
     row_missing: {("row", "metrics.jsonl")},
     row_late: {("row", "metrics.jsonl")},
+    config_lost: {("config", "config.yaml")},
+    config_edited: {("config", "config.yaml")},
+    config_broken: {("config", "config.yaml")},
 }
 
 
@@ -275,6 +292,21 @@ def test_a_replay_of_a_good_run_is_the_same(run: Path) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_replay_with_other_data_is_refused(tmp_path: Path) -> None:
+    """What would differ is not the training."""
+    path, data = tmp_path / "run", tmp_path / "data.npz"
+    np.savez(data, x=np.eye(64, 8, dtype="f4"), y=np.arange(64) % 3)
+    sections: dict[str, Any] = {
+        "data": {"name": "arrays", "path": str(data), "batch_size": 4, "validation_fraction": 0.5}
+    }
+    train(make_config(**sections, checkpoint=KEEP, stop={"last_step": 20}), path)
+    assert call("verify", path, "--replay", "10:20")["equal"]
+    np.savez(data, x=np.eye(64, 8, dtype="f4"), y=np.arange(1, 65) % 3)
+    done = CliRunner().invoke(cli, ["verify", str(path), "--replay", "10:20"])
+    assert done.exit_code == 2
+    assert f"{data}: the data are not those that {path} was trained on" in done.output
+
+
 def test_a_replay_says_where_it_first_differs(run: Path) -> None:
     altered(run, 25, "params/dense1/bias", 3, lambda value: np.nextafter(value, np.float32(9)))
     answer = call("verify", run, "--replay", "10:40", expect=1)
@@ -350,6 +382,7 @@ def test_differences_are_measured_in_ulp_and_in_numbers(dtype: str) -> None:
 def test_the_ledger_of_nobody_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "ledger.jsonl").write_text('[]\n{"event": "prune", "steps": ["x", null]}\n{"event": "checkpoint"}\n')
-    assert verify.verify(str(tmp_path)) == ([], [])
+    found, problems = verify.verify(str(tmp_path))
+    assert (found, [problem.code for problem in problems]) == ([], ["config"])
     assert RunDirectory(tmp_path).acknowledged() == {}
     assert yamlio.flatten({}) == {}

@@ -265,9 +265,10 @@ class Reader:
 
 
 def check(path: str) -> dict[str, Any]:
-    """Open a checkpoint, and return its step and digest; CheckpointError if it is refused."""
+    """Open a checkpoint, and return its step, digest and config; CheckpointError if it is refused."""
     with Reader(path) as reader:
-        return {"step": reader.header.global_step, "sha256": reader.header.sha256}
+        header = reader.header
+        return {"step": header.global_step, "sha256": header.sha256, "config": header.config}
 
 
 def _open_hdf5(raw: BufferedReader, name: str) -> h5py.File:

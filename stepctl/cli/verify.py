@@ -28,7 +28,7 @@ def verify(path: str, steps: str | None, as_json: bool) -> None:
     refuse_nowhere(path)
     found, problems = verify_path(path)
     if as_json:
-        files = [good._asdict() for good in found]
+        files = [{"step": good.step, "sha256": good.sha256, "file": good.file} for good in found]
         answer = {"ok": not problems, "files": files, "problems": [problem._asdict() for problem in problems]}
         click.echo(json.dumps(answer, indent=2))
     else:
