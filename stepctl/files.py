@@ -17,6 +17,15 @@ def open_regular(path: str) -> BinaryIO:
     return file
 
 
+def remedy_of(error: OSError) -> str:
+    """Return how to mend what the system refused to read or write."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "go where this user may, or let it; then run the command again"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return "give another path"
+    return "make room or mend the disk, then go on"
+
+
 def is_there(path: str | os.PathLike[str]) -> bool:
     """Tell whether something has this name; OSError if that cannot be told (os.path.lexists would say no)."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepctl import config as configs
@@ -12,6 +13,7 @@ from stepctl import extras, registry
 from stepctl.assembly import Assembly
 from stepctl.errors import ConfigError
 from stepctl.problems import in_one_line, reason
+from stepctl.rundir import publish
 from stepctl.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def spread(start: int, last: int, n: int) -> list[int]:
 def draw(path: str, title: str, assembly: Assembly, start: int, last: int) -> None:
     """Write a PNG of the learning rates over the global steps from `start` to `last` - 1.
 
-    ConfigError without matplotlib, if there is no step to draw, or if the file cannot be written.
+    ConfigError without matplotlib, or if there is no step to draw; StepctlError if the file cannot be written.
     """
     figure_class = extras.require("matplotlib.figure", "plot").Figure
     if start >= last:
@@ -125,8 +127,4 @@ def points(start: int, last: int, turns: Iterable[int]) -> list[int]:
 def _write(path: str, figure: Figure) -> None:
     content = io.BytesIO()  # first, so that a drawing that fails leaves no half a file
     figure.savefig(content, format="png", dpi=100)
-    try:
-        with open(path, "wb") as file:
-            file.write(content.getvalue())
-    except OSError as error:
-        raise ConfigError(f"--png: {path}: cannot be written: {error.strerror}; give another path") from error
+    publish(Path(path), [content.getvalue()])

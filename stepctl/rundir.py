@@ -16,7 +16,7 @@ from typing import Any
 
 from stepctl import launcher, yamlio
 from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
-from stepctl.files import open_regular
+from stepctl.files import open_regular, remedy_of
 
 # Each event of the ledger, and what a line of it must hold.
 _EVENTS: dict[str, dict[str, type]] = {
@@ -335,8 +335,7 @@ class writing:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            remedy = "make room or mend the disk, then resume"
-            raise StepctlError(f"{self._path}: cannot be written: {error.strerror}; {remedy}") from error
+            raise StepctlError(f"{self._path}: cannot be written: {error.strerror}; {remedy_of(error)}") from error
 
 
 def is_full(error: StepctlError) -> bool:
@@ -377,7 +376,7 @@ def _content(path: Path, last: int | None = None) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:
-        raise StepctlError(f"{path}: cannot be read: {error.strerror}; mend the disk, then resume") from error
+        raise StepctlError(f"{path}: cannot be read: {error.strerror}; {remedy_of(error)}") from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

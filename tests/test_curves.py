@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -50,6 +52,24 @@ def test_a_file_is_what_its_name_says(kind: str, run: Path, tmp_path: Path) -> N
     done = call(run, "-o", file)
     assert (done.exit_code, done.stdout) == (0, ""), done.output
     assert file.read_bytes().startswith(MAGIC[kind])
+
+
+def test_a_picture_that_finds_no_room_leaves_the_one_before(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "curves.png"
+    file.write_text("the one before")
+    monkeypatch.setattr(os, "fsync", full)
+    done = call(run, "-o", file)
+    assert (done.exit_code, done.output) == (
+        1,
+        f"stepctl: {file}: cannot be written: No space left on device; make room or mend the disk, then go on\n",
+    )
+    assert file.read_text() == "the one before"
+    assert os.listdir(tmp_path) == [file.name]
 
 
 def test_an_image_names_each_run_and_draws_each_point_and_boundary(run: Path) -> None:

@@ -299,7 +299,7 @@ def test_a_locked_key_may_be_tried_and_the_resume_that_takes_it_is_said() -> Non
         (["nowhere.yaml"], Exit.USAGE, "nowhere.yaml: cannot be read"),
         (["empty"], Exit.USAGE, "empty: no run is there"),
         (["c.yaml", "--last-step", "1", "--num-steps", "1"], Exit.USAGE, "give one (steps from here, or an absolute"),
-        (["c.yaml", "--png", "none/a.png"], Exit.USAGE, "--png: none/a.png: cannot be written: No such file"),
+        (["c.yaml", "--png", "none/a.png"], Exit.NEGATIVE, "none/a.png: cannot be written: No such file"),
         (["c.yaml", "--png", "a.jpg"], Exit.USAGE, "--png a.jpg: the name must end in .png"),
         (["c.yaml", "--last-step", "0", "--png", "a.png"], Exit.USAGE, "--png: there is no learning rate to draw"),
     ],

@@ -410,7 +410,7 @@ def test_a_disk_full_for_the_records_is_said_in_plain_words(
         resume(path, last_step=12)
     monkeypatch.undo()
     assert str(caught.value) == (
-        f"{path / name}: cannot be written: No space left on device; make room or mend the disk, then resume"
+        f"{path / name}: cannot be written: No space left on device; make room or mend the disk, then go on"
     )
     assert resume(path, last_step=12).same_bits(expected)
     assert rows(path) == rows(tmp_path / "unbroken")

@@ -28,6 +28,7 @@ _MOST_LINES = 30
 def plot(paths: tuple[str, ...], metric: str | None, output: str | None, as_json: bool) -> None:
     """Draw training and evaluation rows of one or more runs on the global step, and where segments began."""
     from stepctl import curves
+    from stepctl.rundir import publish
 
     kind = Path(output or "").suffix.removeprefix(".").lower()
     if output is not None and kind not in curves.FORMATS:
@@ -38,7 +39,7 @@ def plot(paths: tuple[str, ...], metric: str | None, output: str | None, as_json
         if not each.training and not each.validation:
             say(printable(f"{each.run}: has no row of {metric}; nothing is drawn of it"))
     if output is not None:
-        Path(output).write_bytes(curves.as_image(found, metric, kind))
+        publish(Path(output), [curves.as_image(found, metric, kind)])
         say(f"{printable(output)}: {printable(metric)} of {', '.join(printable(each.run) for each in found)}")
     if as_json:
         click.echo(json.dumps([_plain(each) for each in found]))
