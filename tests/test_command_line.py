@@ -367,6 +367,33 @@ def test_nobody_need_read_the_messages() -> None:
     assert saved("run") == ["step-00000000.h5", names.file_name(end["step"])]
 
 
+@pytest.mark.parametrize("command", ["runs", "plot {}", "inspect {}", "verify {}", "doctor"])
+def test_there_need_not_be_a_stdout(command: str, tmp_path: Path) -> None:
+    train(small(stop={"last_step": 3}), tmp_path / "runs" / "run")
+    words = command.format(tmp_path / "runs" / "run").split()
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *words],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, "Error" in done.stderr) == (0, False), done.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "runs", "inspect {}", "config schema", "train --help"])
+def test_an_answer_that_finds_no_room_is_said(command: str, tmp_path: Path) -> None:
+    """Not by the exit code 120 that Python has for it, and a traceback."""
+    train(small(stop={"last_step": 3}), tmp_path / "runs" / "run")
+    words = command.format(tmp_path / "runs" / "run").split()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *words], env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=DEADLINE
+        )
+    said = "stepctl: <stdout>: No space left on device; mend that, and run the command again\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 def test_there_need_not_be_a_stderr() -> None:
     train(small(stop={"last_step": 3}), Path("run"))
     command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, "resume", "run", "--last-step", "5"]

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -109,6 +109,9 @@ def main() -> None:
         code = error.exit_code
     except click.Abort:
         code = Exit.INTERRUPTED
+    except OSError as error:  # of --help, which no command prints
+        click.echo(f"stepctl: {_unexpected(error)}", err=True)
+        code = Exit.NEGATIVE
     except BaseException:
         if launcher.is_rank():
             with contextlib.suppress(OSError):
@@ -116,19 +119,20 @@ def main() -> None:
             comm.end(Exit.NEGATIVE, failed=True)
         raise
     finally:
-        _let_go_of_stderr()
+        for stream in (sys.stdout, sys.stderr):
+            _let_go_of(stream)
     comm.end(code or Exit.DONE, failed=False)
     sys.exit(code)
 
 
-def _let_go_of_stderr() -> None:
-    # a message that nobody reads any more must not become the exit code 120 of Python's last flush
-    if sys.stderr is None:
+def _let_go_of(stream: TextIO | None) -> None:
+    # what nobody takes any more must not become the exit code 120 of Python's last flush
+    if stream is None:
         return
     try:
-        sys.stderr.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -17,11 +17,16 @@ class _MayEnd(io.FileIO):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return memoryview(data).nbytes
+        except OSError as error:
+            error.filename = "<stdout>"
+            raise
 
 
 def let_stdout_end() -> None:
     """Let a command whose reader has gone come to its end, and to the exit code of its answer."""
     old = sys.stdout
+    if old is None:  # the shell's >&-
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if not isinstance(old, io.TextIOWrapper) or old is not sys.__stdout__:
         return
     old.flush()
