@@ -237,9 +237,12 @@ def _with_horizons(config: Config, task: Task, target: int) -> Config:
     return config.with_values(values) if values else config
 
 
-def check_names(config: Config) -> None:
-    """Raise ConfigError if a config names metrics or counters that its task does not have; no data are needed."""
-    _check_names(config, _task(config))
+def check_without_data(config: Config) -> None:
+    """Raise ConfigError if a config names metrics or counters that its task does not have, or makes no optimizer."""
+    task = _task(config)
+    _check_names(config, task)
+    for spec in _with_horizons(config, task, config.target(config.initial_step)).optimizer.specs().values():
+        _build("optimizer", spec)
 
 
 def _check_names(config: Config, task: Task) -> None:

@@ -609,6 +609,17 @@ def test_checking_changes_no_document() -> None:
     assert document.value == before
 
 
+def test_a_schedule_that_the_target_leaves_no_room_is_found_by_config_check(tmp_path: Path) -> None:
+    rate = {"name": "cosine", "peak": 0.1, "warmup_steps": 40}
+    config = make_config(optimizer={"name": "sgd", "learning_rate": rate}, stop={"last_step": 40}).plain()
+    (tmp_path / "c.yaml").write_text(yamlio.dumps(config))
+    check = ["config", "check", str(tmp_path / "c.yaml")]
+    done = CliRunner().invoke(cli, check)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "warmup_steps 40 leaves nothing of decay_steps 40" in done.stderr
+    assert CliRunner().invoke(cli, [*check, "--set", "stop.last_step=41"]).exit_code == 0
+
+
 def test_every_wrong_metric_and_counter_is_listed_by_config_check(tmp_path: Path) -> None:
     config = make_config().plain()
     config["checkpoint"]["keep_best"] = {"metric": "f1", "mode": "max"}

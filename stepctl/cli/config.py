@@ -27,9 +27,9 @@ def check(file: str, assignments: tuple[str, ...], as_json: bool) -> None:
     document.set_all(assignments)
     parsed = configs.parse(document)
 
-    from stepctl.assembly import check_names
+    from stepctl.assembly import check_without_data
 
-    check_names(parsed)
+    check_without_data(parsed)
     plain = parsed.plain()
     click.echo(json.dumps(plain, indent=2) if as_json else yamlio.dumps(plain).rstrip())
 
