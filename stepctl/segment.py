@@ -205,6 +205,8 @@ class Segment:
         return f"no whole state is left to save: go on from {newest} with: stepctl resume {self.directory.path}"
 
     def _without_non_finite(self) -> str:
+        if not self.store.steps():
+            return "mend what the model begins with, then start again with: stepctl train"
         go_on = f"stepctl resume {self.directory.path} --set"
         skip = "" if self.config.on_nonfinite == "skip" else f", or pass over such batches: {go_on} on_nonfinite=skip"
         key = "optimizer.clip_norm" if self.config.optimizer.name else "optimizer"
@@ -262,7 +264,7 @@ class Segment:
         # on the background's thread
         step = state.counters.global_step
         if (bad := state.first_non_finite()) is not None:
-            raise NonFiniteError(f"step {step}: /{bad} holds NaN or infinity; not saved: lower the learning rate")
+            raise NonFiniteError(f"step {step}: /{bad} holds NaN or infinity; not saved")
         digest = self.store.publish(step, codec.encode(state, **self._texts), self._background.abandoned)
         pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows, self._forked)
         name = names.file_name(step)

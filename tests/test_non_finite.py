@@ -58,6 +58,17 @@ def test_stop_names_the_step_and_the_array_and_saves_what_stands(tmp_path: Path)
     assert caught.value.exit_code == 1
 
 
+def test_a_model_that_begins_with_no_number_is_told_what_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        train(make_config(model={"name": "user_model:BeginsWithNaN"}), tmp_path / "run")
+    assert str(caught.value) == (
+        "step 0: /params/in/W holds NaN or infinity; not saved; mend what the model begins with, then start again "
+        "with: stepctl train"
+    )
+    with create(make_config(), RunDirectory(tmp_path / "run")) as segment:
+        segment.train()
+
+
 def test_skip_takes_the_next_batch_and_counts_no_step(tmp_path: Path) -> None:
     said: list[str] = []
     config = spoiled(tmp_path, 17, on_nonfinite="skip", checkpoint={"every": 1, "keep_last": None})

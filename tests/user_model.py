@@ -56,6 +56,13 @@ class Refuses(TwoLayers):
         return super().forward(params, x, workspace)
 
 
+class BeginsWithNaN(TwoLayers):
+    """A mistake from the first moment on."""
+
+    def initialize(self, params: Arena, rng: Callable[[str], np.random.Generator]) -> None:
+        params["in/W"][:] = np.nan
+
+
 class ForgetsTheBias(TwoLayers):
     """A mistake that must not go unseen: one gradient is never written."""
 
