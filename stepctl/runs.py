@@ -20,7 +20,7 @@ _KINDS = {"eval": "validation", "train": "training"}
 
 
 class Run(NamedTuple):
-    """One run. `last` and `best` are values of `metric`; `age` is seconds since the ledger's newest line."""
+    """One run. `last` and `best` are values of `metric`; `age` is seconds since the ledger's newest line of its own."""
 
     name: str
     step: int
@@ -145,7 +145,8 @@ def _asked(directory: RunDirectory) -> tuple[str | None, str | None]:
 
 def _age(ledger: list[Row], now: datetime.datetime) -> float | None:
     try:
-        then = datetime.datetime.fromisoformat(ledger[-1]["time"])
+        own = [row for row in ledger if "child" not in row]
+        then = datetime.datetime.fromisoformat(own[-1]["time"])
         return max(round((now - then).total_seconds(), 3), 0.0)
     except (IndexError, KeyError, TypeError, ValueError, OverflowError):
         return None

@@ -203,6 +203,9 @@ def test_age_counts_from_the_newest_line_of_the_ledger(tmp_path: Path) -> None:
     found = runs_in(str(tmp_path), then + datetime.timedelta(hours=3))
     assert [run.age for run in found] == [3 * 3600]
     assert [run.age for run in runs_in(str(tmp_path), then - datetime.timedelta(hours=3))] == [0]
+    RunDirectory(tmp_path / "run").append_ledger("fork", step=4, sha256="", child="elsewhere")
+    [run] = runs_in(str(tmp_path), then + datetime.timedelta(hours=3))
+    assert run.age == 3 * 3600, "a fork's line is none of its own life"
 
 
 def hostile(folder: Path) -> None:

@@ -29,9 +29,9 @@ def csv(
     def load(file: str) -> InMemory:
         with reading(file, "CSV"):
             text = read_bytes(file).decode("utf-8-sig")
-            column = _column(text, target, header, delimiter)
             if not text.strip() or (header and text.strip().count("\n") == 0):
                 raise ValueError("it holds no rows")
+            column = _column(text, target, header, delimiter)
             table = _parse(text, header, delimiter)
             if not -table.shape[1] <= column < table.shape[1]:
                 raise ValueError(f"no column {column}; it has {table.shape[1]}")
