@@ -57,7 +57,9 @@ def fork(
             config = assembly.config
             codec.restore(reader, assembly.state)
             assembly.task.check_counters(assembly.state.counters, config.initial_step)
-            for line in check_same_run(reader.name, reader.header.config, config, set(Config.model_fields)).values():
+            for line in check_same_run(
+                reader.name, reader.header.config, config.plain(), set(Config.model_fields)
+            ).values():
                 say(line)
             header = reader.header
         changes = configs.changes(base, config)

@@ -63,7 +63,7 @@ def plan_resume(
 
     def accept(reader: codec.Reader) -> None:
         excused = excused_keys(ledger, changed)
-        check_same_run(reader.name, reader.header.config, base, excused)
+        check_same_run(reader.name, reader.header.config, base.plain(), excused)
         codec.restore(reader, assembly.state)
         check_counters(assembly, excused)
 

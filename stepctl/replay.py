@@ -39,7 +39,7 @@ def replay(
     state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged)
 
     def restore(reader: codec.Reader) -> None:
-        check_same_run(reader.name, reader.header.config, base, set(), _ANOTHER)
+        check_same_run(reader.name, reader.header.config, base.plain(), set(), _ANOTHER)
         codec.restore(reader, state)
 
     with store.open(first, restore) as reader:
@@ -51,5 +51,5 @@ def replay(
         stop = [StopAtStep(step)]
         Trainer(assembly.task, assembly.training, state, stop=stop, hooks=assembly.hooks, skip=skip).run()
         with store.open(step) as reader:
-            check_same_run(reader.name, reader.header.config, base, set(), _ANOTHER)
+            check_same_run(reader.name, reader.header.config, base.plain(), set(), _ANOTHER)
             yield step, compare.state(reader, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def resume(
         asked = {change["key"] for change in changed}
 
         def accept(reader: codec.Reader) -> None:
-            words = check_same_run(reader.name, reader.header.config, config, excused)
+            words = check_same_run(reader.name, reader.header.config, config.plain(), excused)
             codec.restore(reader, assembly.state)
             check_counters(assembly, excused)
             for line in (line for key, line in words.items() if key not in asked):
@@ -141,15 +141,17 @@ def _replace_stop(document: yamlio.Document, assignments: Sequence[str]) -> None
             document.put(other, None, given)
 
 
-def check_same_run(file: str, text: str, config: Config, excused: set[str], remedy: str = _PUT_BACK) -> dict[str, str]:
-    """Return in words, by key, what is excused; CheckpointError if a locked key differs from `config` that is not.
+def check_same_run(
+    file: str, text: str, plain: Mapping[str, Any], excused: set[str], remedy: str = _PUT_BACK
+) -> dict[str, str]:
+    """Return in words, by key, what is excused; CheckpointError if a locked key of `plain` differs that is not.
 
     `text` is the config that a checkpoint, a `file`, was made with.
     """
     # as plain values: what a checkpoint names is never imported
     made_with = yamlio.flatten(yamlio.loads(text, f"{file}:/config").value)
     words = {}
-    for key, value in yamlio.flatten(config.plain()).items():
+    for key, value in yamlio.flatten(plain).items():
         if configs.policy(key) == "live" or made_with.get(key, value) == value:
             continue
         if not any(f"{key}.".startswith(f"{name}.") for name in excused):

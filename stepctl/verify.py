@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from stepctl import config as configs
 from stepctl import files, yamlio
 from stepctl.checkpoint import names
+from stepctl.config import Config
 from stepctl.errors import CheckpointError, ConfigError, StepctlError
 from stepctl.run import check_same_run, excused_keys
 from stepctl.rundir import RunDirectory
@@ -121,9 +121,12 @@ def check_config(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
         yield Problem("config", file, f"{file}: is missing, and a resume needs it; the checkpoints hold it, in /config")
         return
     try:
-        config = configs.parse(directory.newest_config())
+        plain = directory.newest_config().value  # nothing that it names is imported
+        unknown = [key for key in plain if key not in Config.model_fields] if isinstance(plain, dict) else ["?"]
+        if unknown:
+            raise ConfigError(f"no config of a run (key {unknown[0]!r})")
         if newest is not None:
-            check_same_run(newest.file, newest.config, config, excused_keys(directory.read_ledger(), []))
+            check_same_run(newest.file, newest.config, plain, excused_keys(directory.read_ledger(), []))
     except StepctlError as error:
         yield Problem("config", file, f"{file}: {str(error).splitlines()[0].removeprefix(f'{directory.config}: ')}")
 

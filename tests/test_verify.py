@@ -140,6 +140,15 @@ def config_edited(run: Path) -> None:
     (run / "config.yaml").write_text(text.replace("batch_size: ", "batch_size: 1"))
 
 
+def config_of_another_program(run: Path) -> None:
+    (run / "config.yaml").write_text("- 1\n")
+
+
+def config_with_a_strange_key(run: Path) -> None:
+    with open(run / "config.yaml", "a") as file:
+        file.write("model2: {}\n")
+
+
 def config_broken(run: Path) -> None:
     with open(run / "config.yaml", "a") as file:
         file.write("seed: {\n")
@@ -157,6 +166,8 @@ WRONG: dict[Callable[[Path], None], set[tuple[str, str]]] = {
     config_lost: {("config", "config.yaml")},
     config_edited: {("config", "config.yaml")},
     config_broken: {("config", "config.yaml")},
+    config_of_another_program: {("config", "config.yaml")},
+    config_with_a_strange_key: {("config", "config.yaml")},
 }
 
 
@@ -167,6 +178,16 @@ def test_what_is_wrong_with_a_run_is_found(wrong: Callable[[Path], None], run: P
     assert not answer["ok"]
     assert {(problem["code"], problem["file"]) for problem in answer["problems"]} == WRONG[wrong]
     assert all(problem["file"] in problem["message"] for problem in answer["problems"])
+
+
+def test_nothing_that_a_run_s_config_names_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may come from anybody, and its model need not be here."""
+    path = tmp_path / "run"
+    train(make_config(model={"name": "user_model:TwoLayers"}, checkpoint=KEEP, stop={"last_step": 20}), path)
+    monkeypatch.delitem(sys.modules, "user_model")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not Path(entry, "user_model.py").exists()])
+    assert call("verify", path)["ok"]
+    assert "user_model" not in sys.modules
 
 
 def test_what_was_pruned_or_set_aside_is_not_lost(tmp_path: Path) -> None:
