@@ -57,11 +57,9 @@ def fork(
             config = assembly.config
             codec.restore(reader, assembly.state)
             assembly.task.check_counters(assembly.state.counters, config.initial_step)
-            for line in check_same_run(
-                reader.name, reader.header.config, config.plain(), set(Config.model_fields)
-            ).values():
-                say(line)
             header = reader.header
+            for line in check_same_run(reader.name, header.config, config.plain(), set(Config.model_fields)).values():
+                say(line)
         changes = configs.changes(base, config)
         for watch in assembly.forget(watched_with(header, base)):
             say(f"note: {watch} goes by something else in the fork, and begins anew")
