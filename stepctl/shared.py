@@ -48,7 +48,7 @@ def memory(n_bytes: int, rank: int, share: Callable[[Any], Any], collect: Callab
     """
     # not MPI's own: MPICH leaves it behind when a job is killed
     descriptor = _created(n_bytes) if rank == 0 else None
-    place = share(None if descriptor is None else Place.of(f"/proc/{os.getpid()}/fd/{descriptor}"))
+    place = share(None if descriptor is None else _place(f"/proc/{os.getpid()}/fd/{descriptor}", os.fstat(descriptor)))
     found = None if place is None else _mapped(place, n_bytes)
     everywhere = all(collect(found is not None))
     if descriptor is not None:
@@ -63,11 +63,9 @@ class Place(NamedTuple):
     device: int
     inode: int
 
-    @classmethod
-    def of(cls, path: str) -> Place:
-        """Return the place of the file that a path leads to."""
-        found = os.stat(path)
-        return cls(path, found.st_dev, found.st_ino)
+
+def _place(path: str, status: os.stat_result) -> Place:
+    return Place(path, status.st_dev, status.st_ino)
 
 
 def _created(n_bytes: int) -> int | None:
@@ -89,7 +87,7 @@ def _created(n_bytes: int) -> int | None:
 def _mapped(place: Place, n_bytes: int) -> Array | None:
     """Return the bytes of such a file, which may be closed then; None if that fails."""
     try:
-        if Place.of(place.path) != place:  # in a container, processes have other numbers
+        if _place(place.path, os.stat(place.path)) != place:  # in a container, processes have other numbers
             return None
         with open(place.path, "r+b") as file:
             return np.frombuffer(mmap.mmap(file.fileno(), n_bytes), np.uint8)
