@@ -124,8 +124,10 @@ class TrainState:
 
     def hand_over(self) -> TrainState:
         """Return the state as it is now, which no update changes any more; only what is small is copied."""
-        buffers = self.buffers.like()
-        buffers.copy_from(self.buffers)
+        buffers = self.buffers
+        if buffers:  # most models have none; code that was not run for a whole step costs a tenth of a millisecond
+            buffers = buffers.like()
+            buffers.copy_from(self.buffers)
         return TrainState(
             counters=Counters(dict(self.counters)),
             arenas={folder: arena.hand_over() for folder, arena in self.arenas.items()},
