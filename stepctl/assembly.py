@@ -83,6 +83,11 @@ class Assembly:
         for source in self.sources:
             source.check(self.config.data.n_classes)
 
+    @property
+    def origins(self) -> str:
+        """Where the data are from, in words."""
+        return ", ".join(source.origin for source in self.sources)
+
     @cached_property
     def data_fingerprint(self) -> str:
         """A text that changes when the data do."""
@@ -238,7 +243,7 @@ def _with_horizons(config: Config, task: Task, target: int) -> Config:
 
 
 def check_without_data(config: Config) -> None:
-    """Raise ConfigError if a config names metrics or counters that its task does not have, or makes no optimizer."""
+    """Raise ConfigError if the task has no such metrics or counters as a config names, or an optimizer cannot be built."""
     task = _task(config)
     _check_names(config, task)
     for spec in _with_horizons(config, task, config.target(config.initial_step)).optimizer.specs().values():

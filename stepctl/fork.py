@@ -117,8 +117,7 @@ def _check_data(assembly: Assembly, parent: RunDirectory, changes: list[dict[str
     if asked or not same:
         assembly.check_data()
     if not asked and not same:
-        origins = ", ".join(source.origin for source in assembly.sources)
-        say(f"warning: {origins}: not the data that {parent.path} was trained on; the fork goes on with these")
+        say(f"warning: {assembly.origins}: not the data that {parent.path} was trained on; the fork goes on with these")
 
 
 def _record(

@@ -128,10 +128,10 @@ class Run:
         if self._closed:
             return None
         atexit.unregister(self.close)
+        self._closed = True
         with self._stack:
             if self._fresh:
                 self._begin()
-            self._closed = True
             if self._trainer is None:
                 return None
             trainer, self._trainer = self._trainer, None

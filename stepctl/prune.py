@@ -43,19 +43,15 @@ def _remove(directory: RunDirectory, store: Store, pruned: list[int]) -> None:
     # some file is gone: the oldest goes, and the line is tried again before the next one does.
     for step in pruned:
         try:
-            _record(directory, pruned)
+            directory.append_ledger("prune", steps=pruned)
             break
         except StepctlError as error:
             if not rundir.is_full(error):
                 raise
             store.remove([step])
     else:
-        _record(directory, pruned)
+        directory.append_ledger("prune", steps=pruned)
     store.remove(pruned)
-
-
-def _record(directory: RunDirectory, pruned: list[int]) -> None:
-    directory.append_ledger("prune", steps=pruned)
 
 
 def _is_whole(store: Store, step: int, say: Callable[[str], None]) -> bool:

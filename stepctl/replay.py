@@ -34,8 +34,8 @@ def replay(
         raise ConfigError(f"{directory.path}: was trained asynchronously, which gives other bits each time: no replay")
     assembly = assemble(base)
     if rundir.newest_data(directory.read_ledger()) not in (None, assembly.data_fingerprint):
-        origins = ", ".join(source.origin for source in assembly.sources)
-        raise ConfigError(f"{origins}: the data are not those that {directory.path} was trained on; bring them back")
+        lost = f"the data are not those that {directory.path} was trained on; bring them back"
+        raise ConfigError(f"{assembly.origins}: {lost}")
     state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged)
 
     def restore(reader: codec.Reader) -> None:

@@ -222,9 +222,8 @@ def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: Resum
     if "data" in options.allow_change:
         assembly.check_data()
     else:
-        origins = ", ".join(source.origin for source in assembly.sources)
         raise ConfigError(
-            f"{origins}: the data are not those that the run was trained on; a resume would not be exact; "
+            f"{assembly.origins}: the data are not those that the run was trained on; a resume would not be exact; "
             "bring them back, or pass --allow-change data to stepctl resume"
         )
 

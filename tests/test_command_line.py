@@ -394,6 +394,15 @@ def test_an_answer_that_finds_no_room_is_said(command: str, tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (1, said)
 
 
+def test_debug_shows_where_the_system_refused() -> None:
+    with open("/dev/full", "w") as full:
+        command = [*COMMAND, "--debug", "config", "schema"]
+        done = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "No space left on device" in done.stderr
+
+
 def test_there_need_not_be_a_stderr() -> None:
     train(small(stop={"last_step": 3}), Path("run"))
     command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, "resume", "run", "--last-step", "5"]

@@ -317,10 +317,8 @@ def test_a_replay_with_other_data_is_refused(tmp_path: Path) -> None:
     """What would differ is not the training."""
     path, data = tmp_path / "run", tmp_path / "data.npz"
     np.savez(data, x=np.eye(64, 8, dtype="f4"), y=np.arange(64) % 3)
-    sections: dict[str, Any] = {
-        "data": {"name": "arrays", "path": str(data), "batch_size": 4, "validation_fraction": 0.5}
-    }
-    train(make_config(**sections, checkpoint=KEEP, stop={"last_step": 20}), path)
+    source = {"name": "arrays", "path": str(data), "batch_size": 4, "validation_fraction": 0.5}
+    train(make_config(data=source, checkpoint=KEEP, stop={"last_step": 20}), path)
     assert call("verify", path, "--replay", "10:20")["equal"]
     np.savez(data, x=np.eye(64, 8, dtype="f4"), y=np.arange(1, 65) % 3)
     done = CliRunner().invoke(cli, ["verify", str(path), "--replay", "10:20"])

@@ -31,6 +31,13 @@ _SHARED = ("train", "resume")  # by all processes of an MPI job; the first alone
 class Main(click.Group):
     """Ends a command that failed with one clear line and the error's exit code."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except OSError as error:  # of --help and --version, which have found no room
+            click.echo(f"stepctl: {_unexpected(error)}", err=True)
+            ctx.exit(Exit.NEGATIVE)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -109,9 +116,6 @@ def main() -> None:
         code = error.exit_code
     except click.Abort:
         code = Exit.INTERRUPTED
-    except OSError as error:  # of --help, which no command prints
-        click.echo(f"stepctl: {_unexpected(error)}", err=True)
-        code = Exit.NEGATIVE
     except BaseException:
         if launcher.is_rank():
             with contextlib.suppress(OSError):
