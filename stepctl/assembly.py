@@ -243,7 +243,7 @@ def _with_horizons(config: Config, task: Task, target: int) -> Config:
 
 
 def check_without_data(config: Config) -> None:
-    """Raise ConfigError if the task has no such metrics or counters as a config names, or an optimizer cannot be built."""
+    """Raise ConfigError if a config names metrics or counters that its task lacks, or an optimizer cannot be built."""
     task = _task(config)
     _check_names(config, task)
     for spec in _with_horizons(config, task, config.target(config.initial_step)).optimizer.specs().values():
