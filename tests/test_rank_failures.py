@@ -86,7 +86,9 @@ def test_an_update_that_one_rank_fails_in_is_never_saved(rank: int, error: str, 
         assert (done.returncode == 0) == (at == 5), done.stderr
         if at == rank and error != "hard":
             assert_told(done, f"step-{4 if every == 4 else 0:08d}.h5" if (rank, error) != (0, "exit") else None)
-    assert sorted(Store(tmp_path / "failed/run/checkpoints").steps()) == [0, 4][: 1 + (every == 4)]
+    saved, whole = Store(tmp_path / "failed/run/checkpoints").steps(), [0, 4] if every == 4 else [0]
+    # a rank that ends without a word takes rank 0 with it, perhaps while that writes step 4 in the background
+    assert saved == whole or (error == "hard" and saved == [0])
     mended = {"assignments": ("optimizer.rank=5",), "allow_change": ("optimizer.rank",)}
     assert resume(tmp_path / "failed/run", **mended).same_bits(resume(tmp_path / "whole/run"))
     assert rows(tmp_path / "failed/run") == rows(tmp_path / "whole/run")
