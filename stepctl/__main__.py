@@ -2,13 +2,18 @@
 
 import sys
 
+from stepctl import interrupt
+
 
 def main() -> None:
     """Load the command line and run it."""
+    interrupt.watch()
     try:
         from stepctl.cli.main import main as run
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except BaseException as error:
+        if interrupt.received() or isinstance(error, KeyboardInterrupt):
+            sys.exit(130)
+        raise
     run()
 
 

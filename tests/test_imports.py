@@ -15,7 +15,7 @@ from stepctl.cli.main import cli
 
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
-    {"errors", "arena", "extras", "files", "sandbox", "launcher"},
+    {"errors", "arena", "extras", "files", "sandbox", "launcher", "interrupt"},
     {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
     | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange", "shared", "window"},
     {"layers", "models", "data", "writers", "checkpoint"},

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
-from stepctl import __version__, comm, launcher
+from stepctl import __version__, comm, interrupt, launcher
 from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
@@ -40,7 +40,7 @@ class Main(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except click.ClickException as error:
@@ -60,6 +60,17 @@ class Main(click.Group):
                 raise
             click.echo(f"stepctl: {_unexpected(error)}", err=True)
             _fail(ctx, Exit.NEGATIVE)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        """Run the command; raise KeyboardInterrupt for whatever a SIGINT before training surfaces as."""
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.Exit:
+            raise
+        except BaseException as error:
+            if interrupt.received():
+                raise KeyboardInterrupt from error
+            raise
 
 
 def _fail(ctx: click.Context, code: int) -> NoReturn:
@@ -117,6 +128,9 @@ def main() -> None:
     except click.Abort:
         code = Exit.INTERRUPTED
     except BaseException:
+        if interrupt.received():
+            comm.end(Exit.INTERRUPTED, failed=True)
+            sys.exit(Exit.INTERRUPTED)
         if launcher.is_rank():
             with contextlib.suppress(OSError):
                 traceback.print_exc()

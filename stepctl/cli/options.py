@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from stepctl import interrupt
 from stepctl.comm import Comm, Order, World, world
 from stepctl.errors import ConfigError, Exit, printable
 
 if TYPE_CHECKING:
     from stepctl.segment import Segment
 
-_INTERRUPTED = f"{__name__}.interrupted"
 WHOLE_PROCESS = object()  # the context's obj where the command is all that its process does
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -115,26 +115,22 @@ def hold_signals() -> None:
     held = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     handlers = {number: signal.getsignal(number) for number in (*held, signal.SIGINT)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    context = click.get_current_context()
-
-    def interrupt(number: int, frame: object) -> None:
-        context.meta[_INTERRUPTED] = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+    interrupt.watch()
 
     def restore() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        interrupt.forget()
 
-    if context.find_root().obj is not WHOLE_PROCESS:  # which has nothing left to do but to end
-        context.call_on_close(restore)
+    root = click.get_current_context().find_root()
+    if root.obj is not WHOLE_PROCESS:  # which has nothing left to do but to end
+        root.call_on_close(restore)
 
 
 def refuse_interrupted() -> None:
-    """Raise KeyboardInterrupt if there was one since `hold_signals`."""
-    if click.get_current_context().meta.get(_INTERRUPTED):
+    """Raise KeyboardInterrupt if there was one since the command was started."""
+    if interrupt.received():
         raise KeyboardInterrupt
 
 

@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+from stepctl import interrupt
 from stepctl.hooks.base import StopReason
 from stepctl.state import Counters
 
@@ -35,6 +36,9 @@ class Signals:
                 self._old[number] = signal.signal(number, self._handle)
             held = signal.pthread_sigmask(signal.SIG_UNBLOCK, _ALL)  # one held since the start is seen now
             self._held = any(number in held for number in _ALL)
+            if interrupt.received():  # after the last look at it
+                interrupt.forget()
+                self._handle(signal.SIGINT, None)
         return self
 
     def __exit__(self, *_: object) -> None:
