@@ -1,6 +1,7 @@
 """Every error that stepctl raises on purpose, and the exit code each one ends the command with.
 
 StepctlError                1  an operation failed; nothing was lost
+|- UnreadableError          1  a file cannot be read now; whether it is whole is not known
 |- TornUpdate               1  an update failed half way: the state is that of no step
 |- NonFiniteError           1  a loss, gradient or state that is no number; what was finite is saved
 |- ConfigError              2  the command line, the config or a component's argument is wrong
@@ -40,6 +41,10 @@ class StepctlError(Exception):
     """Base of all: an operation failed; nothing was lost."""
 
     exit_code = Exit.NEGATIVE
+
+
+class UnreadableError(StepctlError):
+    """A file or directory cannot be read now (EACCES, EIO, ESTALE, a disk that is not mounted); it may be intact."""
 
 
 class TornUpdate(StepctlError):

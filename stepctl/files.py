@@ -5,7 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 from typing import BinaryIO
+
+from stepctl.errors import UnreadableError
+
+AnyPath = str | os.PathLike[str]
+
+# These tell what the path is. After any other error nothing is known: the file may be intact, and readable later.
+_ABOUT_THE_PATH = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+        errno.EILSEQ,
+        errno.ENXIO,  # a socket
+    }
+)
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -26,10 +45,70 @@ def remedy_of(error: OSError) -> str:
     return "make room or mend the disk, then go on"
 
 
-def is_there(path: str | os.PathLike[str]) -> bool:
-    """Tell whether something has this name; OSError if that cannot be told (os.path.lexists would say no)."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
+def is_unavailable(error: OSError) -> bool:
+    """Tell whether an error says nothing about the file itself (EACCES, EIO, ESTALE, ETIMEDOUT, ...)."""
+    return error.errno is not None and error.errno not in _ABOUT_THE_PATH
+
+
+def unreadable(path: AnyPath, error: OSError) -> UnreadableError:
+    """Return the error that a file cannot be read now, with its remedy."""
+    remedy = "bring its disk or server back"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        remedy = "let this user read it"
+    return UnreadableError(f"{os.fspath(path)}: cannot be read now: {error.strerror}; {remedy}, then try again")
+
+
+def refuse_broken_link(path: AnyPath) -> None:
+    """Raise UnreadableError if the path, or a folder above it, is a link to what is not there: an unmounted disk."""
+    place = Path(path)
+    while not _status(place, follow_symlinks=False) and place != place.parent:
+        place = place.parent
+    if _status(place, follow_symlinks=False) and not _status(place):
+        target = os.readlink(place)
+        remedy = "mount its disk, or mend the link, then try again"
+        raise UnreadableError(f"{place}: cannot be read now: it is a link to {target}, which is not there; {remedy}")
+
+
+def is_there(path: AnyPath) -> bool:
+    """Tell whether something has this name; UnreadableError if that cannot be told (os.path.lexists would say no)."""
+    return _status(path, follow_symlinks=False) is not None
+
+
+def is_directory(path: AnyPath) -> bool:
+    """Tell whether this is a directory; UnreadableError if that cannot be told, or at a link to what is not there."""
+    status = _status(path)
+    if status is None:
+        refuse_broken_link(path)
         return False
-    return True
+    return stat.S_ISDIR(status.st_mode)
+
+
+def is_file(path: AnyPath) -> bool:
+    """Tell whether this is a regular file; UnreadableError as for a directory."""
+    status = _status(path)
+    if status is None:
+        refuse_broken_link(path)
+        return False
+    return stat.S_ISREG(status.st_mode)
+
+
+def list_directory(path: AnyPath) -> list[str]:
+    """Return the names in a directory, none if there is no such directory; UnreadableError if it cannot be listed."""
+    try:
+        return os.listdir(path)
+    except FileNotFoundError:
+        refuse_broken_link(path)
+        return []
+    except OSError as error:
+        if is_unavailable(error):
+            raise unreadable(path, error) from error
+        raise
+
+
+def _status(path: AnyPath, *, follow_symlinks: bool = True) -> os.stat_result | None:
+    try:
+        return os.stat(path, follow_symlinks=follow_symlinks)
+    except OSError as error:
+        if is_unavailable(error):
+            raise unreadable(path, error) from error
+        return None

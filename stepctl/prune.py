@@ -18,7 +18,8 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
     """Remove the good checkpoints that `keep` does not keep; return their steps.
 
     The newest good one stays, and those that forks began at, which is said. Damaged files are reported, left in
-    place, and count for nothing. CheckpointError if none is good, RunInUseError if a process trains the run.
+    place, and count for nothing. CheckpointError if none is good, RunInUseError if a process trains the run,
+    UnreadableError if one cannot be read now.
     """
     with contextlib.nullcontext() if dry_run else directory.lock(say):
         store = Store(directory.checkpoints, directory.acknowledged)

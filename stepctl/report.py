@@ -5,13 +5,12 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from stepctl import registry, tasks, yamlio
+from stepctl import files, registry, tasks, yamlio
 from stepctl.arena import Array
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
@@ -22,10 +21,10 @@ from stepctl.state import GLOBAL_STEP
 
 def open_path(path: str, report: Callable[[str], None]) -> codec.Reader:
     """Open a checkpoint, or a run's newest good one."""
-    if not os.path.isdir(path):
+    if not files.is_directory(path):
         return codec.Reader(path)
     directory = RunDirectory(path)
-    if not directory.checkpoints.is_dir():
+    if not files.is_directory(directory.checkpoints):
         raise CheckpointError("none", f"{path}: neither a checkpoint nor a run (no checkpoints/ in it)")
     return Store(directory.checkpoints, directory.acknowledged).newest(report)
 
@@ -38,7 +37,7 @@ def inspect_path(path: str, pattern: str) -> dict[str, Any]:
     said: list[str] = []
     with open_path(path, said.append) as reader:
         facts = inspect(reader, pattern)
-    if os.path.isdir(path):
+    if files.is_directory(path):
         ledger = RunDirectory(path).read_ledger()
         facts |= {"segment": segment(ledger), "parent": parent(ledger)}
     return {"facts": facts, "said": said}

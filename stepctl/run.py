@@ -14,10 +14,10 @@ from stepctl import config as configs
 from stepctl import numerics, rundir, yamlio
 from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec, names
-from stepctl.checkpoint.store import Store
+from stepctl.checkpoint.store import Accept, Store
 from stepctl.comm import ALONE, Comm
 from stepctl.config import Config, Stop
-from stepctl.errors import CheckpointError, ConfigError
+from stepctl.errors import CheckpointError, ConfigError, UnreadableError
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, Segment, inexact, silent
@@ -93,7 +93,7 @@ def resume(
                 say(line)
 
         back = options.from_step
-        with store.newest(say, accept) if back is None else store.open(back, accept) as reader:
+        with _newest(store, directory, say, accept) if back is None else store.open(back, accept) as reader:
             header, name = reader.header, reader.name
         step = header.global_step
         if step not in directory.acknowledged().values():  # a kill came between the file and its line
@@ -111,6 +111,15 @@ def resume(
             segment.facts |= {"changes": changed, "config": config.plain()}
         segment.goes_back, segment.strict = options.from_step is not None, options.strict_numerics
         yield segment
+
+
+def _newest(store: Store, directory: RunDirectory, say: Say, accept: Accept) -> codec.Reader:
+    """Open the newest good checkpoint; an UnreadableError also says how to give up what cannot be read."""
+    try:
+        return store.newest(say, accept)
+    except UnreadableError as error:
+        remedy = f"or go back to an older checkpoint with: stepctl resume {directory.path} --from-step N"
+        raise UnreadableError(f"{error}; {remedy}") from error
 
 
 def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory) -> Config:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stepctl import launcher, yamlio
+from stepctl import files, launcher, yamlio
 from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
 from stepctl.files import open_regular, remedy_of
 
@@ -53,10 +53,15 @@ class RunDirectory:
         return self.path.resolve().name
 
     def holds_run(self) -> bool:
-        """Tell whether a run was ever started here: whether it published a checkpoint, be it gone now."""
+        """Tell whether a run was ever started here: whether it published a checkpoint, be it gone now.
+
+        UnreadableError if that cannot be told.
+        """
         if any(row["event"] == "checkpoint" for row in self.read_ledger()):
             return True
-        return self.checkpoints.is_dir() and any(name.startswith("step-") for name in os.listdir(self.checkpoints))
+        if not files.is_directory(self.checkpoints):
+            return False
+        return any(name.startswith("step-") for name in files.list_directory(self.checkpoints))
 
     def refuse_run(self) -> None:
         """Raise RunExistsError if a run is here, with the command that goes on with it."""
@@ -65,9 +70,9 @@ class RunDirectory:
 
     def newest_config(self) -> yamlio.Document:
         """Return the config that the newest segment ran with: the frozen one, or what the ledger changed it to."""
-        if self.path.is_file():
+        if files.is_file(self.path):
             raise ConfigError(f"{self.path}: is a file; give the run's directory (and --from-step N to go back)")
-        if not self.config.is_file():
+        if not files.is_file(self.config):
             if self.holds_run():
                 remedy = f"its checkpoints hold it (stepctl inspect {self.path}): put it back"
                 raise ConfigError(f"{self.config}: is missing; {remedy}")
@@ -77,10 +82,10 @@ class RunDirectory:
 
     def refuse_strangers(self) -> None:
         """Raise ConfigError if the directory holds what no run made."""
-        files = (self.config, self.ledger, self.metrics, self.csv, self.checkpoints, self.tensorboard, self.samples)
-        ours = {path.name for path in (*files, self.stop)} | {"lock"}
+        made = (self.config, self.ledger, self.metrics, self.csv, self.checkpoints, self.tensorboard, self.samples)
+        ours = {path.name for path in (*made, self.stop)} | {"lock"}
         try:
-            names = sorted(os.listdir(self.path)) if self.path.exists() else []
+            names = sorted(files.list_directory(self.path))
         except OSError as error:
             raise ConfigError(f"{self.path}: not a directory to keep a run in: {error.strerror}") from error
         # every run makes its lock first: without one, even a config.yaml is somebody's own
@@ -177,8 +182,9 @@ class RunDirectory:
     def clear_temporaries(self) -> None:
         """Remove what a killed writer left unpublished. Only the holder of the lock may."""
         for folder in (self.path, self.checkpoints, self.samples):
-            for path in folder.glob(f".*{_TEMPORARY}*"):
-                path.unlink(missing_ok=True)
+            for name in files.list_directory(folder):
+                if name.startswith(".") and _TEMPORARY in name:
+                    (folder / name).unlink(missing_ok=True)
 
     def append_ledger(self, event: str, **facts: Any) -> None:
         """Add one durable line: {"event", "time", ...}."""
@@ -218,7 +224,8 @@ class RunDirectory:
 
 def refuse_nowhere(path: str) -> None:
     """Raise ConfigError if there is nothing at all where a run or a checkpoint is to be read."""
-    if not os.path.lexists(path):
+    files.refuse_broken_link(path)
+    if not files.is_there(path):
         raise ConfigError(f"{path}: no run is there, and no checkpoint; list the runs with: stepctl runs")
 
 
@@ -374,8 +381,11 @@ def _content(path: Path, last: int | None = None) -> bytes:
                 file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
+        files.refuse_broken_link(path)
         return b""
     except OSError as error:
+        if files.is_unavailable(error):
+            raise files.unreadable(path, error) from error
         raise StepctlError(f"{path}: cannot be read: {error.strerror}; {remedy_of(error)}") from error
 
 

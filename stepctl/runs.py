@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from stepctl import files
 from stepctl.checkpoint import names, userblock
-from stepctl.errors import CheckpointError, ConfigError, StepctlError
+from stepctl.errors import CheckpointError, ConfigError, StepctlError, UnreadableError
 from stepctl.rundir import RunDirectory
 from stepctl.verify import acknowledged_files
 from stepctl.writers.base import Row
@@ -28,7 +29,7 @@ class Run(NamedTuple):
     metric: str | None
     last: float | None
     best: float | None
-    state: str  # "running", "finished", "interrupted" or "damaged"
+    state: str  # "running", "finished", "interrupted", "damaged", or "unreadable" (now)
     reason: str
     age: float | None
 
@@ -38,11 +39,23 @@ def runs_in(folder: str, now: datetime.datetime) -> list[Run]:
 
     Of each run that nobody trains the newest checkpoint is read. ConfigError if there is no such folder.
     """
+    own = RunDirectory(folder)
+    parts = {path.name for path in (own.checkpoints, own.samples, own.tensorboard)}  # of the run that it may be
     try:
-        children = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+        entries = [entry for entry in os.scandir(folder) if entry.name not in parts]
+        children = sorted(entry.path for entry in entries if _may_be_directory(entry))
     except OSError as error:
+        if files.is_unavailable(error):
+            raise files.unreadable(folder, error) from error
         raise ConfigError(f"{folder}: cannot be listed: {error.strerror}; give the folder that holds runs") from error
     return [run for path in [folder, *children] if (run := look(RunDirectory(path), now)) is not None]
+
+
+def _may_be_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # `look` reports it
+        return True
 
 
 def look(directory: RunDirectory, now: datetime.datetime) -> Run | None:
@@ -50,6 +63,8 @@ def look(directory: RunDirectory, now: datetime.datetime) -> Run | None:
     try:
         holder = directory.holder()
         return _look(directory, holder, now) if holder or directory.holds_run() else None
+    except UnreadableError as error:
+        return Run(directory.name, 0, None, None, None, None, "unreadable", str(error), None)
     except (StepctlError, OSError) as error:
         return Run(directory.name, 0, None, None, None, None, "damaged", str(error), None)
 
@@ -57,16 +72,26 @@ def look(directory: RunDirectory, now: datetime.datetime) -> Run | None:
 def _look(directory: RunDirectory, holder: str | None, now: datetime.datetime) -> Run:
     ledger, rows = directory.read_ledger(), directory.read_metrics()
     starts = [row for row in ledger if row["event"] == "start"]
-    steps = names.steps(os.listdir(directory.checkpoints)) if directory.checkpoints.is_dir() else []
+    steps = names.steps(files.list_directory(directory.checkpoints))
     if holder:
         state, reason = "running", holder
         step = max([*steps, *(row["step"] for row in rows), *(row["step"] for row in starts[-1:])], default=0)
     else:
-        step, damage = _newest_good(directory, steps)
-        state, reason = ("damaged", damage) if damage else _ended(ledger)
+        state, reason, step = _at_rest(directory, ledger, steps)
     metric, last, best = _metric(rows, *_asked(directory))
     target = starts[-1]["target"] if starts else None
     return Run(directory.name, step, target, metric, last, best, state, reason, _age(ledger, now))
+
+
+def _at_rest(directory: RunDirectory, ledger: list[Row], steps: list[int]) -> tuple[str, str, int]:
+    """Return the state of a run that nobody trains, the reason, and its newest step."""
+    try:
+        step, damage = _newest_good(directory, steps)
+    except UnreadableError as error:
+        return "unreadable", str(error), max(steps)
+    if damage is not None:
+        return "damaged", damage, step
+    return *_ended(ledger), step
 
 
 def _newest_good(directory: RunDirectory, steps: list[int]) -> tuple[int, str | None]:

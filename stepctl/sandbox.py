@@ -18,12 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stepctl.errors import CheckpointError, StepctlError
+from stepctl import files
+from stepctl.errors import CheckpointError, StepctlError, UnreadableError
 
 MEMORY = 256 << 20  # bytes beyond what the imports take
 SECONDS = 20.0
 _BYTES_PER_SECOND = 20e6  # a slow disk: a large file gets more time
 _LARGEST_ANSWER = 1 << 28  # bytes
+_UNREADABLE = "unreadable"  # the code of an UnreadableError in an answer
 
 
 class Sandbox:
@@ -64,6 +66,8 @@ class Sandbox:
             raise CheckpointError("crash", f"{name}: reading it ended the reader ({how})")
         answer = json.loads(line)
         if "error" in answer:
+            if answer["code"] == _UNREADABLE:
+                raise UnreadableError(answer["error"])
             if answer["code"] is None:
                 raise StepctlError(answer["error"])
             raise CheckpointError(answer["code"], answer["error"])
@@ -130,11 +134,15 @@ def _answer(function: Any, arguments: list[Any]) -> dict[str, Any]:
         return {"result": function(*arguments)}
     except CheckpointError as error:
         return {"error": str(error), "code": error.code}
+    except UnreadableError as error:
+        return {"error": str(error), "code": _UNREADABLE}
     except StepctlError as error:
         return {"error": str(error), "code": None}
     except MemoryError:
         return {"error": f"{os.path.basename(arguments[0])}: reading it takes too much memory", "code": "memory"}
     except Exception as error:
+        if isinstance(error, OSError) and files.is_unavailable(error):
+            return {"error": str(files.unreadable(arguments[0], error)), "code": _UNREADABLE}
         text = " ".join(str(error).split())
         return {"error": f"{os.path.basename(arguments[0])}: {type(error).__name__}: {text}", "code": "unexpected"}
 

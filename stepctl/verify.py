@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from stepctl import files, yamlio
 from stepctl.checkpoint import names
 from stepctl.config import Config
-from stepctl.errors import CheckpointError, ConfigError, StepctlError
+from stepctl.errors import CheckpointError, ConfigError, StepctlError, UnreadableError
 from stepctl.run import check_same_run, excused_keys
 from stepctl.rundir import RunDirectory
 from stepctl.sandbox import Sandbox
@@ -41,10 +41,10 @@ class Found(NamedTuple):
 
 def verify(path: str) -> tuple[list[Found], list[Problem]]:
     """Check a checkpoint (digest, structure, the three step numbers), or a run: each of its files, and its records."""
-    if not os.path.isdir(path):
+    if not files.is_directory(path):
         return verify_files([path])
     directory = RunDirectory(path)
-    if not directory.checkpoints.is_dir():
+    if not files.is_directory(directory.checkpoints):
         raise CheckpointError("none", f"{path}: neither a checkpoint nor a run (no checkpoints/ in it)")
     found, problems = verify_files([str(directory.checkpoints / names.file_name(step)) for step in _steps(directory)])
     problems = [*_without_pruned(directory, problems), *check_ledger(directory, found)]
@@ -62,11 +62,13 @@ def verify_files(paths: list[str]) -> tuple[list[Found], list[Problem]]:
                 found.append(Found(**answer, file=os.path.basename(path)))
             except CheckpointError as error:
                 problems.append(Problem(error.code, os.path.basename(path), str(error)))
+            except UnreadableError as error:
+                problems.append(Problem("unreadable", os.path.basename(path), str(error)))
     return found, problems
 
 
 def _steps(directory: RunDirectory) -> list[int]:
-    return names.steps(os.listdir(directory.checkpoints))
+    return names.steps(files.list_directory(directory.checkpoints))
 
 
 def _without_pruned(directory: RunDirectory, problems: list[Problem]) -> Iterator[Problem]:

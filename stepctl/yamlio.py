@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from stepctl import files
 from stepctl.errors import ConfigError
 from stepctl.files import open_regular
 from stepctl.problems import Path, in_lines, in_one_line
@@ -102,6 +103,8 @@ def load(path: str) -> Document:
             raise ConfigError(f"{name}: longer than {MAX_BYTES} bytes; a config is a page of text")
         text = data.decode()
     except OSError as error:
+        if files.is_unavailable(error):
+            raise files.unreadable(name, error) from error
         raise ConfigError(f"{name}: cannot be read: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         where = f"{error.reason} at byte {error.start}"

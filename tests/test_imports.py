@@ -41,7 +41,9 @@ LEVELS = [
 # Within a level, and between families, only this.
 ALLOWED = {
     ("extras", "errors"),
+    ("files", "errors"),
     ("sandbox", "errors"),
+    ("sandbox", "files"),
     ("launcher", "errors"),
     ("schedules", "registry"),
     ("optimizers", "registry"),

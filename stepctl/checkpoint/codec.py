@@ -21,13 +21,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from stepctl import yamlio
+from stepctl import files, yamlio
 from stepctl.arena import Array, check_names
 from stepctl.checkpoint import layout, names, userblock
 from stepctl.checkpoint.layout import FORMAT, FORMAT_VERSION
 from stepctl.checkpoint.metadata import Metadata
 from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_string
-from stepctl.errors import CheckpointError, ConfigError
+from stepctl.errors import CheckpointError, ConfigError, StepctlError
 from stepctl.state import GLOBAL_STEP, Counters, TrainState
 
 _SLICE = 1 << 22  # bytes written together, at most
@@ -120,11 +120,13 @@ class Reader:
     """One verified checkpoint, open: its header, and its arrays by path. Use as a context manager.
 
     Opening it checks the digest first, which `vet` may refuse, and then walks the file once, admitting only what
-    the format lists; CheckpointError names the first object that it does not.
+    the format lists; CheckpointError names the first object that it does not. UnreadableError if the file cannot be
+    read now.
     """
 
     def __init__(self, path: str | os.PathLike[str], vet: Callable[[str], None] = lambda digest: None) -> None:
         self.name = os.path.basename(path)
+        self._path = path
         self._verified = userblock.open_verified(path)
         self._raw, digest = self._verified.file, self._verified.digest
         try:
@@ -132,11 +134,13 @@ class Reader:
             self._file = _open_hdf5(self._raw, self.name)
             self.datasets: dict[str, h5py.Dataset] = Walk(self.name).group(self._file)
             self.header = self._read_header(digest)
-        except CheckpointError:
+        except StepctlError:
             self.close()
             raise
         except Exception as error:  # h5py raises many kinds for a file that is not what it should be
             self.close()
+            if (failed := self._verified.read_error) is not None:
+                raise files.unreadable(path, failed) from error
             raise CheckpointError(
                 "hdf5", f"{self.name}: not readable as HDF5 ({' '.join(str(error).split())})"
             ) from error
@@ -180,7 +184,7 @@ class Reader:
             self._raw.seek(position)
             n_bytes = self._raw.readinto(out.reshape(-1).view(np.uint8).data)
         except OSError as error:
-            raise CheckpointError("read", f"{self.name}: cannot be read ({error.strerror})") from error
+            raise files.unreadable(self._path, error) from error
         if n_bytes != out.nbytes:
             raise CheckpointError("changed", f"{self.name}: /{path}: cut short while it was read")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepctl import files, rundir
 from stepctl.checkpoint import codec, names, retention, userblock
-from stepctl.errors import CheckpointError, StepctlError
+from stepctl.errors import CheckpointError, StepctlError, UnreadableError
 
 if TYPE_CHECKING:
     from stepctl.config import Checkpoint
@@ -47,21 +47,24 @@ class Store:
         return self.path / names.file_name(step)
 
     def steps(self) -> list[int]:
-        """Return the steps that have a file, rising; whether they are good is not known yet."""
-        try:
-            return names.steps(os.listdir(self.path))
-        except OSError:
-            return []
+        """Return the steps that have a file, rising; whether they are good is not known yet.
+
+        UnreadableError if the directory cannot be listed now.
+        """
+        return names.steps(files.list_directory(self.path))
 
     def publish(self, step: int, image: Body, abandoned: Callable[[], bool] = lambda: False) -> str:
         """Make a checkpoint durable, read it back, and only then acknowledge it: return its sha256.
 
-        A file that stands under the name already (one that was damaged, and so skipped) is set aside first.
+        A file that stands under the name already (one that was damaged, and so skipped) is set aside first, unless
+        it cannot be read now, and so may be good: UnreadableError.
         """
         path = self.file(step)
         with rundir.writing(path):
             in_the_way = files.is_there(path)
         if in_the_way:
+            with contextlib.suppress(CheckpointError):
+                userblock.open_verified(path).file.close()
             self.set_aside(step)
         sha256, length = hashlib.sha256(), 0
         with rundir.publishing(path) as descriptor:
@@ -77,14 +80,15 @@ class Store:
             rundir.write_all(descriptor, head)
         try:
             userblock.check_content(path, itertools.chain([head], image))
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, UnreadableError, OSError) as error:
             raise StepctlError(f"{path}: written, but it does not read back: {error}; mend the disk") from error
         return sha256.hexdigest()
 
     def newest(self, report: Callable[[str], None], accept: Accept = lambda reader: None) -> codec.Reader:
         """Open the checkpoint of the highest step that verifies and that `accept` does not refuse.
 
-        Refused ones (CheckpointError) are reported and left in place. CheckpointError if there is no other.
+        Refused ones (CheckpointError) are reported and left in place. CheckpointError if there is no other;
+        UnreadableError at one that cannot be read now: it may be the newest good one.
         """
         for look in range(_LOOKS):
             refused: list[CheckpointError] = []
@@ -92,7 +96,7 @@ class Store:
                 try:
                     reader = self.open(step, accept)
                 except CheckpointError as error:
-                    if look + 1 < _LOOKS and not os.path.lexists(self.file(step)):
+                    if look + 1 < _LOOKS and not files.is_there(self.file(step)):
                         break  # pruned since, so a newer one is there
                     refused.append(error)
                     continue
@@ -159,7 +163,11 @@ class Store:
 
         A file of a later step was passed over by the resume that led here: it is damaged, and counts for nothing.
         """
-        return retention.to_prune((step for step in self.steps() if step <= published), keep, metrics, protected)
+        try:
+            steps = self.steps()
+        except UnreadableError:  # no reason to stop training: the next save prunes
+            return []
+        return retention.to_prune((step for step in steps if step <= published), keep, metrics, protected)
 
     def remove(self, steps: Iterable[int]) -> None:
         """Remove checkpoints that retention does not keep."""

@@ -14,10 +14,14 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from io import BufferedReader
-from typing import NamedTuple
+from io import BufferedReader, FileIO
+from typing import TYPE_CHECKING, NamedTuple
 
+from stepctl import files
 from stepctl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 SIZE = 512
 VERSION = 1
@@ -33,12 +37,30 @@ def make(digest: str, length: int) -> bytes:
     return text.encode().ljust(SIZE, b"\0")
 
 
+class _RawFile(FileIO):
+    """A file that keeps the last error of a read: the HDF5 library reports only that some read failed."""
+
+    error: OSError | None = None
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 class Verified(NamedTuple):
     """An open file whose digest is right, and its status from before it was read."""
 
     file: BufferedReader
     digest: str
     status: os.stat_result
+
+    @property
+    def read_error(self) -> OSError | None:
+        """The last error of a read, None if there was none."""
+        return self.file.raw.error if isinstance(self.file.raw, _RawFile) else None
 
     def is_unchanged(self) -> bool:
         """Tell whether nobody has written to the file since."""
@@ -69,7 +91,7 @@ def open_verified(path: str | os.PathLike[str]) -> Verified:
     """Open a checkpoint whose digest is right.
 
     CheckpointError, with the reason as its code, if it is not a regular file, too large, not a checkpoint, of
-    another version, cut short, too long, or damaged.
+    another version, cut short, too long, or damaged. UnreadableError if it cannot be read now.
     """
     name = os.path.basename(path)
     file, status = _open(path)
@@ -77,7 +99,7 @@ def open_verified(path: str | os.PathLike[str]) -> Verified:
         return Verified(file, _verify(file, name, status.st_size), status)
     except OSError as error:
         file.close()
-        raise CheckpointError("read", f"{name}: cannot be read ({error.strerror})") from error
+        raise files.unreadable(path, error) from error
     except BaseException:
         file.close()
         raise
@@ -88,16 +110,18 @@ def _open(path: str | os.PathLike[str]) -> tuple[BufferedReader, os.stat_result]
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
+        if files.is_unavailable(error):
+            raise files.unreadable(path, error) from error
         reason = "it is a symbolic link" if os.path.islink(path) else error.strerror
         raise CheckpointError("open", f"{name}: cannot be opened ({reason})") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError("kind", f"{name}: not a regular file")
-        return os.fdopen(descriptor, "rb"), status
+        return BufferedReader(_RawFile(descriptor, "rb")), status
     except OSError as error:
         os.close(descriptor)
-        raise CheckpointError("read", f"{name}: cannot be read ({error.strerror})") from error
+        raise files.unreadable(path, error) from error
     except BaseException:
         os.close(descriptor)
         raise

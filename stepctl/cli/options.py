@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from stepctl import interrupt
+from stepctl import files, interrupt
 from stepctl.comm import Comm, Order, World, world
 from stepctl.errors import ConfigError, Exit, printable
 
@@ -60,6 +60,8 @@ class Place(click.ParamType[str]):
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and files.is_unavailable(error):
+                raise files.unreadable(text, error) from error
             self.fail(f"{text[:60]!r}: {getattr(error, 'strerror', error)}; give another path.", param, ctx)
         return text
 

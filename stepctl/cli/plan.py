@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from stepctl import files
 from stepctl.cli.options import Place, say, set_option, stop_assignments, stop_section, target_options
 from stepctl.errors import ConfigError, printable
 
@@ -38,7 +38,7 @@ def plan(
     """
     if png is not None and not png.lower().endswith(".png"):
         raise ConfigError(f"--png {png}: the name must end in .png")
-    if os.path.isdir(path):
+    if files.is_directory(path):
         found, assembly = _of_run(path, stop_section(num_steps, last_step), assignments)
     else:
         found, assembly = _of_config(path, (*stop_assignments(num_steps, last_step), *assignments))

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from stepctl.cli.options import Place, say
-from stepctl.errors import printable
+from stepctl.errors import Exit, printable
 
 if TYPE_CHECKING:
     from stepctl.runs import Run
 
 _HEADS = ("run", "step", "target", "metric", "last", "best", "state", "age")
 _LEFT = ("run", "metric", "state")  # columns of text
-_COLORS = {"running": "green", "finished": "", "interrupted": "yellow", "damaged": "red"}
+_COLORS = {"running": "green", "finished": "", "interrupted": "yellow", "damaged": "red", "unreadable": "red"}
 
 
 @click.command()
@@ -25,7 +25,8 @@ _COLORS = {"running": "green", "finished": "", "interrupted": "yellow", "damaged
 def runs(folder: str, as_json: bool) -> None:
     """List the runs in DIR (runs, if not given): step, target, how good, whether running, and since when.
 
-    A state is running, finished (at its target, or stopped for good before), interrupted, or damaged (stderr says why).
+    A state is running, finished (at its target, or stopped for good before), interrupted, damaged, or unreadable now
+    (stderr says why; exit 1).
     The metric is that of evaluate or keep_best in the config, or the loss; of evaluations, if there are some.
     """
     import datetime
@@ -36,7 +37,7 @@ def runs(folder: str, as_json: bool) -> None:
 
     found = runs_in(folder, datetime.datetime.now(datetime.UTC))
     for run in found:
-        if run.state == "damaged":
+        if run.state in ("damaged", "unreadable"):
             say(in_one_line(f"{run.name}: {run.reason}"))
     if as_json:
         plain = [{key: json_value(value) for key, value in run._asdict().items()} for run in found]
@@ -47,6 +48,8 @@ def runs(folder: str, as_json: bool) -> None:
         _print_table(found)
     else:
         _print_lines(found)
+    if any(run.state == "unreadable" for run in found):
+        click.get_current_context().exit(Exit.NEGATIVE)
 
 
 def _print_table(found: list[Run]) -> None:

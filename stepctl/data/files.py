@@ -14,7 +14,7 @@ import numpy as np
 
 from stepctl.arena import Array
 from stepctl.errors import DataError
-from stepctl.files import open_regular
+from stepctl.files import is_unavailable, open_regular, unreadable
 from stepctl.problems import in_one_line
 
 GZIP = b"\x1f\x8b"
@@ -32,6 +32,8 @@ def reading(path: str, kind: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{in_one_line(path)}: no such file; check the path in the config's data section") from error
     except _DAMAGE as error:
+        if isinstance(error, OSError) and is_unavailable(error):
+            raise unreadable(in_one_line(path), error) from error
         reason = str(error.args[-1] if isinstance(error, KeyError) else error) or type(error).__name__
         if isinstance(error, OSError):
             reason = error.strerror or reason

@@ -13,7 +13,7 @@ from unittest import mock
 
 from states import STEP, small_state, written
 from stepctl.arena import Arena
-from stepctl.errors import CheckpointError
+from stepctl.errors import CheckpointError, UnreadableError
 from stepctl.state import Counters, TrainState
 
 ACCEPTED = ("accepted", "")
@@ -30,6 +30,8 @@ def attempt(path: Path, manner: str = "restored") -> tuple[str, str]:
         load(path)
     except CheckpointError as error:
         return error.code, str(error)
+    except UnreadableError as error:
+        return "unreadable", str(error)
     except OtherBits:
         return "other bits", ""
     except Exception as error:
@@ -145,11 +147,11 @@ def large(folder: Path) -> Path:
 MANNERS: dict[str, tuple[Callable[[Path], None], str]] = {  # name -> what is done, code of the refusal
     "restored": (restored, "accepted"),
     "vetted": (vetted, "vetted"),
-    "without status": (without_status, "read"),
+    "without status": (without_status, "unreadable"),
     "changed while it is checked": (changed_while_checked, "changed"),
     "cut, then restored": (after(cut, restore_large), "changed"),
     "changed, then restored": (after(changed, restore_large), "changed"),
-    "unreadable, then restored": (after(unreadable, restore_large), "read"),
+    "unreadable, then restored": (after(unreadable, restore_large), "unreadable"),
     "cut, then read in parts": (after(cut, read_parts), "changed"),
-    "unreadable, then read in parts": (after(unreadable, read_parts), "read"),
+    "unreadable, then read in parts": (after(unreadable, read_parts), "unreadable"),
 }

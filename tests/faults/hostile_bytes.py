@@ -222,7 +222,7 @@ FILES: dict[str, tuple[str, str, Build]] = {
     "a directory": ("kind", "regular", put(os.mkdir)),
     "a socket": ("open", "", put(a_socket)),
     "a device": ("kind", "regular", lambda folder: Path("/dev/zero")),
-    "a file whose reading fails": ("read", "", lambda folder: Path("/proc/self/mem")),
+    "a file whose reading fails": ("unreadable", "", lambda folder: Path("/proc/self/mem")),
     "an empty file": ("foreign", "", holding(lambda data: b"")),
     "a text file": ("foreign", "", holding(lambda data: b"loss 0.5\n" * 1000)),
     "zeros": ("foreign", "", holding(lambda data: bytes(4096))),
