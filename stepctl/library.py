@@ -197,7 +197,8 @@ def create(
     """Make a fresh run from a config (a YAML file, or a mapping as one holds), and hold it.
 
     `overrides` are dotted keys and their values; `hooks` your own, whose `state` is saved with the run's; `say` takes
-    messages. ConfigError if something is wrong or a run is there already, RunInUseError if another process has it.
+    messages, on the thread that trains: one that blocks holds up training.
+    ConfigError if something is wrong or a run is there already, RunInUseError if another process has it.
     """
     document = _document(config, overrides)
     return _held(run.create(configs.parse(document), RunDirectory(run_dir), say, hooks))

@@ -15,6 +15,7 @@ from stepctl.cli.doctor import doctor
 from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
 from stepctl.cli.options import WHOLE_PROCESS
+from stepctl.cli.output import drain_output
 from stepctl.cli.pipes import let_stdout_end
 from stepctl.cli.plan import plan
 from stepctl.cli.plot import plot
@@ -74,6 +75,7 @@ class Main(click.Group):
 
 
 def _fail(ctx: click.Context, code: int) -> NoReturn:
+    drain_output()  # the job's end may be this process's
     comm.end(code, failed=True)  # the other processes of the job may be waiting for this one
     ctx.exit(code)
 
@@ -134,11 +136,13 @@ def main() -> None:
         if launcher.is_rank():
             with contextlib.suppress(OSError):
                 traceback.print_exc()
+            drain_output()
             comm.end(Exit.NEGATIVE, failed=True)
         raise
     finally:
         for stream in (sys.stdout, sys.stderr):
             _let_go_of(stream)
+        drain_output()
     comm.end(code or Exit.DONE, failed=False)
     sys.exit(code)
 

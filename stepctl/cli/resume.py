@@ -20,6 +20,7 @@ from stepctl.cli.options import (
     target_options,
     train_segment,
 )
+from stepctl.cli.output import queue_output
 
 
 @click.command()
@@ -46,6 +47,7 @@ def resume(
     """Go on with RUN from its newest good checkpoint, to its newest target or to the one given here."""
     began = time.monotonic()
     hold_signals()
+    queue_output()
     comm = joined()
     from stepctl import numerics
     from stepctl.rundir import RunDirectory

@@ -20,6 +20,7 @@ from stepctl.cli.options import (
     target_options,
     train_segment,
 )
+from stepctl.cli.output import queue_output
 from stepctl.cli.plan import print_plan
 from stepctl.errors import RunExistsError
 
@@ -51,6 +52,7 @@ def train(
     began = time.monotonic()
     if not dry_run:
         hold_signals()
+        queue_output()
     comm = joined()
     from stepctl import numerics, yamlio
     from stepctl.rundir import RunDirectory
