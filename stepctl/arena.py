@@ -98,6 +98,7 @@ class Arena(Mapping[str, Array]):
         self._memory = self._new_memory(flat)
         self._spare: _Memory | None = None
         self.handed_over = False  # and not updated since
+        self.touched = False  # whether an update may have changed values since this was last set to False
         self.owners = SOLE
 
     def _new_memory(self, flat: Array | None = None) -> _Memory:
@@ -130,6 +131,7 @@ class Arena(Mapping[str, Array]):
     def target(self) -> Array:
         """The buffer that the next update writes: `flat`, or the spare one after `hand_over`."""
         if not self.handed_over:
+            self.touched = True
             return self._memory.flat
         self._spare = self._spare or self._new_memory()
         return self._spare.flat
@@ -137,6 +139,7 @@ class Arena(Mapping[str, Array]):
     def turn(self) -> None:
         """Make what an update wrote into `target` the values of this arena."""
         if self.handed_over and self._spare is not None:
+            self.touched = True
             self._memory, self._spare = self._spare, self._memory
             self.handed_over = False
 
@@ -153,7 +156,7 @@ class Arena(Mapping[str, Array]):
         """
         handed = object.__new__(Arena)
         handed.shapes, handed.dtype, handed._memory = self.shapes, self.dtype, self._memory
-        handed._spare, handed.handed_over, handed.owners = None, False, SOLE
+        handed._spare, handed.handed_over, handed.touched, handed.owners = None, False, False, SOLE
         self.handed_over = True
         return handed
 
@@ -187,6 +190,7 @@ class Arena(Mapping[str, Array]):
         """Take over every value of an arena of the same layout."""
         if (self.shapes, self.dtype) != (other.shapes, other.dtype):
             raise ValueError("the arenas differ in layout")
+        self.touched = True
         self.flat[:] = other.flat
 
     def first_non_finite(self) -> str | None:

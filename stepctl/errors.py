@@ -1,6 +1,6 @@
 """Every error that stepctl raises on purpose, and the exit code each one ends the command with.
 
-StepctlError                1  an operation failed; nothing was lost
+StepctlError                1  an operation failed; every checkpoint stands
 |- UnreadableError          1  a file cannot be read now; whether it is whole is not known
 |- TornUpdate               1  an update failed half way: the state is that of no step
 |- NonFiniteError           1  a loss, gradient or state that is no number; what was finite is saved
@@ -38,7 +38,7 @@ def printable(text: str) -> str:
 
 
 class StepctlError(Exception):
-    """Base of all: an operation failed; nothing was lost."""
+    """Base of all: an operation failed; every checkpoint stands."""
 
     exit_code = Exit.NEGATIVE
 

@@ -179,7 +179,7 @@ class Run:
         if self._trainer is None:
             self._trainer = self._opened.enter_context(self._segment.opened())
             self._trainer.start()
-        if not self._trainer.complete:
+        if not self._trainer.complete or self._trainer.broken_off:
             raise StepctlError(
                 f"{self.path}: the last step was broken off in the middle; close this run, and resume it"
             )

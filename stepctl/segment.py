@@ -81,6 +81,7 @@ class Segment:
         self.note: Say = silent  # told what is good to know
         self.report: Say = silent  # told of each checkpoint
         self._background, self._saved, self._number = Background(), deque[str](), 0  # anew for each `train`
+        self._newest: int | None = None  # the step of the newest checkpoint that is good
         self._unsaid = deque[dict[str, Any]]()  # lines of checkpoints that the ledger does not have yet
         self._forked: Collection[int] = ()  # steps that forks began at
         self._texts = {
@@ -148,6 +149,7 @@ class Segment:
         What is raised in between saves the state, if it is that of a whole step, and is recorded.
         """
         self._background = Background()
+        self._newest = None if self.restored is None else self.start
         if self.goes_back:
             self._set_aside_later()
         self.directory.cut_metrics(self.start)
@@ -186,7 +188,7 @@ class Segment:
             raise NonFiniteError(f"{error}; {self._without_non_finite()}") from error
         except TornUpdate as error:
             self._failed(trainer, self.saver, error)
-            raise TornUpdate(f"{in_one_line(str(error))}; {self._before_it_tore()}") from error
+            raise TornUpdate(f"{in_one_line(str(error))}; no whole state is left to save: {self._go_on()}") from error
         except BaseException as error:
             self._failed(trainer, self.saver, error)
             raise
@@ -196,13 +198,24 @@ class Segment:
             rows.close()
 
     def _failed(self, trainer: Trainer, save: Save, error: BaseException) -> None:
-        self.save_what_stands(trainer, save)
+        if isinstance(error, TornUpdate):
+            with contextlib.suppress(Exception):  # of a save in flight
+                save.finish()
+        else:
+            self.save_what_stands(trainer, save)
         with contextlib.suppress(StepctlError):  # the disk may be what failed
             self.record_end(f"{type(error).__name__}: {error}")
 
-    def _before_it_tore(self) -> str:
-        newest = names.file_name(max(self.store.steps(), default=self.start))
-        return f"no whole state is left to save: go on from {newest} with: stepctl resume {self.directory.path}"
+    def _go_on(self) -> str:
+        """Return from which checkpoint the run goes on, and with it what steps are lost."""
+        step, newest = self.state.counters.global_step, self._newest
+        if newest is None:
+            return "no checkpoint is there yet: start again with: stepctl train"
+        go_on = f"go on from {names.file_name(newest)} with: stepctl resume {self.directory.path}"
+        if step == newest:
+            return go_on
+        lost = f"step {step} is" if step == newest + 1 else f"steps {newest + 1} to {step} are"
+        return f"{lost} lost; {go_on}"
 
     def _without_non_finite(self) -> str:
         if not self.store.steps():
@@ -265,28 +278,32 @@ class Segment:
         step = state.counters.global_step
         if (bad := state.first_non_finite()) is not None:
             raise NonFiniteError(f"step {step}: /{bad} holds NaN or infinity; not saved")
-        digest = self.store.publish(step, codec.encode(state, **self._texts), self._background.abandoned)
-        pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows, self._forked)
-        name = names.file_name(step)
-        self._unsaid.append({"step": step, "file": name, "sha256": digest, "pruned": pruned})
+        if not any(line["step"] == step for line in self._unsaid):  # else it is published, and has no line yet
+            digest = self.store.publish(step, codec.encode(state, **self._texts), self._background.abandoned)
+            pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows, self._forked)
+            self._unsaid.append({"step": step, "file": names.file_name(step), "sha256": digest, "pruned": pruned})
         while self._unsaid:  # first of those whose line found no room on the disk
             self.directory.append_ledger("checkpoint", **self._unsaid[0])
-            self._unsaid.popleft()
-        self._saved.append(name)
-        self.store.remove(pruned)
+            line = self._unsaid.popleft()
+            self._newest = line["step"]
+            self._saved.append(line["file"])
+            self.store.remove(line["pruned"])
 
     def save_what_stands(self, trainer: Trainer, save: Save) -> None:
-        """Publish the state, if it is that of a whole step, and say so."""
-        with contextlib.suppress(StepctlError):  # of a save in flight; the first error is the one to tell
-            self._background.finish()
+        """Publish the state if it is that of a whole step; say what is saved, or which steps are lost."""
+        with contextlib.suppress(Exception):  # of a save in flight; the first error is the one to tell
+            save.finish()
+        path, step = self.directory.path, self.state.counters.global_step
         if not trainer.complete:
+            if self._newest is not None and self._newest < step:
+                self.say(f"{path}: {self._go_on()}")
             return
-        step = self.state.counters.global_step
         try:
             save.now(self.state)
-            self.say(f"{self.directory.path}: the state of global step {step} is saved")
-        except StepctlError as error:
-            self.say(f"{self.directory.path}: the state of global step {step} could not be saved: {error}")
+        except Exception as error:
+            self.say(f"{path}: the state of global step {step} could not be saved ({error}): {self._go_on()}")
+        else:
+            self.say(f"{path}: the state of global step {step} is saved")
 
     def _skip(self, why: str) -> None:
         self.say(f"{why}; this batch is skipped")

@@ -137,6 +137,7 @@ class Break(stepctl.Hook):
     """Breaks step 7 off with what it is given."""
 
     name = "break"
+    essential = True
 
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error

@@ -36,6 +36,7 @@ class At(Hook):
     """Calls something after a step."""
 
     name = "at"
+    essential = True  # a kill leaves nothing to save
 
     def __init__(self, step: int, act: Callable[[], object]) -> None:
         self._step, self._act = step, act

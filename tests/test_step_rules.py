@@ -86,6 +86,7 @@ class Kill(Hook):
     """Ends a segment abruptly once a step is complete."""
 
     name = "kill"
+    essential = True  # a kill leaves nothing to save
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -35,6 +35,7 @@ class Killed(BaseException):
 
 class Kill(Hook):
     name = "kill"
+    essential = True  # a kill leaves nothing to save
 
     def __init__(self, step: int) -> None:
         self._step = step

@@ -28,6 +28,11 @@ class Hook(ABC):
     name: str
     trigger: Trigger | None = None  # asked after every update; without one, all count
 
+    @property
+    def essential(self) -> bool:
+        """Whether a checkpoint of a step in which this hook failed would lack something: what it remembers, a row."""
+        return type(self).state is not Hook.state
+
     def state(self) -> dict[str, Array]:
         """Return the arrays that this hook changes and must find again after a resume."""
         return {}

@@ -20,6 +20,7 @@ class Evaluate(Hook):
     """
 
     name = "evaluate"
+    essential = True  # for its rows, and what the watches remember
 
     def __init__(
         self,

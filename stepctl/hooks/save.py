@@ -66,12 +66,16 @@ class Save(Hook):
         self._settle(self._background.finish)
         self.now(state)
 
+    def finish(self) -> None:
+        """Wait until a save in flight is done; raise its error if it had one."""
+        self._look(self._background.finish)
+
     def now(self, state: TrainState) -> None:
         """Publish this state, if that was not done, and wait until it is there."""
-        self._background.finish()
+        self.finish()
         if state.counters.global_step != self._saved_step:
             self._begin(state)
-            self._background.finish()
+            self.finish()
 
     def _late(self, seconds: float) -> bool:
         return self._clock() - self._saved_at >= seconds
@@ -95,9 +99,15 @@ class Save(Hook):
 
     def _settle(self, look: Callable[[], None]) -> None:
         try:
-            look()
+            self._look(look)
         except StepctlError as error:
             if self._stop_on_error or isinstance(error, NonFiniteError):
                 raise
-            self._saved_step = None
             self._say(f"warning: {error}; the next save tries again")
+
+    def _look(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except Exception:
+            self._saved_step = None  # so that the next save makes it good
+            raise

@@ -109,7 +109,8 @@ class Task(ABC):
     def step(self, state: TrainState, batch: Batch) -> Metrics:
         """Apply one update to the arrays (not to the counters) and return what was measured on the way.
 
-        NonFiniteError, or any error of the model's, must leave the state as it was; TornUpdate says that it is not.
+        An error before the first change of an array costs nothing. After it the state is that of no step, and is not
+        saved; TornUpdate says so where it cannot be seen here. NonFiniteError must leave the state as it was.
         """
 
     @abstractmethod

@@ -50,15 +50,21 @@ class ShardSum:
             self._names = self._names or tuple(parts[0])
         except Exception as found:
             error = found
+        except BaseException:
+            self._drop()
+            raise
         try:
             parts = self._comm.gather(parts, self._names, len(self._mine), error)
-        except Exception:
-            for tree in trees:
-                tree.drop()
+        except BaseException:
+            self._drop()
             raise
         gradient, buffers = (tree.total() for tree in trees)
         np.divide(buffers.flat, self._shards, out=buffers.flat)
         return gradient, buffers, summed(parts)
+
+    def _drop(self) -> None:
+        for tree in self._trees:
+            tree.drop()
 
     def trial(self, rows: int, part: Part) -> None:
         """Compute this process's parts and sum nothing; ConfigError if a gradient or a buffer is not written whole."""

@@ -21,6 +21,7 @@ class Undo:
 
         Processes that have the arenas in common all write the same values, so that none has to wait for another.
         """
+        touched = {name for name, arena in arenas.items() if arena.touched}
         for name, arena in arenas.items():
             if name not in self._copies:
                 self._copies[name] = arena.like()
@@ -32,4 +33,5 @@ class Undo:
         except BaseException:
             for name, arena in arenas.items():
                 arena.copy_from(self._copies[name])
+                arena.touched = name in touched
             raise

@@ -37,6 +37,7 @@ class Kill(Hook):
     """Ends the process, as far as training can tell, two steps after the second save."""
 
     name = "kill"
+    essential = True  # a kill leaves nothing to save
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         if state.counters.global_step == 10:
