@@ -26,6 +26,7 @@ from stepctl.hooks.base import Hook
 from stepctl.hooks.evaluate import Evaluate
 from stepctl.hooks.log import Log
 from stepctl.hooks.samples import picture_shape
+from stepctl.hooks.signals import ended_by_signals
 from stepctl.hooks.watch import Best, EarlyStopping, TargetMetric, Watch
 from stepctl.models.base import Ends, Model
 from stepctl.optimizers.base import Optimizer
@@ -80,8 +81,9 @@ class Assembly:
 
     def check_data(self) -> None:
         """Look through all data once; DataError if they are not what the task can learn from."""
-        for source in self.sources:
-            source.check(self.config.data.n_classes)
+        with ended_by_signals(is_rank=self.comm.rank > 0):
+            for source in self.sources:
+                source.check(self.config.data.n_classes)
 
     @property
     def origins(self) -> str:
@@ -91,7 +93,8 @@ class Assembly:
     @cached_property
     def data_fingerprint(self) -> str:
         """A text that changes when the data do."""
-        return "; ".join(source.fingerprint() for source in self.sources)
+        with ended_by_signals(is_rank=self.comm.rank > 0):
+            return "; ".join(source.fingerprint() for source in self.sources)
 
 
 def assemble(config: Config, hooks: Sequence[Hook] = (), *, target: int | None = None, comm: Comm = ALONE) -> Assembly:
@@ -111,12 +114,15 @@ def _assemble(config: Config, hooks: Sequence[Hook], target: int, comm: Comm) ->
     beside.check(config.log)
     task = _task(config)
     _share_out(config, task, comm)
-    train, validation = _build("data", config.data.spec(), targets=task.targets, dtype=config.dtype)
+    with ended_by_signals(is_rank=comm.rank > 0):
+        train, validation = _build("data", config.data.spec(), targets=task.targets, dtype=config.dtype)
     sources = [train, validation] if validation is not None else [train]
     if task.targets != "classes" and config.data.n_classes is not None:
         raise ConfigError(f"data.n_classes: the targets of {config.task.name} are numbers, not classes; leave it out")
     if task.targets == "classes" and config.data.n_classes is None:
-        config = config.with_values({"data.n_classes": count_classes(sources)})
+        with ended_by_signals(is_rank=comm.rank > 0):
+            n_classes = count_classes(sources)
+        config = config.with_values({"data.n_classes": n_classes})
     training_part, validation_part = _parts(config, train, validation)
     _check_names(config, task)
     config = _with_horizons(config, task, target)

@@ -22,6 +22,11 @@ def watch() -> None:
         _signal.signal(_signal.SIGINT, _interrupt)
 
 
+def watching() -> bool:
+    """Tell whether `watch` handles SIGINT now."""
+    return bool(_signal.getsignal(_signal.SIGINT) is _interrupt)
+
+
 def received() -> bool:
     """Tell whether a SIGINT came since `watch`, or since `forget`."""
     return _received

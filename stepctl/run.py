@@ -33,6 +33,7 @@ def create(
     """Make a fresh run, and hold it. ConfigError if one is there already; nothing is left behind on an error."""
     directory.refuse_run()
     assembly = prepare(config, hooks, comm)
+    _ = assembly.data_fingerprint  # it may read all data: now, while a signal still ends the command at once
     config = assembly.config
     with founded(directory, config, say):
         yield Segment(directory, assembly, say, target=config.target(config.initial_step), restored=None)

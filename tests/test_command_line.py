@@ -447,53 +447,6 @@ def test_a_second_sigint_stops_at_once() -> None:
     assert bits("run", 2) == unbroken_bits(config, 2)
 
 
-EARLY = """
-import os, signal
-from stepctl.data.arrays import arrays
-
-def early(*, path: str, number: int, targets, dtype):
-    os.kill(os.getpid(), number)
-    return arrays(path=path, targets=targets, dtype=dtype)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_before_the_first_step_is_not_lost(number: signal.Signals) -> None:
-    Path("early.py").write_text(EARLY)
-    small()
-    data = {"name": "early:early", "path": "samples.npz", "number": int(number), "batch_size": 8}
-    name = write(small(data=data | {"validation_fraction": 0.5}, stop={"last_step": FOREVER}))
-    done = call("train", "--config", name, "--run-dir", "run", expect=75)
-    assert f"stopped at global step 0 (signal {number.name})" in done.stderr
-    assert saved("run") == ["step-00000000.h5"]
-
-
-LOST = """
-import os, signal, sys, weakref
-from stepctl.data.arrays import arrays
-
-class Gone:
-    pass
-
-def lost(*, path: str, targets, dtype):
-    sys.unraisablehook = lambda dropped: print("dropped", file=sys.stderr)
-    gone = Gone()
-    told = weakref.ref(gone, lambda _: os.kill(os.getpid(), signal.SIGINT))
-    del gone
-    return arrays(path=path, targets=targets, dtype=dtype)
-"""
-
-
-def test_ctrl_c_before_the_first_step_is_not_lost() -> None:
-    """Even where Python drops what its handler raises: there is no way out of a weak reference's callback."""
-    Path("lost.py").write_text(LOST)
-    small()
-    data = {"name": "lost:lost", "path": "samples.npz", "batch_size": 8, "validation_fraction": 0.5}
-    done = call("train", "--config", write(small(data=data, stop={"last_step": 3})), "--run-dir", "run", expect=130)
-    assert done.stderr == "dropped\nstepctl: interrupted before training began; nothing was changed\n"
-    assert not saved("run")
-
-
 # --- exit codes and messages
 
 

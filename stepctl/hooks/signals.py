@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -13,6 +16,39 @@ from stepctl.state import Counters
 
 _ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _AT_ONCE = 2  # times Ctrl-C
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+
+
+@contextlib.contextmanager
+def ended_by_signals(*, is_rank: bool = False) -> Iterator[None]:
+    """While data are loaded, let the signals that stop end the process at once, by their default action.
+
+    A handler of Python's does not run before a call into C returns, and HDF5, zlib or a text parser may stay in one
+    for minutes. The command line and the ranks that it leads (`is_rank`) do so; in a program that uses the library,
+    signals are left alone, and so are those that are ignored.
+    """
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    commanded = is_rank or interrupt.watching() or signal.SIGTERM in held
+    if not commanded or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    # for process 1 of a container the kernel has no default action
+    action = _exit_as_if_killed if os.getpid() == 1 else signal.SIG_DFL
+    for number in handlers:
+        signal.signal(number, action)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)  # one that was held ends the process here
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _exit_as_if_killed(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 class Signals:
