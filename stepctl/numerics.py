@@ -26,6 +26,7 @@ _AVX2, _AVX512 = {"avx2", "fma"}, {"avx512f", "avx512cd", "avx512dq", "avx512bw"
 _KERNEL_NEEDS: dict[str, dict[str, set[str]]] = {
     "x86_64": {
         "prescott": set(),
+        "katmai": set(),  # what OpenBLAS calls Prescott once it is loaded
         "nehalem": {"sse4_2"},
         "sandybridge": {"avx"},
         "bulldozer": {"avx", "fma4"},

@@ -17,7 +17,7 @@ import stepctl
 
 HERE, ROOT = Path(__file__).parent, Path(stepctl.__file__).parents[1]
 LONGEST = 60.0  # seconds: only a hang comes near it
-_OTHERS = ("OPENBLAS", "OMP_", "MKL_", "PMI_", "PMIX_", "OMPI_", "HYDI_", "SLURM_")  # what a test must not inherit
+_OTHERS = ("PMI_", "PMIX_", "OMPI_", "HYDI_", "SLURM_")  # what a test must not inherit
 
 
 @functools.cache

@@ -35,12 +35,11 @@ ROOT = Path(stepctl.__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 FOREVER = 1_000_000_000
 DEADLINE = 120  # seconds: only a hang comes near it
-BLAS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE", "NO_COLOR")
 COMMAND = [sys.executable, "-m", "stepctl.cli.main"]
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key not in BLAS} | {"PYTHONPATH": str(ROOT)} | more
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
 @pytest.fixture(autouse=True)

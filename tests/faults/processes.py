@@ -28,7 +28,6 @@ import stepctl
 DEADLINE = 120.0  # seconds: only a hang comes near it
 ROOT = Path(stepctl.__file__).parents[1]
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_BLAS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE")
 _MODULES = [found.name for found in pkgutil.walk_packages(stepctl.__path__, "stepctl.") if "__main__" not in found.name]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload([__name__, *_MODULES, "threadpoolctl", "rich.console", "rich.progress", "warm"])
@@ -99,7 +98,7 @@ def hold(
 ) -> Held:
     """Fork a process for `stepctl *arguments` that waits to be released.
 
-    `env` is added to the environment without what chooses the numerics; `output` takes stdout and stderr (by default
+    `env` is added to the environment; `output` takes stdout and stderr (by default
     a file of its own in `cwd`). Another function of a module that the server can import may be called instead.
     """
     path = Path(cwd, output) if output is not None else _new_output(Path(cwd))
@@ -212,7 +211,7 @@ def _stepctl() -> None:
 
 
 def _environment(more: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key not in _BLAS} | {"PYTHONPATH": str(ROOT)} | more
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
 def _new_output(folder: Path) -> Path:
