@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from stepctl import extras, launcher
 from stepctl.errors import ConfigError, NonFiniteError
 from stepctl.launcher import Launcher, RankError
+from stepctl.problems import in_user_code
 
 if TYPE_CHECKING:
     from stepctl.arena import Arena, Array, TreeSum
@@ -247,7 +248,8 @@ class World(Comm):
 
     def _fail(self, rank: int, error: Exception | None) -> NoReturn:
         """Raise this rank's own error, or what the first rank that has one says of it: of one kind in every rank."""
-        mine = (os.uname().nodename, type(error).__name__, str(error), isinstance(error, NonFiniteError))
+        words = "" if error is None else f"{error}{in_user_code(error)}"
+        mine = (os.uname().nodename, type(error).__name__, words, isinstance(error, NonFiniteError))
         with self._together():
             host, name, text, skippable = self._comm.bcast(mine if rank == self.rank else None, rank)
         told = (NonFiniteError if skippable else RankError)(f"rank {rank} on {host}: {name}: {text}")

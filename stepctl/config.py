@@ -12,6 +12,7 @@ from stepctl import registry
 from stepctl.errors import ConfigError
 from stepctl.problems import Problem, did_you_mean, in_lines, problems_of, unknown_key
 from stepctl.registry import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+from stepctl.shell import options
 from stepctl.state import GLOBAL_STEP, Trigger, trigger
 from stepctl.yamlio import Document, dumps, flatten
 
@@ -383,7 +384,7 @@ def refuse_locked(changed: list[dict[str, Any]], allowed: tuple[str, ...]) -> No
     """Raise ConfigError if a locked key changed that no `--allow-change` names (itself or a key above it)."""
     problems = [
         f"{change['key']}: {change['old']} -> {change['new']} would change the result, so a resume refuses it; "
-        f"keep {change['old']}, or pass --allow-change {change['key']} to stepctl resume"
+        f"keep {change['old']}, or pass {options('--allow-change', change['key'])} to stepctl resume"
         for change in changed
         if policy(change["key"]) == "locked" and not any(f"{change['key']}.".startswith(f"{name}.") for name in allowed)
     ]

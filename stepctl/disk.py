@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stepctl.files import fsync
+
 _MOUNTS = "/proc/self/mountinfo"
 _OTHER = "keep runs on another file system (--run-dir)"
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there")
@@ -164,13 +166,13 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 def _fsync_file(place: Path) -> float:
     with _opened(place / "file", os.O_WRONLY | os.O_CREAT) as descriptor:
         os.write(descriptor, bytes(4096))
-        return _seconds(os.fsync, descriptor)
+        return _seconds(fsync, descriptor)
 
 
 def _fsync_folder(place: Path) -> float:
     (place / "file").touch()
     with _opened(place, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
-        return _seconds(os.fsync, descriptor)
+        return _seconds(fsync, descriptor)
 
 
 def _rename(place: Path) -> float:

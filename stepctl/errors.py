@@ -4,6 +4,7 @@ StepctlError                1  an operation failed; every checkpoint stands
 |- UnreadableError          1  a file cannot be read now; whether it is whole is not known
 |- TornUpdate               1  an update failed half way: the state is that of no step
 |- NonFiniteError           1  a loss, gradient or state that is no number; what was finite is saved
+|- UnsupportedSystemError   1  neither Linux nor macOS
 |- ConfigError              2  the command line, the config or a component's argument is wrong
 |  `- RunExistsError        2  a run is to be started where there is one already
 |- DataError                2  a data file is missing, or holds what it should not
@@ -15,6 +16,7 @@ StepctlError                1  an operation failed; every checkpoint stands
 A message says what, where, why and how to mend it, in one line (ConfigError: one line per problem).
 """
 
+import sys
 from enum import IntEnum
 
 
@@ -55,6 +57,21 @@ class NonFiniteError(StepctlError):
     """A loss, a gradient or a state holds NaN or infinity."""
 
     by_all = False  # whether every process that shares the step raises it
+
+
+class UnsupportedSystemError(StepctlError):
+    """The operating system lacks what runs need: locks, signals, durable renames."""
+
+
+def check_system() -> None:
+    """Raise UnsupportedSystemError unless the operating system is of the Unix family."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedSystemError(
+            f"stepctl needs Linux or macOS, and this is {sys.platform}; on Windows it runs in WSL "
+            "(https://learn.microsoft.com/windows/wsl/install)"
+        ) from error
 
 
 class ConfigError(StepctlError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +27,31 @@ _ABOUT_THE_PATH = frozenset(
         errno.ENXIO,  # a socket
     }
 )
+# what network and foreign file systems answer to F_FULLFSYNC
+_NOT_OFFERED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY)
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+
+
+def expanded(path: str) -> str:
+    """Return a path with a leading ~ or ~user and each $NAME or ${NAME} replaced, as a shell would.
+
+    A file that exists under the path as it is written is meant literally. ValueError for a variable that is not set.
+    """
+    if path[:1] != "~" and "$" not in path:
+        return path
+    try:
+        if os.path.lexists(path):
+            return path
+    except ValueError:  # a null byte; whoever opens the path refuses it
+        return path
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ValueError(f"{path}: the environment variable {name} is not set; set it, or write the path out")
+        return os.environ[name]
+
+    return os.path.expanduser(_VARIABLE.sub(value_of, path))
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -34,6 +61,22 @@ def open_regular(path: str) -> BinaryIO:
         file.close()
         raise OSError(errno.EINVAL, "not a regular file; copy its content into one", path)
     return file
+
+
+def fsync(descriptor: int) -> None:
+    """Wait until what was written to a file, or renamed in a directory, is on the disk; OSError if it is not.
+
+    On macOS, os.fsync leaves it in the drive's cache; F_FULLFSYNC does not, where the file system has it.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        except OSError as error:
+            if error.errno not in _NOT_OFFERED:
+                raise
+        else:
+            return
+    os.fsync(descriptor)
 
 
 def remedy_of(error: OSError) -> str:

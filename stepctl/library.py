@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from stepctl import config as configs
-from stepctl import numerics, report, run, yamlio
+from stepctl import launcher, numerics, report, run, yamlio
 from stepctl.arena import Array
 from stepctl.checkpoint.codec import Reader
 from stepctl.config import Config, Stop
 from stepctl.errors import ConfigError, StepctlError
+from stepctl.files import expanded
 from stepctl.hooks.base import Hook, StopReason
+from stepctl.problems import in_one_line
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Outcome, Say, Segment
 from stepctl.state import TrainState
@@ -166,7 +171,9 @@ class Run:
 
     def _check_held(self) -> None:
         if self._closed:
-            raise StepctlError(f"{self.path}: is closed, and no longer held; go on with: stepctl.resume")
+            raise StepctlError(
+                f"{self.path}: is closed, and no longer held; go on with: stepctl.resume({str(self.path)!r})"
+            )
 
     def _finished(self) -> StopReason | None:
         self._check_held()
@@ -186,6 +193,17 @@ class Run:
         return self._trainer
 
 
+def _check_alone() -> None:
+    """Raise ConfigError in each rank of an MPI job: they would train one run each, or wait for its lock."""
+    ranks = launcher.size()
+    if launcher.is_rank() and ranks != 1:
+        share = f"mpiexec -n {ranks or 'N'} stepctl train FILE"
+        raise ConfigError(
+            f"the library runs in one process, and this is one of {ranks or 'several'} that were started together; "
+            f"start the script without mpiexec, or share the steps of a run among processes with: {share}"
+        )
+
+
 def create(
     config: Path_ | Mapping[str, Any],
     run_dir: Path_,
@@ -200,18 +218,19 @@ def create(
     messages, on the thread that trains: one that blocks holds up training.
     ConfigError if something is wrong or a run is there already, RunInUseError if another process has it.
     """
+    _check_alone()
     document = _document(config, overrides)
-    return _held(run.create(configs.parse(document), RunDirectory(run_dir), say, hooks))
+    return _held(run.create(configs.parse(document), RunDirectory(_expanded(run_dir)), say, hooks))
 
 
 def resume(
     run_dir: Path_,
     *,
-    last_step: int | None = None,
-    num_steps: int | None = None,
-    from_step: int | None = None,
+    last_step: SupportsIndex | None = None,
+    num_steps: SupportsIndex | None = None,
+    from_step: SupportsIndex | None = None,
     overrides: Mapping[str, Any] | None = None,
-    allow_change: Sequence[str] = (),
+    allow_change: str | Sequence[str] = (),
     hooks: Sequence[Hook] = (),
     say: Say = print,
 ) -> Run:
@@ -219,12 +238,14 @@ def resume(
 
     `hooks` must be those that it was created with: what they remember is in the checkpoint.
     """
-    directory = RunDirectory(run_dir)
+    _check_alone()
+    directory = RunDirectory(_expanded(run_dir))
     document = directory.newest_config()
-    for key, value in (overrides or {}).items():
-        document.put(key, value, "overrides")
-    stop = None if last_step is num_steps is None else Stop(last_step=last_step, num_steps=num_steps)
-    options = run.ResumeOptions(document=document, stop=stop, from_step=from_step, allow_change=tuple(allow_change))
+    _override(document, overrides)
+    allowed = (allow_change,) if isinstance(allow_change, str) else tuple(allow_change)
+    stop = _stop(_step("last_step", last_step), _step("num_steps", num_steps))
+    back = _step("from_step", from_step)
+    options = run.ResumeOptions(document=document, stop=stop, from_step=back, allow_change=allowed)
     return _held(run.resume(directory, options, say, hooks))
 
 
@@ -243,7 +264,7 @@ class Checkpoint:
 
 def load_checkpoint(path: Path_) -> Checkpoint:
     """Read a checkpoint, or a run's newest good one, into memory. CheckpointError if it is refused."""
-    with report.open_path(os.fspath(path), print) as reader:
+    with report.open_path(_expanded(path), print) as reader:
         header = reader.header
         arrays = {name: _read(reader, name, shape, dtype) for name, (shape, dtype) in reader.array_shapes().items()}
         reader.check_unchanged()
@@ -254,7 +275,7 @@ def load_checkpoint(path: Path_) -> Checkpoint:
 
 def global_step(path: Path_) -> int:
     """Return the global step of a checkpoint, or of a run's newest good one."""
-    with report.open_path(os.fspath(path), print) as reader:
+    with report.open_path(_expanded(path), print) as reader:
         return reader.header.global_step
 
 
@@ -266,12 +287,66 @@ def _read(reader: Reader, name: str, shape: tuple[int, ...], dtype: str) -> Arra
 
 def _document(config: Path_ | Mapping[str, Any], overrides: Mapping[str, Any] | None) -> yamlio.Document:
     if isinstance(config, Mapping):
-        document = yamlio.loads(yamlio.dumps(dict(config)), "config")  # as a file would be read
+        document = yamlio.loads(yamlio.dumps(_plain(config, "config")), "config")  # as a file would be read
     else:
-        document = yamlio.load(os.fspath(config))
-    for key, value in (overrides or {}).items():
-        document.put(key, value, "overrides")
+        document = yamlio.load(_expanded(config))
+    _override(document, overrides)
     return document
+
+
+def _override(document: yamlio.Document, overrides: Mapping[str, Any] | None) -> None:
+    for key, value in (overrides or {}).items():
+        document.put(str(key), _plain(value, f"overrides: {key}"), "overrides")
+
+
+def _plain(value: Any, key: str) -> Any:
+    """Return a value as a YAML file would hold it: NumPy's scalars and arrays, paths and enum members made plain."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{key}[{number}]") for number, item in enumerate(value)]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    kind = type(value).__name__
+    raise ConfigError(in_one_line(f"{key}: {value!r} is of type {kind}, which no config can hold; give a plain value"))
+
+
+def _step(name: str, value: SupportsIndex | None) -> int | None:
+    """Return a number of steps as a plain int; ConfigError if it is none."""
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < 1 << 62:
+        raise ConfigError(in_one_line(f"{name}: {value!r} is wrong; give a whole number from 0 on"))
+    return number
+
+
+def _stop(last_step: int | None, num_steps: int | None) -> Stop | None:
+    if last_step is not None and num_steps is not None:
+        raise ConfigError("last_step and num_steps: give one (an absolute step, or steps from here)")
+    return None if last_step is num_steps is None else Stop(last_step=last_step, num_steps=num_steps)
+
+
+def _expanded(path: Path_) -> str:
+    try:
+        return expanded(os.fspath(path))
+    except ValueError as error:
+        raise ConfigError(in_one_line(str(error))) from error
 
 
 def _held(context: contextlib.AbstractContextManager[Segment]) -> Run:

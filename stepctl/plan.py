@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 from stepctl import config as configs
-from stepctl import rates, rundir
+from stepctl import rates, rundir, shell
 from stepctl.assembly import Assembly, assemble
 from stepctl.checkpoint import codec, userblock
 from stepctl.checkpoint.store import Store
@@ -83,7 +83,7 @@ def _unlocking(changed: list[dict[str, Any]], assignments: Iterable[str]) -> lis
     locked = [change["key"] for change in changed if configs.policy(change["key"]) == "locked"]
     asked = dict.fromkeys(assignment.partition("=")[0] for assignment in assignments)
     keys = [key for key in asked if any(f"{name}.".startswith(f"{key}.") for name in locked)]
-    options = " ".join(f"--allow-change {key}" for key in keys)
+    options = " ".join(shell.options("--allow-change", key) for key in keys)
     return [f"a resume makes these changes with {options}"] if keys else []
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
+import os
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +17,9 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 Path = tuple[str | int, ...]
+_PACKAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+_NOT_USERS = {"stepctl", "numpy", "h5py", "yaml", "click", "pydantic", "pydantic_core", "rich", "threadpoolctl"}
+_NOT_USERS |= {"matplotlib", "plotext", "tensorboard", "mpi4py"}
 _MOST = 50  # problems shown
 _LONGEST = 1000  # characters of a line
 
@@ -61,9 +68,45 @@ def in_lines(problems: list[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's own words, after its type where they say nothing without it."""
+    """Return an error's own words, after its type where they say nothing without it, and the user's line it is from."""
     text = str(error)
-    return text if text and not isinstance(error, SystemExit | KeyError) else f"{type(error).__name__}: {text}"
+    if not text or isinstance(error, SystemExit | KeyError):
+        text = f"{type(error).__name__}: {text}"
+    return f"{text}{in_user_code(error)}"
+
+
+def in_user_code(error: BaseException) -> str:
+    """Return " (file:line)" of the innermost line of the user's own code that an error passed through, or nothing.
+
+    Code is the user's if it is neither stepctl's, nor Python's library, nor a package that stepctl uses.
+    """
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if _is_users(frame.f_globals.get("__name__", ""), frame.f_code.co_filename):
+            found = f" ({_shortest(frame.f_code.co_filename)}:{line})"
+    return found
+
+
+def defined_at(thing: object) -> str:
+    """Return "file:line" where a class or function of the user's is defined; nothing where that is not known."""
+    try:
+        file = inspect.getsourcefile(thing)  # type: ignore[arg-type]
+        _, line = inspect.findsource(thing)  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return ""
+    return "" if file is None else f"{_shortest(file)}:{line + 1}"
+
+
+def _is_users(module: str, file: str) -> bool:
+    if file.startswith((_PACKAGE, "<string>", "<frozen")):
+        return False
+    package = module.partition(".")[0]
+    return package not in _NOT_USERS and package not in sys.stdlib_module_names
+
+
+def _shortest(file: str) -> str:
+    relative = os.path.relpath(file)
+    return file if relative.startswith(os.pardir) or file.startswith("<") else relative
 
 
 def counted(n: int, word: str) -> str:

@@ -16,7 +16,7 @@ from stepctl.errors import DataError, NonFiniteError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.signals import Signals
 from stepctl.launcher import RankError
-from stepctl.problems import in_one_line
+from stepctl.problems import in_one_line, in_user_code
 from stepctl.state import Counters, TrainState
 from stepctl.tasks.base import OneUpdate
 from stepctl.trainer import StopRule, Trainer
@@ -150,4 +150,5 @@ def _pass_over(why: str) -> None:
 
 
 def _of(comm: Comm, error: BaseException) -> str:
-    return in_one_line(f"rank {comm.rank} on {os.uname().nodename}: {type(error).__name__}: {error}")
+    where = f"rank {comm.rank} on {os.uname().nodename}"
+    return in_one_line(f"{where}: {type(error).__name__}: {error}{in_user_code(error)}")

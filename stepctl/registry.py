@@ -20,7 +20,8 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from stepctl.errors import ConfigError
-from stepctl.problems import Problem, did_you_mean, not_plain, problems_of, reason, shown, unknown_key
+from stepctl.files import expanded
+from stepctl.problems import Problem, defined_at, did_you_mean, not_plain, problems_of, reason, shown, unknown_key
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -31,7 +32,7 @@ PositiveStep = Annotated[int, Field(ge=1, lt=1 << 62)]
 
 
 def _absolute(path: str) -> str:
-    whole = os.path.abspath(path)
+    whole = os.path.abspath(expanded(path))
     if "\0" in whole or (not whole.isascii() and any("\ud800" <= letter <= "\udfff" for letter in whole)):
         raise ValueError(f"{whole!a} is no path of UTF-8 text; rename it")
     return whole
@@ -49,6 +50,7 @@ PROTOCOLS = {
     "optimizers": "stepctl.optimizers.base:Optimizer",
     "schedules": "stepctl.schedules:Schedule",
 }
+_own: dict[str, Callable[..., Any]] = {}  # what configs of this process named "package.module:Name"
 FOREIGN = (Exception, SystemExit)  # what a user's own module may raise; Ctrl-C still ends the command
 
 
@@ -83,10 +85,16 @@ def resolve(family: str, name: str) -> Callable[..., Any]:
         if name not in known:
             _check_kind(family, found)
             parameters(found)
+            _own[name] = found
     except FOREIGN as error:
         looked = " (looked in the current folder too)" if isinstance(error, ImportError | AttributeError) else ""
         raise ConfigError(f"cannot use {name!r}: {reason(error)}{looked}") from error
     return cast(Callable[..., Any], found)
+
+
+def own_components() -> str:
+    """Return "name (file:line)" of each component of the user's own that this process has resolved; or nothing."""
+    return ", ".join(f"{name} ({defined_at(found) or 'of unknown origin'})" for name, found in _own.items())
 
 
 def _check_kind(family: str, found: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stepctl import config as configs
-from stepctl import numerics, rundir, yamlio
+from stepctl import numerics, rundir, shell, yamlio
 from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.store import Accept, Store
@@ -23,7 +23,7 @@ from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, Segment, inexact, silent
 from stepctl.state import GLOBAL_STEP
 
-_PUT_BACK = "put config.yaml back, or pass --allow-change {key} to stepctl resume"
+_PUT_BACK = "put config.yaml back, or pass {allow_change} to stepctl resume"
 
 
 @contextlib.contextmanager
@@ -35,8 +35,11 @@ def create(
     assembly = prepare(config, hooks, comm)
     _ = assembly.data_fingerprint  # it may read all data: now, while a signal still ends the command at once
     config = assembly.config
+    target = config.target(config.initial_step)
     with founded(directory, config, say):
-        yield Segment(directory, assembly, say, target=config.target(config.initial_step), restored=None)
+        for note in horizon_notes(assembly, target, locked=False):
+            say(f"note: {note}")
+        yield Segment(directory, assembly, say, target=target, restored=None)
 
 
 @contextlib.contextmanager
@@ -167,7 +170,8 @@ def check_same_run(
         if not any(f"{key}.".startswith(f"{name}.") for name in excused):
             raise CheckpointError(
                 "config",
-                f"{file}: made with another config ({key}: {made_with[key]}, not {value}); " + remedy.format(key=key),
+                f"{file}: made with another config ({key}: {made_with[key]}, not {value}); "
+                + remedy.format(key=key, allow_change=shell.options("--allow-change", key)),
             )
         words[key] = f"{file} was made with {key} {made_with[key]}; going on with {value}"
     return words
@@ -212,17 +216,27 @@ def target_of(
 
 
 def horizon_notes(assembly: Assembly, target: int, *, locked: bool) -> Iterator[str]:
-    """Yield what to say of a decay that ends before the target; where the key is `locked`, with what unlocks it."""
+    """Yield a note for each decay that ends before the target: which rate is left, and how to change that.
+
+    `locked`: whether a resume needs --allow-change for it.
+    """
     for rate_key, rate in assembly.config.rates().items():
         horizon = rate.get("decay_steps") if rate["name"] in ("cosine", "polynomial") else None
         counter = rate.get("counter", GLOBAL_STEP)
         there = assembly.count_at(counter, target)
         if horizon is not None and there > horizon:
             key = f"{rate_key}.decay_steps"
-            remedy = f"--set {key}={there}" + (f" --allow-change {key}" if locked else "")
+            remedy = ["--set", f"{key}={there}"]
+            if locked:
+                remedy += ["--allow-change", key]
             of = "step" if counter == GLOBAL_STEP else counter
-            stays = f"from there to {there} it stays (to stretch it: {remedy})"
-            yield f"the learning rate's decay ends at {of} {horizon}, and {stays}"
+            left = f"{rate['end']:g}"
+            if rate["end"] == 0:
+                left = "0, which changes no weight"
+            yield (
+                f"the learning rate's decay ends at {of} {horizon}; from there to {there} the rate is {left} "
+                f"(to stretch the decay: {shell.options(*remedy)})"
+            )
 
 
 def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from stepctl import files, launcher, yamlio
 from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
-from stepctl.files import open_regular, remedy_of
+from stepctl.files import fsync, open_regular, remedy_of
+from stepctl.shell import command
 
 # Each event of the ledger, and what a line of it must hold.
 _EVENTS: dict[str, dict[str, type]] = {
@@ -66,7 +67,7 @@ class RunDirectory:
     def refuse_run(self) -> None:
         """Raise RunExistsError if a run is here, with the command that goes on with it."""
         if self.holds_run():
-            raise RunExistsError(f"{self.path}: holds a run already; go on with: stepctl resume {self.path}")
+            raise RunExistsError(f"{self.path}: holds a run already; go on with: {command('resume', self.path)}")
 
     def newest_config(self) -> yamlio.Document:
         """Return the config that the newest segment ran with: the frozen one, or what the ledger changed it to."""
@@ -74,7 +75,7 @@ class RunDirectory:
             raise ConfigError(f"{self.path}: is a file; give the run's directory (and --from-step N to go back)")
         if not files.is_file(self.config):
             if self.holds_run():
-                remedy = f"its checkpoints hold it (stepctl inspect {self.path}): put it back"
+                remedy = f"its checkpoints hold it ({command('inspect', self.path)}): put it back"
                 raise ConfigError(f"{self.config}: is missing; {remedy}")
             raise ConfigError(f"{self.path}: no run is there (no config.yaml); start one with: stepctl train")
         changed = [row["config"] for row in self.read_ledger() if row["event"] == "start" and "config" in row]
@@ -194,7 +195,7 @@ class RunDirectory:
         with writing(self.ledger), open(self.ledger, "ab") as file:
             file.write(line)
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno())
 
     def read_ledger(self) -> list[dict[str, Any]]:
         """Return the ledger's lines; one that a kill cut short, or that no segment wrote, is passed over."""
@@ -311,7 +312,7 @@ def publishing(path: Path) -> Iterator[int]:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 yield descriptor
-                os.fsync(descriptor)
+                fsync(descriptor)
             finally:
                 os.close(descriptor)
             os.rename(temporary, path)
@@ -354,7 +355,7 @@ def sync_directory(path: Path) -> None:
     """Make renames in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        fsync(descriptor)
     finally:
         os.close(descriptor)
 

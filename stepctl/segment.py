@@ -28,6 +28,7 @@ from stepctl.hooks.stop import StopAtStep, StopFile
 from stepctl.problems import in_one_line
 from stepctl.ranks import leader, muster
 from stepctl.rundir import RunDirectory, publish
+from stepctl.shell import command
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
 from stepctl.writers.base import Writer
@@ -126,7 +127,7 @@ class Segment:
                     raise  # nothing was begun
                 self.record_end("a second SIGINT")
                 path = self.directory.path
-                remedy = f"go on from the newest checkpoint with: stepctl resume {path}"
+                remedy = f"go on from the newest checkpoint with: {command('resume', path)}"
                 raise StoppedAtOnce(f"{path}: stopped at once; {remedy}") from error
 
     def _train(
@@ -211,7 +212,7 @@ class Segment:
         step, newest = self.state.counters.global_step, self._newest
         if newest is None:
             return "no checkpoint is there yet: start again with: stepctl train"
-        go_on = f"go on from {names.file_name(newest)} with: stepctl resume {self.directory.path}"
+        go_on = f"go on from {names.file_name(newest)} with: {command('resume', self.directory.path)}"
         if step == newest:
             return go_on
         lost = f"step {step} is" if step == newest + 1 else f"steps {newest + 1} to {step} are"
@@ -220,10 +221,13 @@ class Segment:
     def _without_non_finite(self) -> str:
         if not self.store.steps():
             return "mend what the model begins with, then start again with: stepctl train"
-        go_on = f"stepctl resume {self.directory.path} --set"
-        skip = "" if self.config.on_nonfinite == "skip" else f", or pass over such batches: {go_on} on_nonfinite=skip"
+        path = self.directory.path
+        skip = ""
+        if self.config.on_nonfinite != "skip":
+            skip = f", or pass over such batches: {command('resume', path, '--set', 'on_nonfinite=skip')}"
         key = "optimizer.clip_norm" if self.config.optimizer.name else "optimizer"
-        return f"lower the learning rate or clip the gradient: {go_on} {key}=... --allow-change {key}{skip}"
+        clip = command("resume", path, "--set", f"{key}=...", "--allow-change", key)
+        return f"lower the learning rate or clip the gradient: {clip}{skip}"
 
     def ended(self, trainer: Trainer, reason: StopReason) -> Outcome:
         """Record the end of what was `opened`, once it is closed."""

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from helpers import make_config, resume, rows, train
+from stepctl import run
 from stepctl.errors import CheckpointError, ConfigError, DataError
 from stepctl.hooks.evaluate import Evaluate
+from stepctl.rundir import RunDirectory
 
 SAVES = {"checkpoint": {"every": 10, "keep_last": None}}
 
@@ -127,12 +129,35 @@ def test_falling_back_behind_a_change_is_said(tmp_path: Path) -> None:
     assert "step-00000010.h5 was made with data.batch_size 48; going on with 24" in said
 
 
-def test_a_target_past_the_decay_is_said(tmp_path: Path) -> None:
-    schedule = {"name": "cosine", "peak": 0.01}
-    train(make_config(optimizer={"name": "adam", "learning_rate": schedule}, stop={"last_step": 4}), tmp_path / "run")
+@pytest.mark.parametrize("name", ["cosine", "polynomial"])
+@pytest.mark.parametrize(("end", "left"), [(0.0, "0, which changes no weight"), (0.001, "0.001")])
+def test_a_target_past_the_decay_is_said_with_the_rate_that_is_left(
+    name: str, end: float, left: str, tmp_path: Path
+) -> None:
+    optimizer = {"name": "adam", "learning_rate": {"name": name, "peak": 0.01, "end": end}}
+    before = train(make_config(optimizer=optimizer, stop={"last_step": 4}), tmp_path / "run")
     said: list[str] = []
-    resume(tmp_path / "run", last_step=6, say=said.append)
-    assert said[0].startswith("note: the learning rate's decay ends at step 4, and from there to 6 it stays")
+    after = resume(tmp_path / "run", last_step=6, say=said.append)
+    assert (before.params.flat == after.params.flat).all() == (end == 0)
+    key = "optimizer.learning_rate.decay_steps"
+    remedy = f"--set {key}=6 --allow-change {key}"
+    assert said == [
+        f"note: the learning rate's decay ends at step 4; from there to 6 the rate is {left} "
+        f"(to stretch the decay: {remedy})"
+    ]
+    _, assignment, _, allowed = remedy.split()
+    said.clear()
+    resume(tmp_path / "run", last_step=8, assignments=(assignment.replace("6", "8"),), allow_change=(allowed,))
+    assert said == []
+
+
+def test_a_new_run_past_its_decay_says_it_too(tmp_path: Path) -> None:
+    schedule = {"name": "cosine", "peak": 0.01, "decay_steps": 4}
+    said: list[str] = []
+    config = make_config(optimizer={"name": "adam", "learning_rate": schedule}, stop={"last_step": 6})
+    with run.create(config, RunDirectory(tmp_path / "run"), said.append):
+        pass
+    assert "from there to 6 the rate is 0, which changes no weight (to stretch the decay: --set " in said[0]
 
 
 def test_another_libm_is_another_numerics() -> None:

@@ -121,7 +121,7 @@ def test_a_horizon_left_open_is_the_forks_own_target(run: Path, tmp_path: Path) 
         forked(run, tmp_path / "other", 6, cosine, "stop.last_step=6")
     said: list[str] = []
     forked(tmp_path / "child", tmp_path / "further", None, "stop={last_step: 20}", say=said.append)
-    assert said[-1].endswith("(to stretch it: --set optimizer.learning_rate.decay_steps=20)")
+    assert said[-1].endswith("(to stretch the decay: --set optimizer.learning_rate.decay_steps=20)")
 
 
 def test_a_watch_whose_rule_changes_begins_anew_and_the_others_go_on(run: Path, tmp_path: Path) -> None:

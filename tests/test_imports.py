@@ -15,7 +15,7 @@ from stepctl.cli.main import cli
 
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
-    {"errors", "arena", "extras", "files", "sandbox", "launcher", "interrupt"},
+    {"errors", "arena", "extras", "files", "sandbox", "launcher", "interrupt", "shell"},
     {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
     | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange", "shared", "window"},
     {"layers", "models", "data", "writers", "checkpoint"},
@@ -46,10 +46,12 @@ ALLOWED = {
     ("sandbox", "files"),
     ("launcher", "errors"),
     ("schedules", "registry"),
+    ("optimizers", "problems"),
     ("optimizers", "registry"),
     ("optimizers", "schedules"),
     ("registry", "problems"),
     ("comm", "exchange"),
+    ("comm", "problems"),
     ("comm", "shared"),
     ("exchange", "shared"),
     ("comm", "window"),

@@ -467,7 +467,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     ),
     "a folder for a config": (["train", "--config", "."], "stepctl: .: cannot be read: Is a directory; check the path"),
     "data for a config": (["train", "--config", "a.npz"], "stepctl: a.npz: not UTF-8 text: "),
-    "no config at all": (["train"], "Error: Missing option '--config'."),
+    "no config at all": (["train"], "Error: no config: give a YAML file, such as: stepctl train "),
     "both targets": (
         ["train", "--config", "c.yaml", "--num-steps", "3", "--last-step", "4"],
         "stepctl: --num-steps and --last-step: give one (steps from here, or an absolute step)",
@@ -563,6 +563,10 @@ USAGE: dict[str, tuple[list[str], str]] = {
         ["resume", "run", "--num-steps", "9" * 30_000],
         "Error: Invalid value for '--num-steps': '999",
     ),
+    "two configs": (
+        ["train", "c.yaml", "--config", "c.yaml"],
+        "Error: two configs: c.yaml and --config c.yaml; give one",
+    ),
     "a plan in JSON, not asked for": (
         ["train", "--config", "c.yaml", "--json"],
         "Error: --json prints the plan of --dry-run: give both",
@@ -637,7 +641,7 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "a model that ends the program": (
         "model={name: 'own_mistakes:Leaves'}",
         Exit.USAGE,
-        "model: own_mistakes:Leaves cannot be built: SystemExit: 0\n",
+        "model: own_mistakes:Leaves cannot be built: SystemExit: 0 (own_mistakes.py:9)\n",
     ),
     "a model that ends it later": (
         "model={name: 'own_mistakes:LeavesLater'}",
@@ -647,7 +651,7 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "an error of two lines": (
         "model={name: 'own_mistakes:odd'}",
         Exit.USAGE,
-        r"model: own_mistakes:odd cannot be built: a\nb\x1b[31m" + "\n",
+        r"model: own_mistakes:odd cannot be built: a\nb\x1b[31m (own_mistakes.py:19)" + "\n",
     ),
     "a task without targets": (
         "task={name: 'own_mistakes:NoTargets'}",
@@ -667,7 +671,7 @@ MISTAKES: dict[str, tuple[str, int, str]] = {
     "a rate that ends the program": (
         RATE % "Ends",
         Exit.USAGE,
-        "optimizer.learning_rate: fails at step 0: SystemExit: 0\n",
+        "optimizer.learning_rate: fails at step 0: SystemExit: 0 (own_mistakes.py:32)\n",
     ),
 }
 
@@ -949,7 +953,7 @@ def test_what_nobody_foresaw_is_one_line_too(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(run, "create", fail)
     code, out, text = stepctl("train", "--config", "c.yaml")
     assert (code, out) == (Exit.NEGATIVE, "")
-    where = r"\(test_messages\.py:\d+\)"
+    where = rf"\({re.escape(__file__)}:\d+\)"
     assert re.fullmatch(
         rf"stepctl: unexpected KeyError: 'a\\nb' {where}; see more with: stepctl --debug COMMAND ...\n", text
     )
@@ -960,7 +964,8 @@ def test_what_the_system_refuses_is_one_line(folder: Path, monkeypatch: pytest.M
         raise OSError(errno.EIO, "Input/output error", "a\nb")
 
     monkeypatch.setattr(run, "create", fail)
-    line = "stepctl: a\\nb: Input/output error; mend that, and run the command again\n"
+    where = f"{__file__}:{fail.__code__.co_firstlineno + 1}"
+    line = f"stepctl: a\\nb: Input/output error ({where}); mend that, and run the command again\n"
     assert stepctl("train", "--config", "c.yaml") == (Exit.NEGATIVE, "", line)
 
 

@@ -238,9 +238,9 @@ def test_what_is_also_saved_and_a_decay_that_ends_early_are_said() -> None:
     cosine = {"name": "cosine", "peak": 0.1, "decay_steps": 10}
     optimizer = {"name": "sgd", "learning_rate": cosine}
     plan = planned(write(optimizer=optimizer, checkpoint={"every": 5, "every_seconds": 600}))
-    stretch = "(to stretch it: --set optimizer.learning_rate.decay_steps=12)"
+    stretch = "(to stretch the decay: --set optimizer.learning_rate.decay_steps=12)"
     assert plan["notes"] == [
-        f"the learning rate's decay ends at step 10, and from there to 12 it stays {stretch}",
+        f"the learning rate's decay ends at step 10; from there to 12 the rate is 0, which changes no weight {stretch}",
         "a checkpoint is also saved when 600 s have passed since the last",
     ]
 

@@ -15,7 +15,9 @@ Line = tuple[str, str]  # a label, and what it says
 
 
 @click.command()
-@click.option("--runs", "folder", default="runs", metavar="DIR", type=Place(), help="Where runs are kept (runs).")
+@click.option(
+    "--runs", "folder", default="runs", metavar="DIR", type=Place(folder=True), help="Where runs are kept (runs)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def doctor(folder: str, as_json: bool) -> None:
     """Show what this machine has, for a bug report: versions, CPU, BLAS, HDF5, MPI, extras, and the disk.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import click
 
 from stepctl.cli.options import Place, Steps, say, set_option, stop_assignments, target_options
+from stepctl.shell import command
 
 
 @click.command()
-@click.argument("run_dir", type=Place(), metavar="RUN")
+@click.argument("run_dir", type=Place(folder=True), metavar="RUN")
 @click.option("--at", type=Steps(min=0), metavar="N", help="The global step to start from; the newest if not given.")
-@click.option("--run-dir", "new_dir", required=True, type=Place(), metavar="NEW", help="Where the new run is kept.")
+@click.option(
+    "--run-dir", "new_dir", required=True, type=Place(folder=True), metavar="NEW", help="Where the new run is kept."
+)
 @set_option
 @target_options
 def fork(
@@ -42,4 +45,5 @@ def fork(
     more = "" if forked.target > forked.step else f" --num-steps N (its target, step {forked.target}, is reached)"
     if forked.stopped:
         more = f" ... ({forked.stopped})"
-    say(f"{new_dir}: global step {forked.step}, forked from {run_dir}; go on with: stepctl resume {new_dir}{more}")
+    go_on = command("resume", new_dir)
+    say(f"{new_dir}: global step {forked.step}, forked from {run_dir}; go on with: {go_on}{more}")

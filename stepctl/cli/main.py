@@ -81,15 +81,24 @@ def _fail(ctx: click.Context, code: int) -> NoReturn:
 
 
 def _unexpected(error: BaseException) -> str:
-    from stepctl.problems import in_one_line
+    from stepctl.problems import in_one_line, in_user_code
 
+    where = in_user_code(error)
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return in_one_line(f"{where}{error.strerror}; mend that, and run the command again")
-    at = traceback.extract_tb(error.__traceback__)[-1]
+        file = f"{error.filename}: " if error.filename is not None else ""
+        return in_one_line(f"{file}{error.strerror}{where}; mend that, and run the command again")
     text = in_one_line(" ".join(str(error).split()))
-    where = f"({os.path.basename(at.filename)}:{at.lineno})"
-    return f"unexpected {type(error).__name__}: {text} {where}; see more with: stepctl --debug COMMAND ..."
+    where = in_one_line(where or _in_our_code(error))
+    return f"unexpected {type(error).__name__}: {text}{where}; see more with: stepctl --debug COMMAND ..."
+
+
+def _in_our_code(error: BaseException) -> str:
+    """Return " (file:line)" of an error that none of the user's lines raised, and what of the user's was in use."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    registry = sys.modules.get("stepctl.registry")  # importing it here would cost more than the error
+    own = "" if registry is None else registry.own_components()
+    where = f"{os.path.basename(at.filename)}:{at.lineno}"
+    return f" (while using {own})" if own else f" ({where})"
 
 
 def _plain(message: str, longest: int = 4000) -> str:

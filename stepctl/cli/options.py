@@ -15,8 +15,12 @@ import click
 from stepctl import files, interrupt
 from stepctl.comm import Comm, Order, World, world
 from stepctl.errors import ConfigError, Exit, printable
+from stepctl.files import expanded
+from stepctl.shell import command
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from stepctl.segment import Segment
 
 WHOLE_PROCESS = object()  # the context's obj where the command is all that its process does
@@ -47,14 +51,27 @@ class Steps(click.IntRange):
 
 
 class Place(click.ParamType[str]):
-    """A path that the system can have, be something there or not."""
+    """A path that the system can have, be something there or not; shells complete it to files, or to folders alone."""
 
     name = "path"
+
+    def __init__(self, *, folder: bool = False) -> None:
+        self._kind = "dir" if folder else "file"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Leave it to the shell, which completes ~ and variables too."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type=self._kind)]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value)
         if not text:
             self.fail("it is empty; give a path.", param, ctx)
+        try:
+            text = expanded(text)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
         try:
             os.stat(text)
         except (FileNotFoundError, NotADirectoryError):
@@ -66,24 +83,36 @@ class Place(click.ParamType[str]):
         return text
 
 
+_UNITS = (86400, 3600, 60, 1)  # seconds of a day, an hour, a minute, a second
+_NUMBER = r"(\d+\.?\d*|\.\d+)"
+_WITH_UNITS = re.compile(rf"(?:{_NUMBER}d)?(?:{_NUMBER}h)?(?:{_NUMBER}m(?:in)?)?(?:{_NUMBER}s?)?", re.ASCII)
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", re.ASCII)
+_LONGEST_TIME = 10**9  # seconds
+
+
 class Duration(click.ParamType[float]):
-    """A time such as 90s, 55m, 1h30m or 2d; a bare number is seconds."""
+    """A time such as 90s, 55m, 1.5h, 1h30m or 2d, or 1:30:00 and 2-00:00:00 as Slurm has it; a number is seconds."""
 
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", str(value), re.ASCII)
-        parts = [int(part or 0) for part in match.groups()] if match else []
-        seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
-        if not 0 < seconds <= 10**9:
-            self.fail(f"{value!r} is no time; give one such as 90s, 55m or 1h30m", param, ctx)
-        return float(seconds)
+        text = str(value)
+        match = _CLOCK.fullmatch(text) or _WITH_UNITS.fullmatch(text)
+        parts = [] if match is None else [float(part or 0) for part in match.groups()]
+        seconds = sum(part * unit for part, unit in zip(parts, _UNITS, strict=False))
+        if not 0 < seconds <= _LONGEST_TIME:
+            remedy = "give one such as 90s, 55m, 1.5h, 2d or 1:30:00 (hours:minutes:seconds)"
+            self.fail(f"{text[:60]!r} is no time above 0 and up to {_LONGEST_TIME} s; {remedy}", param, ctx)
+        return seconds
 
 
 def max_time_option(function: F) -> F:
     """Add --max-time."""
     return click.option(
-        "--max-time", type=Duration(), metavar="TIME", help="Stop after this time, such as 55m, with exit code 75."
+        "--max-time",
+        type=Duration(),
+        metavar="TIME",
+        help="Stop after this time (55m, 1.5h, 1:30:00), with exit code 75.",
     )(function)
 
 
@@ -195,6 +224,6 @@ def train_segment(segment: Segment, *, began: float, max_time: float | None, qui
         if not quiet:
             say(f"{run}: done at global step {outcome.step} (local {outcome.step - outcome.start})")
         raise click.exceptions.Exit(Exit.DONE)
-    remedy = outcome.reason.remedy or f"go on with: stepctl resume {run}"
+    remedy = outcome.reason.remedy or f"go on with: {command('resume', run)}"
     say(f"{run}: stopped at global step {outcome.step} ({outcome.reason.text}); {remedy}")
     raise click.exceptions.Exit(Exit.DONE if outcome.reason.done else Exit.STOPPED)

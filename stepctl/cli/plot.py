@@ -21,7 +21,7 @@ _MOST_LINES = 30
 
 
 @click.command()
-@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=Place())
+@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=Place(folder=True))
 @click.option("--metric", metavar="NAME", help="What to draw; the loss, or what the runs go by, if not given.")
 @click.option("-o", "--output", type=Place(), metavar="FILE", help="Write a .png, .svg or .pdf instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the points as JSON.")

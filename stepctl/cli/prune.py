@@ -13,7 +13,7 @@ from stepctl.errors import ConfigError
 
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=Place())
+@click.argument("run_dir", metavar="RUN", type=Place(folder=True))
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest.")
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="N", help="Keep the steps that N divides.")
 @click.option("--keep-best", metavar="METRIC:MODE:N", help="Keep the N best evaluations, such as accuracy:max:2.")

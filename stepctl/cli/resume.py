@@ -24,7 +24,7 @@ from stepctl.cli.output import queue_output
 
 
 @click.command()
-@click.argument("run_dir", type=Place(), metavar="RUN")
+@click.argument("run_dir", type=Place(folder=True), metavar="RUN")
 @target_options
 @max_time_option
 @click.option("--from-step", type=Steps(min=0), metavar="N", help="Go back to this step's checkpoint.")

@@ -20,7 +20,7 @@ _COLORS = {"running": "green", "finished": "", "interrupted": "yellow", "damaged
 
 
 @click.command()
-@click.argument("folder", metavar="[DIR]", default="runs", type=Place())
+@click.argument("folder", metavar="[DIR]", default="runs", type=Place(folder=True))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def runs(folder: str, as_json: bool) -> None:
     """List the runs in DIR (runs, if not given): step, target, how good, whether running, and since when.

@@ -26,8 +26,14 @@ from stepctl.errors import RunExistsError
 
 
 @click.command()
-@click.option("--config", "config_path", required=True, type=Place(), metavar="FILE", help="The config, a YAML file.")
-@click.option("--run-dir", type=Place(), metavar="DIR", help="Where the run is kept; runs/<config name> if not given.")
+@click.argument("file", type=Place(), metavar="[FILE]", required=False)
+@click.option("--config", "config_option", type=Place(), metavar="FILE", help="The config, in place of the argument.")
+@click.option(
+    "--run-dir",
+    type=Place(folder=True),
+    metavar="DIR",
+    help="Where the run is kept; runs/<config name> if not given.",
+)
 @set_option
 @target_options
 @max_time_option
@@ -36,7 +42,8 @@ from stepctl.errors import RunExistsError
 @click.option("--json", "as_json", is_flag=True, help="Print the plan of --dry-run as JSON.")
 @talk_options
 def train(
-    config_path: str,
+    file: str | None,
+    config_option: str | None,
     run_dir: str | None,
     assignments: tuple[str, ...],
     num_steps: int | None,
@@ -48,8 +55,9 @@ def train(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Start a run from a config, and train it to its target."""
+    """Start a run from a config, the YAML file FILE, and train it to its target."""
     began = time.monotonic()
+    config_path = _config_path(file, config_option)
     if not dry_run:
         hold_signals()
         queue_output()
@@ -94,3 +102,12 @@ def train(
         if not or_resume:
             raise
         go_on()
+
+
+def _config_path(file: str | None, option: str | None) -> str:
+    if file is not None and option is not None:
+        raise click.UsageError(f"two configs: {file} and --config {option}; give one")
+    path = option if file is None else file
+    if path is None:
+        raise click.UsageError("no config: give a YAML file, such as: stepctl train configs/quickstart.yaml")
+    return path

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from stepctl.arena import Arena, Array, aligned_empty
 from stepctl.errors import ConfigError, TornUpdate
+from stepctl.problems import reason
 from stepctl.registry import NonNegative, Positive
 from stepctl.schedules import LearningRate
 
@@ -96,7 +97,7 @@ class Optimizer(ABC):
         except Exception as error:
             if all(before is not after for before, after in zip(old, new, strict=True)):
                 raise  # what was handed over is as it was
-            raise TornUpdate(f"optimizer: failed in the middle of an update ({error})") from error
+            raise TornUpdate(f"optimizer: failed in the middle of an update ({reason(error)})") from error
         for arena in arenas:
             arena.turn()
 

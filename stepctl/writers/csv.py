@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 from stepctl import rundir
+from stepctl.files import fsync
 from stepctl.rundir import RunDirectory, write_all, writing
 from stepctl.writers.base import Row, Writer
 from stepctl.writers.jsonl import json_value
@@ -42,7 +43,7 @@ class CSV(Writer):
 
     def sync(self) -> None:
         with self._lock, writing(self._path):
-            os.fsync(self._descriptor)
+            fsync(self._descriptor)
 
     def close(self) -> None:
         with writing(self._path):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
+from stepctl.files import fsync
 from stepctl.rundir import write_all, writing
 from stepctl.writers.base import Row, Writer
 
@@ -30,7 +31,7 @@ class JSONLines(Writer):
 
     def sync(self) -> None:
         with writing(self._path):
-            os.fsync(self._descriptor)
+            fsync(self._descriptor)
 
     def close(self) -> None:
         with writing(self._path):

@@ -15,6 +15,7 @@ import numpy as np
 
 from stepctl.arena import Array, all_finite
 from stepctl.extras import require
+from stepctl.files import fsync
 from stepctl.rundir import sync_directory, write_all, writing
 from stepctl.writers.base import Row, Writer
 
@@ -79,7 +80,7 @@ class TensorBoard(Writer):
 
     def sync(self) -> None:
         with writing(self._path):
-            os.fsync(self._descriptor)
+            fsync(self._descriptor)
 
     def close(self) -> None:
         with writing(self._path):
