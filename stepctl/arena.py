@@ -101,6 +101,10 @@ class Arena(Mapping[str, Array]):
         self.touched = False  # whether an update may have changed values since this was last set to False
         self.owners = SOLE
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
+        return f"Arena({self.dtype}: {shapes})"
+
     def _new_memory(self, flat: Array | None = None) -> _Memory:
         step = ALIGNMENT // self.dtype.itemsize
         starts, end = {}, 0

@@ -236,6 +236,15 @@ class Config(Section):
     numerics: Numerics = Field(default_factory=Numerics, json_schema_extra=LOCKED)
     distributed: Distributed = Field(default_factory=Distributed, json_schema_extra=LOCKED)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any) -> Any:
+        """Take a section that is null, as one whose keys are all commented out is, for one that is not there."""
+        if not isinstance(value, dict):
+            return value
+        optional = {name for name, key in cls.model_fields.items() if key.default_factory is not None}
+        return {name: item for name, item in value.items() if item is not None or name not in optional}
+
     @model_validator(mode="after")
     def _asynchronous(self) -> Config:
         if self.distributed.mode == "async" and (self.on_nonfinite == "skip" or self.log.means):

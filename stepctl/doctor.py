@@ -50,10 +50,16 @@ except BaseException as error:
     facts = {{"error": f"{{type(error).__name__}}: {{error}}"}}
 print("\\n" + json.dumps(facts))
 """
-_MPI = (
-    "from mpi4py import MPI; world = MPI.COMM_WORLD; facts = {'library': MPI.Get_library_version().split(chr(10))[0], "
-    "'standard': '.'.join(map(str, MPI.Get_version())), 'rank': world.Get_rank(), 'ranks': world.Get_size()}"
-)
+_MPI = """
+    import importlib.util
+    if importlib.util.find_spec("mpi4py") is None:
+        facts = {"library": None}
+    else:
+        from mpi4py import MPI
+        library, standard = MPI.Get_library_version().split(chr(10))[0], ".".join(map(str, MPI.Get_version()))
+        world = MPI.COMM_WORLD
+        facts = {"library": library, "standard": standard, "rank": world.Get_rank(), "ranks": world.Get_size()}
+"""
 
 
 def examine(runs: str) -> Facts:
@@ -194,15 +200,19 @@ def _state(fill: int) -> TrainState:
 
 def _mpi() -> Facts:
     # with the descriptors by which mpiexec talks to its ranks
-    return {"mpiexec": shutil.which("mpiexec")} | _answer(_MPI, keep_descriptors=True)
+    return {"mpiexec": shutil.which("mpiexec"), "pip": _pip("mpi")} | _answer(_MPI, keep_descriptors=True)
 
 
 def extras() -> Facts:
     """Return for each extra its packages' versions (None: not installed), and the pip command that brings them."""
     return {
-        extra: {"packages": {name: _version(name) for name in names}, "pip": f"pip install 'stepctl[{extra}]'"}
+        extra: {"packages": {name: _version(name) for name in names}, "pip": _pip(extra)}
         for extra, names in EXTRAS.items()
     }
+
+
+def _pip(extra: str) -> str:
+    return f"pip install 'stepctl[{extra}]'"
 
 
 def _version(package: str) -> str | None:

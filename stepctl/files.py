@@ -39,10 +39,7 @@ def expanded(path: str) -> str:
     """
     if path[:1] != "~" and "$" not in path:
         return path
-    try:
-        if os.path.lexists(path):
-            return path
-    except ValueError:  # a null byte; whoever opens the path refuses it
+    if os.path.lexists(path):
         return path
 
     def value_of(match: re.Match[str]) -> str:

@@ -49,6 +49,10 @@ class Run:
         self._closed = False
         atexit.register(self.close)  # for whoever forgets
 
+    def __repr__(self) -> str:
+        closed = ", closed" if self._closed else ""
+        return f"Run({str(self.path)!r}, global step {self.global_step} of {self.target}{closed})"
+
     @property
     def path(self) -> Path:
         """The run directory."""
@@ -249,7 +253,7 @@ def resume(
     return _held(run.resume(directory, options, say, hooks))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """What a checkpoint holds: `arrays` by path, such as "params/dense0/weight"."""
 
@@ -260,6 +264,11 @@ class Checkpoint:
     run: str
     created_by: str
     sha256: str
+
+    def __repr__(self) -> str:
+        n_bytes = sum(array.nbytes for array in self.arrays.values())
+        what = f"{len(self.arrays)} arrays of {n_bytes:,} bytes"
+        return f"Checkpoint(run {self.run!r}, global step {self.global_step}, {what}, sha256 {self.sha256[:12]}...)"
 
 
 def load_checkpoint(path: Path_) -> Checkpoint:

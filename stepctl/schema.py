@@ -21,6 +21,10 @@ def schema() -> dict[str, Any]:
         if section in SEVERAL:
             each = {"oneOf": list(_component_schemas(family, shared))}
             own["oneOf"].append({"type": "object", "additionalProperties": each})  # `name: text` is no component
+    for name, own in result["properties"].items():
+        if name not in result["required"] and "$ref" in own:  # such a section may be null
+            section = result["$defs"][own["$ref"].rpartition("/")[2]]
+            section["type"] = ["object", "null"]
     for unused in ("Data", "Named", "Components"):
         del result["$defs"][unused]
     return result

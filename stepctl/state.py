@@ -97,7 +97,7 @@ def trigger(name: str, every: int | None, offset: int, also: int | None) -> Trig
     return fires
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainState:
     """All that an update may change.
 
@@ -110,6 +110,11 @@ class TrainState:
     arenas: dict[str, Arena]
     buffers: Arena = field(default_factory=lambda: Arena({}, np.float32))
     hooks: dict[str, dict[str, Array]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        counters = ", ".join(f"{name} {value:,}" for name, value in self.counters.items())
+        folders = [*self.arenas, *(["buffers"] if self.buffers else []), *(f"hooks/{name}" for name in self.hooks)]
+        return f"TrainState({counters}; {', '.join(folders)}; {self.n_bytes:,} bytes)"
 
     @property
     def params(self) -> Arena:

@@ -26,6 +26,7 @@ from stepctl import numerics, yamlio
 from stepctl.arena import Arena
 from stepctl.checkpoint import codec, names
 from stepctl.cli.main import cli
+from stepctl.cli.options import Duration
 from stepctl.config import Config
 from stepctl.errors import ConfigError
 from stepctl.rundir import RunDirectory
@@ -175,6 +176,59 @@ def test_or_resume_does_whichever_applies() -> None:
     again = call(*line)
     assert again.stderr == "run: at global step 30, target 30: nothing to do (more: --num-steps N)\n"
     assert bits("run", 30) == unbroken_bits(small(), 30)
+
+
+DURATIONS = {
+    "90": 90,
+    "90s": 90,
+    "55m": 3300,
+    "55min": 3300,
+    "1h30m": 5400,
+    "2d": 172800,
+    "1d2h3m4s": 93784,
+    "1.5h": 5400,
+    "0.5": 0.5,
+    ".5s": 0.5,
+    "1.d": 86400,
+    "1:30:00": 5400,
+    "0:00:01": 1,
+    "100:00:00": 360000,
+    "2-12:00:00": 216000,
+}
+
+
+@pytest.mark.parametrize("text", DURATIONS)
+def test_a_time_is_read_as_it_is_written(text: str) -> None:
+    assert Duration().convert(text, None, None) == DURATIONS[text]
+
+
+NO_DURATIONS = ["0", "0s", "-5", "h", "", "1x", "1:30", "1:60:00", "1:5:0", "1h1d", "1e3", "nan", "inf", "9" * 400]
+NO_DURATIONS += ["\u0663s"]
+
+
+@pytest.mark.parametrize("text", NO_DURATIONS, ids=lambda text: ascii(text[:9]))
+def test_what_is_no_time_is_one_line(text: str) -> None:
+    result = CliRunner().invoke(cli, ["resume", "run", f"--max-time={text}"])
+    assert result.exit_code == 2
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("Error: Invalid value for '--max-time': ")
+    assert line.endswith("give one such as 90s, 55m, 1.5h, 2d or 1:30:00 (hours:minutes:seconds)")
+
+
+def test_a_time_stops_a_run() -> None:
+    config = small(stop={"last_step": FOREVER})
+    done = call("train", write(config), "--run-dir", "run", "--max-time", "0:00:01", expect=75)
+    assert "stopped at global step" in done.stderr
+
+
+def test_the_config_needs_no_option() -> None:
+    call("train", write(small(stop={"last_step": 3})), "--run-dir", "a", "-q")
+    call("train", "--config", "small.yaml", "--run-dir", "b", "-q")
+    assert bits("a", 3) == bits("b", 3)
+    call("train", "small.yaml", "-q")  # the run is called as the config is
+    assert saved("runs/small") == saved("a")
+    call("train", "small.yaml", "--or-resume", "--last-step", 5, "-q")
+    assert saved("runs/small")[-1] == "step-00000005.h5"
 
 
 def test_a_run_of_no_steps_is_a_run() -> None:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import stepctl
-from helpers import make_config
+from helpers import make_config, rows, train
 from stepctl import config as configs
 from stepctl import schema as schemas
 from stepctl import yamlio
@@ -283,9 +283,9 @@ def test_a_module_that_ends_the_program_does_not(tmp_path: Path, monkeypatch: py
     (tmp_path / "leaves.py").write_text(LEAVES)
     key = "optimizer.learning_rate"
     for name, words in {
-        "leaves_at_once:x": ".name: cannot use 'leaves_at_once:x': SystemExit: 0",
-        "leaves:nothing": ".name: cannot use 'leaves:nothing': SystemExit: 0",
-        "leaves:Leaves": ": leaves:Leaves: SystemExit: 0",
+        "leaves_at_once:x": f".name: cannot use 'leaves_at_once:x': SystemExit: 0 ({tmp_path}/leaves_at_once.py:1)",
+        "leaves:nothing": f".name: cannot use 'leaves:nothing': SystemExit: 0 ({tmp_path}/leaves.py:7)",
+        "leaves:Leaves": f": leaves:Leaves: SystemExit: 0 ({tmp_path}/leaves.py:12)",
         "leaves:number": ": leaves:number is no Schedule; subclass stepctl.schedules:Schedule",
         "leaves:unsaid": ".name: cannot use 'leaves:unsaid': name 'Nothing' is not defined",
     }.items():
@@ -434,6 +434,39 @@ def test_paths_are_written_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert parse(SMALL, "data={name: csv, path: x.csv}").data.spec()["path"] == str(tmp_path / "x.csv")
 
 
+OPTIONAL = ["log", "evaluate", "samples", "checkpoint", "numerics", "distributed", "ema"]
+
+
+@pytest.mark.parametrize("section", OPTIONAL)
+def test_a_section_that_is_null_is_the_default(section: str) -> None:
+    """As it is where all of its keys are commented out."""
+    default = parse(SMALL)
+    text = f"{SMALL}{section}:  # every: 5\n"
+    assert parse(text) == parse(SMALL, f"{section}=null") == default
+    assert not list(faults(schemas.schema(), yamlio.loads(text, "c.yaml").value, schemas.schema()))
+    if section in ("log", "evaluate", "checkpoint"):
+        assert getattr(parse(SMALL, f"{section}=null", f"{section}.every=7"), section).every == 7
+
+
+def test_every_section_that_may_be_left_out_may_be_null() -> None:
+    sections = {name for name, key in Config.model_fields.items() if not key.is_required()}
+    assert sections - set(OPTIONAL) == {"seed", "dtype", "initial_step", "on_nonfinite"}
+
+
+@pytest.mark.parametrize("key", ["seed", "dtype", "data", "model", "task", "optimizer", "stop", "data.batch_size"])
+def test_what_has_no_such_default_may_not_be_null(key: str) -> None:
+    (line,) = refusal(SMALL, f"{key}=null")
+    assert line.startswith(f"--set {key}:1:1: {key}: null is wrong; ")
+
+
+def test_a_null_resets_a_section_of_a_run(tmp_path: Path) -> None:
+    train(make_config(evaluate={"every": 5}, log={"every": 5}, stop={"last_step": 10}), tmp_path / "run")
+    arguments = ["resume", str(tmp_path / "run"), "--num-steps", "10", "--set", "evaluate=null", "--set", "log=null"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    kinds = [(row["kind"], row["step"]) for row in rows(tmp_path / "run") if row["step"] > 10]
+    assert kinds == [("train", 20), ("eval", 20)]
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse(SMALL).stop.last_step = 3
@@ -522,9 +555,11 @@ def faults(schema: dict[str, Any], value: Any, root: dict[str, Any], path: str =
     if "$ref" in schema:
         yield from faults(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], value, root, path)
     if "type" in schema:
-        fits = isinstance(value, TYPES[schema["type"]]) and (schema["type"] == "boolean" or not isinstance(value, bool))
-        if not fits:
+        types = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+        if not any(isinstance(value, TYPES[name]) and (name == "boolean") >= isinstance(value, bool) for name in types):
             yield f"{path} type"
+            return
+        if value is None and len(types) > 1:  # the other keywords are about what else it may be
             return
     checks: dict[str, Callable[[Any], Any]] = {
         "const": lambda given: value == given,

@@ -87,17 +87,24 @@ def test_the_fingerprint_is_that_of_a_run_and_looking_changes_no_threads() -> No
 
 
 def with_packages(folder: Path, *hidden: str) -> tuple[int, dict[str, Any]]:
-    """Run it where none of the installed packages can be found but those whose names do not begin so."""
+    """Run it where only those of the installed packages can be found whose names do not begin so."""
+    done = printed_with_packages(folder, *hidden, options=("--json",))
+    return done.returncode, json.loads(done.stdout)
+
+
+def printed_with_packages(
+    folder: Path, *hidden: str, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     folder.mkdir()
     for package in Path(np.__file__).parents[1].iterdir():
         if not package.name.startswith(hidden) and package.name != "stepctl":
             (folder / package.name).symlink_to(package)
     (folder / "stepctl").symlink_to(ROOT / "stepctl")
-    command = [sys.executable, "-S", "-m", "stepctl", "doctor", "--json"]
+    command = [sys.executable, "-S", "-m", "stepctl", "doctor", *options]
     variables = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, env=variables, cwd=folder.parent, capture_output=True, text=True)
     assert done.stderr == ""
-    return done.returncode, json.loads(done.stdout)
+    return done
 
 
 def test_without_any_extra_all_is_well(tmp_path: Path) -> None:
@@ -105,7 +112,15 @@ def test_without_any_extra_all_is_well(tmp_path: Path) -> None:
     code, found = with_packages(tmp_path / "packages", *extras)
     assert (code, found["problems"]) == (0, [])
     assert {version for extra in found["extras"].values() for version in extra["packages"].values()} == {None}
-    assert found["mpi"]["error"] == "ModuleNotFoundError: No module named 'mpi4py'"
+    assert "error" not in found["mpi"]
+    assert (found["mpi"]["library"], found["mpi"]["pip"]) == (None, "pip install 'stepctl[mpi]'")
+
+
+def test_without_mpi4py_it_says_how_to_install_it(tmp_path: Path) -> None:
+    done = printed_with_packages(tmp_path / "packages", "mpi4py")
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("MPI"))
+    assert "failed" not in done.stdout
+    assert "mpi4py is not installed; pip install 'stepctl[mpi]'" in line
 
 
 def test_without_numpy_and_h5py_it_says_so_and_answers_the_rest(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import enum
+import fractions
 import functools
 import json
 import subprocess
@@ -17,6 +20,7 @@ from threadpoolctl import threadpool_info
 import stepctl
 from helpers import BASE, make_config, rows, train
 from helpers import resume as resume_segment
+from stepctl import yamlio
 from stepctl.arena import Array
 from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
 from stepctl.optimizers.base import Optimizer
@@ -236,6 +240,125 @@ def test_overrides_are_checked_as_a_config_is(tmp_path: Path) -> None:
         run.step()
     with pytest.raises(ConfigError, match="--allow-change data"):
         stepctl.resume(tmp_path / "run", overrides={"data.batch_size": 48}, say=silent)
+
+
+class Kind(enum.StrEnum):
+    """An enumeration of a user's own."""
+
+    ADAM = "adam"
+
+
+VALUES: dict[str, tuple[str, Any, Any]] = {
+    "int64": ("data.batch_size", np.int64(24), 24),
+    "uint8": ("data.batch_size", np.uint8(24), 24),
+    "a 0-d array": ("data.batch_size", np.array(24), 24),
+    "float64": ("optimizer.learning_rate.value", np.float64(0.5), 0.5),
+    "float32": ("optimizer.learning_rate.value", np.float32(0.25), 0.25),
+    "float16": ("optimizer.learning_rate.value", np.float16(0.25), 0.25),
+    "longdouble": ("optimizer.learning_rate.value", np.longdouble(0.25), 0.25),
+    "a fraction": ("optimizer.learning_rate.value", fractions.Fraction(1, 4), 0.25),
+    "bool_": ("log.means", np.bool_(True), True),
+    "str_": ("task.name", np.str_("classification"), "classification"),
+    "an enumeration": ("optimizer.name", Kind.ADAM, "adam"),
+    "an array": ("model.hidden", np.array([3, 4]), [3, 4]),
+    "a tuple": ("model.hidden", (np.int32(3), 4), [3, 4]),
+    "a null": ("checkpoint.keep_last", None, None),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_values_of_python_and_numpy_become_plain(case: str, tmp_path: Path) -> None:
+    key, value, plain = VALUES[case]
+    section, name = key.partition(".")[::2]
+    config = {**CONFIG, "optimizer": {"name": "adam", "learning_rate": {"name": "constant", "value": 0.01}}}
+    in_config = copy.deepcopy(config)
+    folder = in_config.setdefault(section, {})
+    for part in name.split(".")[:-1]:
+        folder = folder[part]
+    folder[name.split(".")[-1]] = value
+    for number, (given, overrides) in enumerate(((in_config, {}), (config, {key: value}))):
+        path = tmp_path / str(number)
+        with stepctl.create(given, path, overrides=overrides, say=silent) as run:
+            found = yamlio.flatten(run.config.plain())[key]
+            assert (found, type(found)) == (plain, type(plain))
+        with stepctl.resume(path, overrides={key: value}, say=silent) as run:  # no change
+            assert yamlio.flatten(run.config.plain())[key] == plain
+
+
+def test_paths_of_python_are_paths(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", x=generator.normal(size=(60, 4)), y=generator.integers(0, 3, 60))
+    data = {"name": "arrays", "path": tmp_path / "a.npz", "batch_size": 8, "validation_fraction": 0.5}
+    with stepctl.create({**CONFIG, "data": data}, tmp_path / "run", say=silent):
+        pass
+    with stepctl.resume(tmp_path / "run", overrides={"data.path": tmp_path / "a.npz"}, say=silent) as run:
+        run.step(np.int64(3))
+        assert run.global_step == 3
+
+
+@pytest.mark.parametrize("value", [object(), 1j, {3}, b"adam", np.datetime64("2026-01-01"), [print]], ids=repr)
+@pytest.mark.parametrize("where", ["config", "overrides"])
+def test_what_no_config_can_hold_is_one_line(value: Any, where: str, tmp_path: Path) -> None:
+    config = {**CONFIG, "seed": value} if where == "config" else CONFIG
+    overrides = {} if where == "config" else {"seed": value}
+    with pytest.raises(ConfigError, match=rf"^{where}.*seed.*which no config can hold; give a plain value$") as caught:
+        stepctl.create(config, tmp_path / "run", overrides=overrides, say=silent)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_of_numpy_are_steps(tmp_path: Path) -> None:
+    with stepctl.create(CONFIG, tmp_path / "run", say=silent) as run:
+        run.step(np.int64(4))
+        run.save()
+        run.step()
+    with stepctl.resume(tmp_path / "run", last_step=np.int64(7), say=silent) as run:
+        assert run.target == 7
+    with stepctl.resume(tmp_path / "run", num_steps=np.int32(2), say=silent) as run:
+        assert run.target == 7
+    with stepctl.resume(tmp_path / "run", from_step=np.uint16(4), allow_change="data", say=silent) as run:
+        assert run.global_step == 4
+
+
+@pytest.mark.parametrize("name", ["last_step", "num_steps", "from_step"])
+@pytest.mark.parametrize("value", [-1, 1.5, np.float64(2), "3", True, 1 << 62], ids=repr)
+def test_steps_that_are_none_are_one_line(name: str, value: Any, tmp_path: Path) -> None:
+    stepctl.create(CONFIG, tmp_path / "run", say=silent).close()
+    with pytest.raises(ConfigError, match=f"^{name}: .* is wrong; give a whole number from 0 on$"):
+        stepctl.resume(tmp_path / "run", **{name: value}, say=silent)
+
+
+def test_two_targets_are_one_line(tmp_path: Path) -> None:
+    stepctl.create(CONFIG, tmp_path / "run", say=silent).close()
+    with pytest.raises(ConfigError, match=r"^last_step and num_steps: give one"):
+        stepctl.resume(tmp_path / "run", last_step=3, num_steps=3, say=silent)
+
+
+def test_dir_lists_the_public_names_and_each_is_there() -> None:
+    names = dir(stepctl)
+    assert names == sorted(stepctl.__all__)
+    assert {"create", "resume", "load_checkpoint", "global_step", "Run", "Checkpoint", "Hook", "errors"} <= set(names)
+    for name in names:
+        assert getattr(stepctl, name) is not None
+
+
+def test_what_is_shown_in_a_notebook_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run = stepctl.create(CONFIG, path, hooks=[Count()], say=silent)
+    run.step(3)
+    assert repr(run) == f"Run({str(path)!r}, global step 3 of {LAST})"
+    state = run.state
+    assert repr(state.params).startswith("Arena(float32: dense0/weight (64, 16), dense0/bias (16,), ")
+    assert repr(state.counters) == "Counters({'global_step': 3, 'samples_seen': 144, 'model': 3})"
+    assert repr(state).startswith("TrainState(global_step 3, samples_seen 144, model 3; params, optimizers/model/")
+    assert "hooks/count" in repr(state)
+    run.close()
+    assert repr(run) == f"Run({str(path)!r}, global step 3 of {LAST}, closed)"
+    loaded = stepctl.load_checkpoint(path)
+    assert repr(loaded).startswith("Checkpoint(run 'run', global step 3, ")
+    for thing in (run, state, state.params, state.counters, loaded):
+        assert len(repr(thing)) < 300
+        assert "\n" not in repr(thing)
 
 
 def test_evaluation_changes_nothing(tmp_path: Path) -> None:

@@ -88,8 +88,11 @@ def _hdf5(part: dict[str, Any]) -> Iterator[Line]:
 
 
 def _mpi(part: dict[str, Any]) -> Iterator[Line]:
-    library = " ".join(part["library"].split())
     where = part["mpiexec"] or "not on the PATH"
+    if part["library"] is None:
+        yield "MPI", f"mpi4py is not installed; {part['pip']}; mpiexec: {where}"
+        return
+    library = " ".join(part["library"].split())
     yield "MPI", f"{library}, MPI {part['standard']}, rank {part['rank']} of {part['ranks']}; mpiexec: {where}"
 
 

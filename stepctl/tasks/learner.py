@@ -11,6 +11,7 @@ from stepctl.ema import MovingAverage
 from stepctl.errors import ConfigError
 from stepctl.models.base import Backward, Ends, Model
 from stepctl.optimizers.base import Optimizer, Tick, global_norm
+from stepctl.problems import defined_at, in_one_line
 from stepctl.rng import rng
 from stepctl.state import TrainState
 
@@ -72,11 +73,22 @@ class Learner:
 
     def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
         """Return the model's outputs: (rows, n_outputs), and the way back."""
-        outputs, backward = self.model.forward(params, x, workspace)
+        made = self.model.forward(params, x, workspace)
+        try:
+            outputs, backward = made
+        except (TypeError, ValueError) as error:
+            given = in_one_line(repr(made), 60)
+            raise ConfigError(
+                f"{self.name}: forward returned {given}; return outputs, backward{self._where}"
+            ) from error
         expected = (len(x), self.ends.n_outputs)
         if outputs.shape != expected:
-            raise ConfigError(f"{self.name}: forward returned shape {outputs.shape}; {expected} is needed")
+            raise ConfigError(f"{self.name}: forward returned shape {outputs.shape}; {expected} is needed{self._where}")
         return outputs, backward
+
+    @property
+    def _where(self) -> str:
+        return f" ({defined_at(type(self.model))})"
 
     def learning_rate(self, counts: Mapping[str, int]) -> float:
         """Return the rate of the next update, when the counters stand so."""
