@@ -3,20 +3,22 @@
 import sys
 
 from stepctl import interrupt
-from stepctl.errors import UnsupportedSystemError, check_system
 
 
 def main() -> None:
     """Load the command line and run it."""
     interrupt.watch()
     try:
-        check_system()
+        from stepctl.errors import UnsupportedSystemError, check_system
+
+        try:
+            check_system()
+        except UnsupportedSystemError as error:
+            sys.exit(f"stepctl: {error}")  # exit code 1
         from stepctl.cli.main import main as run
     except BaseException as error:
         if interrupt.received() or isinstance(error, KeyboardInterrupt):
             sys.exit(130)
-        if isinstance(error, UnsupportedSystemError):
-            sys.exit(f"stepctl: {error}")  # exit code 1
         raise
     run()
 

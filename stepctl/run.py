@@ -122,8 +122,8 @@ def _newest(store: Store, directory: RunDirectory, say: Say, accept: Accept) -> 
     try:
         return store.newest(say, accept)
     except UnreadableError as error:
-        remedy = f"or go back to an older checkpoint with: stepctl resume {directory.path} --from-step N"
-        raise UnreadableError(f"{error}; {remedy}") from error
+        older = shell.command("resume", directory.path, "--from-step", "N")
+        raise UnreadableError(f"{error}; or go back to an older checkpoint with: {older}") from error
 
 
 def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory) -> Config:
