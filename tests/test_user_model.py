@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an argument that it refuses": (
         {**MODEL, "width": 3},
-        "model: user_model:TwoLayers cannot be built: width 3 is odd",
+        "model: user_model:TwoLayers cannot be built: width 3 is odd (USER_MODEL:20)",
     ),
     "a module that is not there": (
         {"name": "user_modle:TwoLayers"},
@@ -163,7 +164,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "outputs of the wrong shape": (
         {"name": "user_model:OneOutput"},
-        "model: forward returned shape (48, 1); (48, 10) is needed",
+        "model: forward returned shape (48, 1); (48, 10) is needed (USER_MODEL:81)",
     ),
 }
 
@@ -174,7 +175,8 @@ def test_refused_in_one_line(case: str, tmp_path: Path) -> None:
     config = write_config(tmp_path / "own.yaml", model=model)
     done = CliRunner().invoke(cli, ["train", "--config", str(config), "--run-dir", str(tmp_path / "run"), "-q"])
     assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr == f"stepctl: {line}\n".replace("CONFIG", str(config))
+    said = re.sub(r"\([^ ]*user_model\.py:", "(USER_MODEL:", done.stderr)
+    assert said == f"stepctl: {line}\n".replace("CONFIG", str(config))
     assert not (tmp_path / "run").exists()
 
 
