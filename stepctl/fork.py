@@ -16,7 +16,7 @@ from stepctl.checkpoint.store import Store
 from stepctl.config import Config
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.hooks.base import Hook
-from stepctl.run import check_same_run, founded, horizon_notes, watched_with
+from stepctl.run import check_same_run, founded, horizon_notes, report_missing, watched_with
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Say, silent
 
@@ -60,6 +60,8 @@ def fork(
             header = reader.header
             for line in check_same_run(reader.name, header.config, config.plain(), set(Config.model_fields)).values():
                 say(line)
+        if options.at is None:
+            report_missing(parent, store, header.global_step, say)
         changes = configs.changes(base, config)
         for watch in assembly.forget(watched_with(header, base)):
             say(f"note: {watch} goes by something else in the fork, and begins anew")

@@ -21,6 +21,7 @@ from stepctl.run import (
     check_same_run,
     excused_keys,
     horizon_notes,
+    report_missing,
     target_of,
 )
 from stepctl.rundir import RunDirectory
@@ -69,6 +70,7 @@ def plan_resume(
 
     with store.newest(say, accept) as reader:
         start, name = reader.header.global_step, reader.name
+    report_missing(directory, store, start, say)
     target = target_of(config, options, ledger, start, changed)
     saved = [step for step in store.steps() if step <= start]
     span = Span(start, target, saved, rundir.forks(ledger))

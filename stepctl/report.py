@@ -13,6 +13,7 @@ import numpy as np
 from stepctl import files, registry, tasks, yamlio
 from stepctl.arena import Array
 from stepctl.checkpoint import codec
+from stepctl.checkpoint.expected import missing_checkpoints, newer_missing
 from stepctl.checkpoint.store import Store
 from stepctl.errors import CheckpointError, StepctlError
 from stepctl.rundir import RunDirectory
@@ -26,7 +27,12 @@ def open_path(path: str, report: Callable[[str], None]) -> codec.Reader:
     directory = RunDirectory(path)
     if not files.is_directory(directory.checkpoints):
         raise CheckpointError("none", f"{path}: neither a checkpoint nor a run (no checkpoints/ in it)")
-    return Store(directory.checkpoints, directory.acknowledged).newest(report)
+    store = Store(directory.checkpoints, directory.acknowledged)
+    reader = store.newest(report)
+    missing = missing_checkpoints(directory.read_ledger, store.steps)
+    if (message := newer_missing(missing, reader.header.global_step)) is not None:
+        report(message)
+    return reader
 
 
 def inspect_path(path: str, pattern: str) -> dict[str, Any]:

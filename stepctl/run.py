@@ -14,6 +14,7 @@ from stepctl import config as configs
 from stepctl import numerics, rundir, shell, yamlio
 from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec, names
+from stepctl.checkpoint.expected import missing_checkpoints, newer_missing
 from stepctl.checkpoint.store import Accept, Store
 from stepctl.comm import ALONE, Comm
 from stepctl.config import Config, Stop
@@ -77,7 +78,7 @@ def resume(
     """Restore the newest good checkpoint (or `from_step`) into a fresh assembly, and hold the run."""
     with directory.lock(say):
         directory.clear_temporaries()
-        directory.mend_ledger()
+        directory.mend_ledger(say)
         base = configs.parse(directory.newest_config())
         config = changed_config(base, options, directory)
         changed = configs.changes(base, config)
@@ -100,6 +101,8 @@ def resume(
         with _newest(store, directory, say, accept) if back is None else store.open(back, accept) as reader:
             header, name = reader.header, reader.name
         step = header.global_step
+        if back is None:
+            report_missing(directory, store, step, say)
         if step not in directory.acknowledged().values():  # a kill came between the file and its line
             directory.append_ledger("checkpoint", step=step, file=name, sha256=header.sha256, pruned=[])
         _check_data(assembly, ledger, options)
@@ -124,6 +127,13 @@ def _newest(store: Store, directory: RunDirectory, say: Say, accept: Accept) -> 
     except UnreadableError as error:
         older = shell.command("resume", directory.path, "--from-step", "N")
         raise UnreadableError(f"{error}; or go back to an older checkpoint with: {older}") from error
+
+
+def report_missing(directory: RunDirectory, store: Store, step: int, say: Say) -> None:
+    """Report checkpoints after `step`, the newest good one, that the ledger acknowledges and that are gone."""
+    message = newer_missing(missing_checkpoints(directory.read_ledger, store.steps), step)
+    if message is not None:
+        say(message)
 
 
 def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory) -> Config:

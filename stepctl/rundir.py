@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import datetime
 import errno
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -32,6 +34,8 @@ _HELD: set[int] = set()  # descriptors of this process's locks; a forked child t
 _LINE = 512  # bytes of the lock
 _LARGEST = 2**63 - 1  # a step beyond it is nobody's
 _TRIES = 100  # at a lock whose holder has not written its name
+
+Row = dict[str, Any]  # of the ledger, or of the metrics
 
 
 class RunDirectory:
@@ -191,7 +195,8 @@ class RunDirectory:
         """Add one durable line: {"event", "time", ...}."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"event": event, "time": now, **facts}).encode() + b"\n"
-        self.mend_ledger()  # a full disk may have cut the line before
+        if _content(self.ledger, last=1) not in (b"", b"\n"):
+            self.mend_ledger()  # a full disk has cut the line before
         with writing(self.ledger), open(self.ledger, "ab") as file:
             file.write(line)
             file.flush()
@@ -203,24 +208,45 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; a line that a kill cut short is passed over."""
-        return [row for row in _rows(self.metrics) if isinstance(row.get("step"), int)]
+        return [row for row in _rows(self.metrics) if _has_step(row)]
 
     def acknowledged(self) -> dict[str, int]:
         """Return sha256 -> step of every checkpoint that the ledger acknowledges."""
         return {row["sha256"]: row["step"] for row in self.read_ledger() if row["event"] == "checkpoint"}
 
-    def mend_ledger(self) -> None:
+    def mend_ledger(self, say: Callable[[str], None] = lambda message: None) -> None:
         """Cut a line that was left unfinished, so that the next one begins a line of its own."""
-        if _content(self.ledger, last=1) not in (b"", b"\n"):
-            lines = _content(self.ledger).splitlines()
-            publish(self.ledger, [line + b"\n" for line in lines if _parsed(line) is not None])
+        self._rewrite(self.ledger, lambda row: True, lambda row: True, say)
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop rows past `step`, rows marked extra and torn lines, atomically."""
-        lines = _content(self.metrics).splitlines(keepends=True)
-        kept = [line for line in lines if _stands(line, step)]
-        if kept != lines:
-            publish(self.metrics, kept)
+    def cut_metrics(self, step: int, say: Callable[[str], None] = lambda message: None) -> None:
+        """Drop rows past `step`, rows marked extra and a torn last line, atomically."""
+        self._rewrite(self.metrics, _has_step, lambda row: row["step"] <= step and not row.get("extra"), say)
+
+    def _rewrite(
+        self, path: Path, is_row: Callable[[Row], bool], keep: Callable[[Row], bool], say: Callable[[str], None]
+    ) -> None:
+        """Keep some rows of a file, each on a line of its own.
+
+        A last line without an end was torn by a kill or a full disk, and is dropped. Before any other line is dropped
+        that is no row, the file as it was is kept aside, and `say` reports it.
+        """
+        content = _content(path)
+        kept, unreadable = [], 0
+        for line in content.splitlines(keepends=True):
+            text = line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)
+            row = _parsed(text)
+            if row is not None and is_row(row):
+                kept += [text + b"\n"] if keep(row) else []
+            elif text.strip() and line.endswith((b"\r", b"\n")):
+                unreadable += 1
+        if unreadable:
+            asides = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
+            aside = next(free for free in asides if not files.is_there(free))
+            publish(aside, [content])
+            rows = "line cannot be read as a row" if unreadable == 1 else "lines cannot be read as rows"
+            say(f"{path}: {unreadable:,} {rows}; the file as it was is kept as {aside.name}")
+        if b"".join(kept) != content:
+            publish(path, kept)
 
 
 def refuse_nowhere(path: str) -> None:
@@ -273,9 +299,8 @@ def _holds(value: object, kind: type) -> bool:
     return isinstance(value, kind) and (not isinstance(value, int) or 0 <= value <= _LARGEST)
 
 
-def _stands(line: bytes, step: int) -> bool:
-    row = _parsed(line) if line.endswith(b"\n") else None
-    return row is not None and isinstance(row.get("step"), int) and row["step"] <= step and not row.get("extra")
+def _has_step(row: Row) -> bool:
+    return isinstance(row.get("step"), int)
 
 
 def newest_data(ledger: list[dict[str, Any]]) -> str | None:
@@ -392,7 +417,7 @@ def _content(path: Path, last: int | None = None) -> bytes:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))  # of bytes, json would guess the encoding
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from stepctl import files
 from stepctl.checkpoint import names, userblock
+from stepctl.checkpoint.expected import expected_checkpoints
 from stepctl.errors import CheckpointError, ConfigError, StepctlError, UnreadableError
 from stepctl.rundir import RunDirectory
-from stepctl.verify import acknowledged_files
 from stepctl.writers.base import Row
 from stepctl.writers.jsonl import as_number
 
@@ -105,7 +105,7 @@ def _newest_good(directory: RunDirectory, steps: list[int]) -> tuple[int, str | 
             problems.append(str(error))
     else:
         step = 0
-    lost = sorted(acknowledged_files(directory).keys() - set(steps))
+    lost = sorted(expected_checkpoints(directory.read_ledger()).keys() - set(steps))
     problems += [f"{names.file_name(lost[-1])}: acknowledged in ledger.jsonl, but it is not there"] if lost else []
     return step, problems[0] if problems else None
 

@@ -153,7 +153,7 @@ class Segment:
         self._newest = None if self.restored is None else self.start
         if self.goes_back:
             self._set_aside_later()
-        self.directory.cut_metrics(self.start)
+        self.directory.cut_metrics(self.start, self.say)
         if differences := muster(self.assembly):
             self.facts |= inexact(differences, self.strict, self.say)
         if self.assembly.comm.size > 1:

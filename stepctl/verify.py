@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from stepctl import files, yamlio
 from stepctl.checkpoint import names
+from stepctl.checkpoint.expected import expected_checkpoints, missing_checkpoints
 from stepctl.config import Config
 from stepctl.errors import CheckpointError, ConfigError, StepctlError, UnreadableError
 from stepctl.run import check_same_run, excused_keys
@@ -74,7 +75,7 @@ def _steps(directory: RunDirectory) -> list[int]:
 def _without_pruned(directory: RunDirectory, problems: list[Problem]) -> Iterator[Problem]:
     """Leave out the files that are gone by now, as the ledger, read after that was seen, says they may be."""
     gone = {problem.file for problem in problems if not files.is_there(directory.checkpoints / problem.file)}
-    wanted = {names.file_name(step) for step in acknowledged_files(directory)} if gone else set()
+    wanted = {names.file_name(step) for step in expected_checkpoints(directory.read_ledger())} if gone else set()
     for problem in problems:
         if problem.file not in gone or problem.file in wanted:
             yield problem
@@ -86,10 +87,8 @@ def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
     Of a run that is being trained the newest file may still have to be acknowledged.
     """
     holder = directory.holder()  # looked for first: whoever lets go has written the ledger's line
-    expected, digests = acknowledged_files(directory), directory.acknowledged()
-    # listed after the ledger was read; what is missing may have been pruned since: the ledger says so before
-    missing = expected.keys() - set(_steps(directory))
-    for step in sorted(missing & acknowledged_files(directory).keys()) if missing else ():
+    expected, digests = expected_checkpoints(directory.read_ledger()), directory.acknowledged()
+    for step in missing_checkpoints(directory.read_ledger, lambda: _steps(directory)):
         file = names.file_name(step)
         yield Problem("lost", file, f"{file}: acknowledged in ledger.jsonl, but it is not there")
     for good in found:
@@ -100,20 +99,6 @@ def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
         if good.sha256 not in digests and not is_new:
             hint = "; if a kill came before its line, the next resume writes that" if good.step not in expected else ""
             yield Problem("unknown", good.file, f"{good.file}: whole, but ledger.jsonl does not know it{hint}")
-
-
-def acknowledged_files(directory: RunDirectory) -> dict[int, str]:
-    """Return step -> sha256 of the checkpoints that must be there: acknowledged, and neither pruned nor set aside."""
-    acknowledged: dict[int, str] = {}
-    for row in directory.read_ledger():
-        if row["event"] == "checkpoint":
-            acknowledged[row["step"]] = row["sha256"]
-        for step in [*_whole(row.get("pruned")), *(_whole(row.get("steps")) if row["event"] == "prune" else [])]:
-            acknowledged.pop(step, None)
-        for name in _listed(row.get("set_aside")):
-            aside = names.step_of(str(name).partition(".aside-")[0])
-            acknowledged.pop(-1 if aside is None else aside, None)
-    return acknowledged
 
 
 def check_config(directory: RunDirectory, found: list[Found]) -> Iterator[Problem]:
@@ -204,11 +189,3 @@ def _grid(cadence: Any, first: int, last: int) -> range:
     if not isinstance(every, int) or not isinstance(offset, int) or every < 1:
         return range(0)
     return range(first + (offset - first) % every, last + 1, every)
-
-
-def _whole(steps: Any) -> list[int]:
-    return [step for step in _listed(steps) if isinstance(step, int)]
-
-
-def _listed(values: Any) -> list[Any]:
-    return values if isinstance(values, list) else []

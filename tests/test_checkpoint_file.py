@@ -214,10 +214,10 @@ def test_the_message_of_damage_says_what_differs(tmp_path: Path) -> None:
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / NAME
-    path.write_bytes(encoded(small_state()).replace(b"stepctl-checkpoint 1\n", b"stepctl-checkpoint 2\n", 1))
+    path.write_bytes(encoded(small_state()).replace(b"stepctl-checkpoint 1\n", b"stepctl-checkpoint 0\n", 1))
     error = refused(path)
     assert error.code == "version"
-    assert str(error) == f"{NAME}: format version 2; this stepctl reads 1"
+    assert str(error) == f"{NAME}: format version 0; this stepctl reads 1"
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def bad_files(store: Store) -> dict[int, str]:
     damage(store, 11)
     store.file(12).write_bytes(file_bytes(parts(12))[:-100])
     store.file(13).write_bytes(b"")
-    store.file(14).write_bytes(file_bytes(parts(14)).replace(b"checkpoint 1", b"checkpoint 2", 1))
+    store.file(14).write_bytes(file_bytes(parts(14)).replace(b"checkpoint 1", b"checkpoint 0", 1))
     store.file(15).symlink_to(store.file(10))
     store.file(16).mkdir()
     os.mkfifo(store.file(17))
@@ -251,7 +251,7 @@ def bad_files(store: Store) -> dict[int, str]:
         11: "damaged (sha256 differs)",
         12: f"damaged ({size - 100} bytes instead of {size})",
         13: "not a stepctl checkpoint, or its first 512 bytes are damaged",
-        14: "format version 2; this stepctl reads 1",
+        14: "format version 0; this stepctl reads 1",
         15: "cannot be opened (it is a symbolic link)",
         16: "not a regular file",
         17: "not a regular file",

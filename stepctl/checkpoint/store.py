@@ -113,8 +113,15 @@ class Store:
         reasons = "; ".join(str(error).splitlines()[0] for error in refused)
         if not refused and not self._digests():
             return CheckpointError("none", f"{self.path}: no checkpoint is there; start the run with: stepctl train")
-        detail = f"{len(refused)} files, none good: {reasons}" if refused else "there is none any more"
-        return CheckpointError("none", f"{self.path}: no usable checkpoint ({detail}); start again in a new --run-dir")
+        if any(error.code == "newer" for error in refused):
+            return CheckpointError("newer", f"{self.path}: no checkpoint that this stepctl can read ({reasons})")
+        if refused:
+            detail, remedy = f"{len(refused)} files, none good: {reasons}", ""
+        else:
+            detail = "ledger.jsonl acknowledges some, and all are gone"
+            remedy = "if they are on another disk, mount it; else "
+        remedy += "start again in a new --run-dir"
+        return CheckpointError("none", f"{self.path}: no usable checkpoint ({detail}); {remedy}")
 
     def open(self, step: int, accept: Accept = lambda reader: None) -> codec.Reader:
         """Open the checkpoint of one step, if `accept` takes it; CheckpointError names the steps that there are."""

@@ -28,6 +28,7 @@ VERSION = 1
 MAX_BYTES = 1 << 40  # a file above this is not read at all
 _SLICE = 1 << 18  # bytes compared together: what a second-level cache holds
 _WRITTEN = ("st_size", "st_mtime_ns", "st_ctime_ns")
+_FIRST_LINE = re.compile(rb"stepctl-checkpoint ([0-9]{1,9})\n")
 _TEXT = re.compile(rb"stepctl-checkpoint ([0-9]{1,9})\nsha256: ([0-9a-f]{64})\nlength: ([0-9]{1,15})\n\0*")
 
 
@@ -131,6 +132,10 @@ def _verify(file: BufferedReader, name: str, size: int) -> str:
     if size > MAX_BYTES:
         raise CheckpointError("size", f"{name}: {size:,} bytes; at most {MAX_BYTES:,} are read")
     head = file.read(SIZE)
+    first_line = _FIRST_LINE.match(head)
+    if first_line is not None and int(first_line[1]) > VERSION:  # its other lines may be of another form
+        of = f"format version {int(first_line[1])}; this one reads up to {VERSION}"
+        raise CheckpointError("newer", f"{name}: written by a newer stepctl ({of}); upgrade stepctl to read it")
     match = _TEXT.fullmatch(head)
     if match is None or len(head) != SIZE:
         raise CheckpointError("foreign", f"{name}: not a stepctl checkpoint, or its first {SIZE} bytes are damaged")

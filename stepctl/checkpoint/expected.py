@@ -1,0 +1,56 @@
+"""Which checkpoints a run must have, by its ledger, and which of them are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from stepctl.checkpoint import names
+
+Ledger = list[dict[str, Any]]
+
+
+def expected_checkpoints(ledger: Ledger) -> dict[int, str]:
+    """Return step -> sha256 of the checkpoints that must be there: acknowledged, and neither pruned nor set aside."""
+    expected: dict[int, str] = {}
+    for row in ledger:
+        if row["event"] == "checkpoint":
+            expected[row["step"]] = row["sha256"]
+        removed = [*_steps(row.get("pruned"))]
+        if row["event"] == "prune":
+            removed += _steps(row.get("steps"))
+        for name in _listed(row.get("set_aside")):
+            step = names.step_of(str(name).partition(".aside-")[0])
+            removed += [] if step is None else [step]
+        for step in removed:
+            expected.pop(step, None)
+    return expected
+
+
+def missing_checkpoints(read_ledger: Callable[[], Ledger], list_steps: Callable[[], list[int]]) -> list[int]:
+    """Return the steps, rising, of the expected checkpoints that are not there. The run may be going on.
+
+    The directory is listed after the ledger was read; what was pruned in between is in the ledger by then.
+    """
+    missing = expected_checkpoints(read_ledger()).keys() - set(list_steps())
+    if not missing:
+        return []
+    return sorted(missing & expected_checkpoints(read_ledger()).keys())
+
+
+def newer_missing(missing: list[int], step: int) -> str | None:
+    """Return a message if checkpoints after `step`, which is used instead, are missing."""
+    newer = [other for other in missing if other > step]
+    if not newer:
+        return None
+    newest = names.file_name(newer[-1])
+    others = f", and {len(newer) - 1} before it" if len(newer) > 1 else ""
+    return f"{newest}: acknowledged in ledger.jsonl, but it is not there{others}; using {names.file_name(step)}"
+
+
+def _steps(values: Any) -> list[int]:
+    return [step for step in _listed(values) if isinstance(step, int)]
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else []
