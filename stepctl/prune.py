@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from stepctl import rundir
 from stepctl.checkpoint import names, retention, userblock
+from stepctl.checkpoint.expected import missing_checkpoints
 from stepctl.checkpoint.store import Store
 from stepctl.config import Checkpoint
 from stepctl.errors import CheckpointError, ConfigError, StepctlError, printable
@@ -37,6 +38,18 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
         if pruned and not dry_run:
             _remove(directory, store, pruned)
     return pruned
+
+
+def forget_missing(directory: RunDirectory, say: Callable[[str], None], *, dry_run: bool) -> list[int]:
+    """Acknowledge in the ledger that checkpoints are gone which it says are there; return their steps.
+
+    RunInUseError if a process trains the run; UnreadableError if it cannot be told now what is there.
+    """
+    with contextlib.nullcontext() if dry_run else directory.lock(say):
+        missing = missing_checkpoints(directory.read_ledger, Store(directory.checkpoints).steps)
+        if missing and not dry_run:
+            directory.append_ledger("prune", steps=missing, missing=True)
+    return missing
 
 
 def _remove(directory: RunDirectory, store: Store, pruned: list[int]) -> None:

@@ -10,11 +10,12 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stepctl import files, launcher, yamlio
 from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
@@ -32,10 +33,21 @@ _EVENTS: dict[str, dict[str, type]] = {
 _TEMPORARY = ".tmp-"  # ends in the writer's pid
 _HELD: set[int] = set()  # descriptors of this process's locks; a forked child that kept one would hold the run
 _LINE = 512  # bytes of the lock
+# Beside a run: hidden files (a writer's temporary one too), a file system's own folder, logs, and what is kept aside.
+_TOLERATED = re.compile(
+    r"\..*|lost\+found|(.*\.)?(log|logs|out|err|stdout|stderr)(\.txt|\.gz|\.[0-9]+)?|.*\.aside-[0-9]+"
+)
 _LARGEST = 2**63 - 1  # a step beyond it is nobody's
 _TRIES = 100  # at a lock whose holder has not written its name
 
 Row = dict[str, Any]  # of the ledger, or of the metrics
+
+
+class Holder(NamedTuple):
+    """A process that holds a run, by the run's lock."""
+
+    description: str
+    other_host: str | None  # which alone could tell whether the process lives; None: it lives, on this host
 
 
 class RunDirectory:
@@ -94,7 +106,8 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"{self.path}: not a directory to keep a run in: {error.strerror}") from error
         # every run makes its lock first: without one, even a config.yaml is somebody's own
-        strangers = [name for name in names if "lock" not in names or (name not in ours and _TEMPORARY not in name)]
+        ours = ours if "lock" in names else set()
+        strangers = [name for name in names if name not in ours and not _TOLERATED.fullmatch(name)]
         if strangers:
             raise ConfigError(f"{self.path}: holds {strangers[0]!r}, which no run made; choose another --run-dir")
 
@@ -150,11 +163,14 @@ class RunDirectory:
             if not is_full(error):
                 raise
 
-    def holder(self) -> str | None:
+    def holder(self) -> Holder | None:
         """Return who holds the run, by what the lock says alone: nothing is locked, so no trainer can fail by it."""
         found = _parsed(_content(self.path / "lock")) or {}
-        restarted = found.get("host") == socket.gethostname() and found.get("boot_id") != _boot_id()
-        return _described(found) if found and not restarted and _may_live(found) else None
+        on_this_host = found.get("host") == socket.gethostname()
+        restarted = on_this_host and found.get("boot_id") != _boot_id()
+        if not found or restarted or not _may_live(found):
+            return None
+        return Holder(_described(found), None if on_this_host else str(found.get("host")))
 
     def _take(self, descriptor: int) -> None:
         holder: dict[str, Any] | None = None

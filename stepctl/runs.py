@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -12,7 +13,7 @@ from stepctl import files
 from stepctl.checkpoint import names, userblock
 from stepctl.checkpoint.expected import expected_checkpoints
 from stepctl.errors import CheckpointError, ConfigError, StepctlError, UnreadableError
-from stepctl.rundir import RunDirectory
+from stepctl.rundir import Holder, RunDirectory
 from stepctl.writers.base import Row
 from stepctl.writers.jsonl import as_number
 
@@ -21,7 +22,11 @@ _KINDS = {"eval": "validation", "train": "training"}
 
 
 class Run(NamedTuple):
-    """One run. `last` and `best` are values of `metric`; `age` is seconds since the ledger's newest line of its own."""
+    """One run. `last` and `best` are values of `metric`; `age` is seconds since the ledger's newest line of its own.
+
+    One that is "held" by a process on another `host` is running there, or was killed there; its `age` is seconds since
+    anything was written.
+    """
 
     name: str
     step: int
@@ -29,9 +34,10 @@ class Run(NamedTuple):
     metric: str | None
     last: float | None
     best: float | None
-    state: str  # "running", "finished", "interrupted", "damaged", or "unreadable" (now)
+    state: str  # "running", "held", "finished", "interrupted", "damaged" or "unreadable"
     reason: str
     age: float | None
+    host: str | None = None
 
 
 def runs_in(folder: str, now: datetime.datetime) -> list[Run]:
@@ -42,13 +48,17 @@ def runs_in(folder: str, now: datetime.datetime) -> list[Run]:
     own = RunDirectory(folder)
     parts = {path.name for path in (own.checkpoints, own.samples, own.tensorboard)}  # of the run that it may be
     try:
-        entries = [entry for entry in os.scandir(folder) if entry.name not in parts]
+        entries = [entry for entry in os.scandir(folder) if entry.name not in parts and not _is_no_run(entry.name)]
         children = sorted(entry.path for entry in entries if _may_be_directory(entry))
     except OSError as error:
         if files.is_unavailable(error):
             raise files.unreadable(folder, error) from error
         raise ConfigError(f"{folder}: cannot be listed: {error.strerror}; give the folder that holds runs") from error
     return [run for path in [folder, *children] if (run := look(RunDirectory(path), now)) is not None]
+
+
+def _is_no_run(name: str) -> bool:
+    return name.startswith(".") or name == "lost+found"
 
 
 def _may_be_directory(entry: os.DirEntry[str]) -> bool:
@@ -69,18 +79,21 @@ def look(directory: RunDirectory, now: datetime.datetime) -> Run | None:
         return Run(directory.name, 0, None, None, None, None, "damaged", str(error), None)
 
 
-def _look(directory: RunDirectory, holder: str | None, now: datetime.datetime) -> Run:
+def _look(directory: RunDirectory, holder: Holder | None, now: datetime.datetime) -> Run:
     ledger, rows = directory.read_ledger(), directory.read_metrics()
     starts = [row for row in ledger if row["event"] == "start"]
     steps = names.steps(files.list_directory(directory.checkpoints))
+    age, host = _age(ledger, now), None
     if holder:
-        state, reason = "running", holder
+        state, reason, host = "running", holder.description, holder.other_host
+        if host is not None:
+            state, age = "held", _since_last_write(directory, now)
         step = max([*steps, *(row["step"] for row in rows), *(row["step"] for row in starts[-1:])], default=0)
     else:
         state, reason, step = _at_rest(directory, ledger, steps)
     metric, last, best = _metric(rows, *_asked(directory))
     target = starts[-1]["target"] if starts else None
-    return Run(directory.name, step, target, metric, last, best, state, reason, _age(ledger, now))
+    return Run(directory.name, step, target, metric, last, best, state, reason, age, host)
 
 
 def _at_rest(directory: RunDirectory, ledger: list[Row], steps: list[int]) -> tuple[str, str, int]:
@@ -175,3 +188,13 @@ def _age(ledger: list[Row], now: datetime.datetime) -> float | None:
         return max(round((now - then).total_seconds(), 3), 0.0)
     except (IndexError, KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _since_last_write(directory: RunDirectory, now: datetime.datetime) -> float | None:
+    written = []
+    for path in (directory.metrics, directory.ledger, directory.checkpoints):
+        with contextlib.suppress(OSError):
+            written.append(os.stat(path).st_mtime)
+    if not written:
+        return None
+    return max(round(now.timestamp() - max(written), 3), 0.0)

@@ -90,7 +90,7 @@ def test_a_killed_process_leaves_an_interrupted_run(tmp_path: Path) -> None:
     (path / "lock").write_text(json.dumps({**dead, "boot_id": "before the power cut", "pid": os.getpid()}))
     assert one(path).state == "interrupted"
     (path / "lock").write_text(json.dumps({**dead, "host": "elsewhere"}))
-    assert (one(path).state, one(path).reason) == ("running", f"process {ended.pid} on elsewhere")
+    assert (one(path).state, one(path).reason) == ("held", f"process {ended.pid} on elsewhere")
 
 
 def test_an_end_of_a_ledger_that_does_not_say_done_is_judged_by_its_step(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_nothing_in_the_folder_makes_it_fail_or_wait_or_reach_the_terminal(tmp_p
         "odd\x1b[31mname\udcff": "damaged",
         "pipe": "damaged",
         "loop": "damaged",
-        "texts": "running",
+        "texts": "held",
     }
     for options in ([], ["--json"]):
         done = call(tmp_path, *options)

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 _HEADS = ("run", "step", "target", "metric", "last", "best", "state", "age")
 _LEFT = ("run", "metric", "state")  # columns of text
-_COLORS = {"running": "green", "finished": "", "interrupted": "yellow", "damaged": "red", "unreadable": "red"}
+_COLORS = {
+    "running": "green",
+    "finished": "",
+    "interrupted": "yellow",
+    "damaged": "red",
+    "unreadable": "red",
+    "held": "yellow",
+}
 
 
 @click.command()
@@ -25,8 +32,8 @@ _COLORS = {"running": "green", "finished": "", "interrupted": "yellow", "damaged
 def runs(folder: str, as_json: bool) -> None:
     """List the runs in DIR (runs, if not given): step, target, how good, whether running, and since when.
 
-    A state is running, finished (at its target, or stopped for good before), interrupted, damaged, or unreadable now
-    (stderr says why; exit 1).
+    A state is running, finished (at its target, or stopped for good before), interrupted, damaged, unreadable now
+    (stderr says why; exit 1), or held by HOST: running on that machine, or killed there, by the age of its last write.
     The metric is that of evaluate or keep_best in the config, or the loss; of evaluations, if there are some.
     """
     import datetime
@@ -39,6 +46,8 @@ def runs(folder: str, as_json: bool) -> None:
     for run in found:
         if run.state in ("damaged", "unreadable"):
             say(in_one_line(f"{run.name}: {run.reason}"))
+        elif run.state == "held":
+            say(in_one_line(f"{run.name}: {_held(run)}"))
     if as_json:
         plain = [{key: json_value(value) for key, value in run._asdict().items()} for run in found]
         click.echo(json.dumps(plain, indent=2))
@@ -76,7 +85,16 @@ def _print_lines(found: list[Run]) -> None:
 
 def _cells(run: Run) -> tuple[str, ...]:
     values = ["-" if value is None else f"{value:.4g}" for value in (run.last, run.best)]
-    return (*map(_text, (run.name, run.step, run.target, run.metric)), *values, run.state, _in_words(run.age))
+    return (*map(_text, (run.name, run.step, run.target, run.metric)), *values, _state(run), _in_words(run.age))
+
+
+def _state(run: Run) -> str:
+    return run.state if run.host is None else f"held by {_text(run.host)}"
+
+
+def _held(run: Run) -> str:
+    written = "" if run.age is None else f" (last write {_in_words(run.age)} ago)"
+    return f"held by {run.reason}{written}; if that process was killed, stepctl resume goes on with the run"
 
 
 def _text(value: object) -> str:

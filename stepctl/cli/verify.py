@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from stepctl import shell
 from stepctl.cli.options import Place, say
 from stepctl.errors import ConfigError, Exit, printable
 
@@ -37,6 +38,8 @@ def verify(path: str, steps: str | None, as_json: bool) -> None:
         for problem in problems:
             click.echo(f"{printable(problem.message)}  [{problem.code}]")
         click.echo(f"{path}: {counted(len(problems), 'problem')}" if problems else f"{path}: good")
+        if any(problem.code == "lost" for problem in problems):
+            say(f"if the missing files were removed on purpose: {shell.command('prune', path, '--forget-missing')}")
     click.get_current_context().exit(Exit.NEGATIVE if problems else Exit.DONE)
 
 
