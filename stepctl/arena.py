@@ -44,6 +44,12 @@ def _aligned(make: Callable[..., Array], shape: Shape, dtype: np.dtype[Any]) -> 
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
+def read_only(array: Array) -> Array:
+    """Return a view of an array that cannot be written, nor can any view of it."""
+    # with a read-only memoryview as its base, NumPy lets nobody set WRITEABLE again
+    return np.asarray(array.data.toreadonly())
+
+
 class Owners:
     """Who updates which part of an arena, and how they agree: here this process, all of it.
 
@@ -75,7 +81,10 @@ _ALONE = contextlib.nullcontext()
 
 
 class _Memory(NamedTuple):
+    """A buffer, and what an arena shows of it: the whole and its named arrays."""
+
     flat: Array
+    shown: Array
     views: dict[str, Array]
 
 
@@ -85,16 +94,26 @@ class Arena(Mapping[str, Array]):
     `flat` is the whole buffer, with zeros in the gaps that alignment leaves; `arena["dense0/weight"]` is a
     view into it. Names are paths; no name may be a folder of another.
 
-    An update writes the new values, all of them, into `target` and then calls `turn`. The target is `flat`
-    itself, unless `hand_over` gave this memory away: then it is a second buffer, and the two change places.
-    Where several processes have the same memory, each of its `owners` updates its `part`.
+    The views of a `read_only` arena, which a state is made of, cannot be written, and NumPy cannot make them
+    writable: only an update changes the values. An update writes the new values, all of them, into what
+    `update_target` returns and then calls `turn`. The target is the arena's memory itself, unless `hand_over` gave
+    that away: then it is a second buffer, and the two change places. Where several processes have the same memory,
+    each of its `owners` updates its `part`.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], dtype: npt.DTypeLike, flat: Array | None = None) -> None:
-        """`flat` is the buffer if it is made already: 64-byte aligned, of zeros, and as long as the layout asks."""
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        dtype: npt.DTypeLike,
+        flat: Array | None = None,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """`flat` is the buffer if it is made already: 64-byte aligned, and as long as the layout asks."""
         check_names(shapes)
         self.shapes: dict[str, Shape] = {name: tuple(shape) for name, shape in shapes.items()}
         self.dtype = np.dtype(dtype)
+        self.read_only = read_only
         self._memory = self._new_memory(flat)
         self._spare: _Memory | None = None
         self.handed_over = False  # and not updated since
@@ -106,42 +125,46 @@ class Arena(Mapping[str, Array]):
         return f"Arena({self.dtype}: {shapes})"
 
     def _new_memory(self, flat: Array | None = None) -> _Memory:
-        step = ALIGNMENT // self.dtype.itemsize
-        starts, end = {}, 0
-        for name, shape in self.shapes.items():
-            starts[name] = end
-            end += -(-math.prod(shape) // step) * step
+        n_elements = sum(self._padded(shape) for shape in self.shapes.values())
         if flat is None:
-            flat = aligned_zeros((end,), self.dtype)
-        elif flat.shape != (end,) or flat.ctypes.data % ALIGNMENT:
+            flat = aligned_zeros((n_elements,), self.dtype)
+        elif flat.shape != (n_elements,) or (n_elements and flat.ctypes.data % ALIGNMENT):
             raise ValueError("this memory is of another layout")
-        views = {
-            name: flat[starts[name] : starts[name] + math.prod(shape)].reshape(shape)
-            for name, shape in self.shapes.items()
-        }
-        return _Memory(flat, views)
+        shown = read_only(flat) if self.read_only else flat
+        return _Memory(flat, shown, self._views(shown))
+
+    def _padded(self, shape: Shape) -> int:
+        """Return how many elements an array takes with the gap behind it."""
+        step = ALIGNMENT // self.dtype.itemsize
+        return -(-math.prod(shape) // step) * step
+
+    def _views(self, flat: Array) -> dict[str, Array]:
+        views, start = {}, 0
+        for name, shape in self.shapes.items():
+            views[name] = flat[start : start + math.prod(shape)].reshape(shape)
+            start += self._padded(shape)
+        return views
 
     @property
     def flat(self) -> Array:
         """The whole buffer."""
-        return self._memory.flat
+        return self._memory.shown
 
     @property
     def part(self) -> slice:
         """What of the buffer this process updates."""
         return self.owners.part(len(self._memory.flat))
 
-    @property
-    def target(self) -> Array:
-        """The buffer that the next update writes: `flat`, or the spare one after `hand_over`."""
+    def _target(self) -> _Memory:
+        """Return the memory that the next update writes."""
         if not self.handed_over:
             self.touched = True
-            return self._memory.flat
+            return self._memory
         self._spare = self._spare or self._new_memory()
-        return self._spare.flat
+        return self._spare
 
     def turn(self) -> None:
-        """Make what an update wrote into `target` the values of this arena."""
+        """Make what an update wrote into its target the values of this arena."""
         if self.handed_over and self._spare is not None:
             self.touched = True
             self._memory, self._spare = self._spare, self._memory
@@ -153,22 +176,41 @@ class Arena(Mapping[str, Array]):
         self.owners = owners
 
     def hand_over(self) -> Arena:
-        """Return an arena of the present values, in the memory where they are; the next update goes elsewhere.
+        """Return an arena of the present values that nothing changes any more until the update after the next call.
 
-        Nothing is copied. There are two buffers, so an arena that was handed over before must be done with by
-        the update after this call.
+        Nothing of a read-only arena is copied: its memory is given away, and the next update goes elsewhere. There
+        are two buffers, so an arena that was handed over before must be done with by the update after this call. The
+        memory of any other arena may be written by whoever holds a view of it, so that its values are copied.
         """
+        if not self.read_only:
+            return self.to_read_only(copy=True)
         handed = object.__new__(Arena)
-        handed.shapes, handed.dtype, handed._memory = self.shapes, self.dtype, self._memory
-        handed._spare, handed.handed_over, handed.touched, handed.owners = None, False, False, SOLE
+        handed.shapes, handed.dtype, handed.read_only = self.shapes, self.dtype, True
+        handed._memory, handed._spare, handed.owners = self._memory, None, SOLE
+        handed.handed_over, handed.touched = False, False
         self.handed_over = True
         return handed
+
+    def to_read_only(self, *, copy: bool) -> Arena:
+        """Return a read-only arena of these values; with `copy`, no view of this one can change it."""
+        flat = self._memory.flat
+        if copy:
+            flat = aligned_empty(flat.shape, self.dtype)
+            flat[:] = self._memory.flat
+        return Arena(self.shapes, self.dtype, flat, read_only=True)
+
+    def new_views(self) -> dict[str, Array]:
+        """Return views of the named arrays that nobody else has: to set the shape of another changes none of them."""
+        return self._views(self._memory.shown)
 
     def __getitem__(self, name: str) -> Array:
         return self._memory.views[name]
 
     def __setitem__(self, name: str, value: npt.ArrayLike) -> None:
-        self._memory.views[name][...] = value
+        view = self._memory.views[name]
+        if self.read_only:
+            raise ValueError(f"array {name!r} is read-only")
+        view[...] = value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._memory.views)
@@ -187,15 +229,15 @@ class Arena(Mapping[str, Array]):
         return self.flat.nbytes
 
     def like(self, flat: Array | None = None) -> Arena:
-        """Return a new arena of the same layout, filled with zeros, or over a buffer that is made already."""
+        """Return a new writable arena of the same layout, of zeros, or over a buffer that is made already."""
         return Arena(self.shapes, self.dtype, flat)
 
     def copy_from(self, other: Arena) -> None:
-        """Take over every value of an arena of the same layout."""
+        """Take over every value of an arena of the same layout; this is an update."""
         if (self.shapes, self.dtype) != (other.shapes, other.dtype):
             raise ValueError("the arenas differ in layout")
-        self.touched = True
-        self.flat[:] = other.flat
+        update_target(self)[:] = other.flat
+        self.turn()
 
     def first_non_finite(self) -> str | None:
         """Return the name of the first array that is NaN or infinite in part, as far as its owners see."""
@@ -224,6 +266,19 @@ class Arena(Mapping[str, Array]):
     def same_bits(self, other: Mapping[str, Array]) -> bool:
         """Tell whether both hold the same names, shapes, dtypes and bits (NaN payloads and signs of zero too)."""
         return self.keys() == other.keys() and all(same_bits(self[name], other[name]) for name in self)
+
+
+def update_target(arena: Arena) -> Array:
+    """Return the buffer that the next update of an arena writes.
+
+    For stepctl's own updates, and not handed to any other code: whoever kept it could change a checkpoint in flight.
+    """
+    return arena._target().flat
+
+
+def update_views(arena: Arena) -> dict[str, Array]:
+    """Return the named arrays of `update_target`."""
+    return arena._views(arena._target().flat)
 
 
 def same_bits(a: Array, b: Array) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import numbers
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast, get_args
 
@@ -22,7 +22,7 @@ from stepctl.data.base import Source, Targets, count_classes
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
 from stepctl.ema import MovingAverage
 from stepctl.errors import ConfigError, NonFiniteError, StepctlError
-from stepctl.hooks.base import Hook
+from stepctl.hooks.base import Hook, HookState
 from stepctl.hooks.evaluate import Evaluate
 from stepctl.hooks.log import Log
 from stepctl.hooks.samples import picture_shape
@@ -30,10 +30,11 @@ from stepctl.hooks.signals import ended_by_signals
 from stepctl.hooks.watch import Best, EarlyStopping, TargetMetric, Watch
 from stepctl.models.base import Ends, Model
 from stepctl.optimizers.base import Optimizer
-from stepctl.problems import did_you_mean, in_one_line, reason
+from stepctl.problems import a_or_an, did_you_mean, in_one_line, reason
 from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, TrainState
 from stepctl.tasks.base import Mode, OneUpdate, Task
 from stepctl.tasks.learner import Learner
+from stepctl.tasks.read_only import explained
 from stepctl.writers import beside
 from stepctl.writers.rows import Rows
 
@@ -57,7 +58,8 @@ class Assembly:
     @np.errstate(all="ignore")
     def trial(self) -> None:
         """Try the first step without taking it, so that a model that breaks its protocol is refused before it."""
-        with contextlib.suppress(NonFiniteError):  # whether that stops the run is for the first step to say
+        # whether what is not finite stops the run is for the first step to say
+        with contextlib.suppress(NonFiniteError), explained(self.state):
             self.task.trial(self.state, self.training.batch(self.state.counters.samples_seen))
 
     def stop_rules(self) -> list[EarlyStopping | TargetMetric]:
@@ -135,6 +137,9 @@ def _assemble(config: Config, hooks: Sequence[Hook], target: int, comm: Comm) ->
     except ValueError as error:
         names = ", ".join(spec["name"] for spec in config.model.specs().values())
         raise ConfigError(f"model: {names}: {error}") from error
+    written = next((folder for folder, arena in state.arenas.items() if not arena.read_only), None)
+    if written is not None and task.sliced:
+        raise ConfigError(f"task.name: {config.task.name} writes arrays of its own ({written}): set sliced = False")
     training = TrainingBatches(
         training_part,
         seed=config.seed,
@@ -151,7 +156,8 @@ def _assemble(config: Config, hooks: Sequence[Hook], target: int, comm: Comm) ->
     own = _own_hooks(config, task, rows, watches, training, evaluation)
     all_hooks = [*own, *watches, *hooks]
     _check_hooks(all_hooks)
-    state.hooks = {hook.name: remembered for hook in all_hooks if (remembered := hook.state())}
+    remembering = [hook for hook in all_hooks if type(hook).state is not Hook.state]
+    state = replace(state, hooks=tuple(HookState(hook) for hook in remembering))
     codec.check_storable(state)
     if config.samples is not None:
         _check_samples(config.samples, task, state, train.sample_shape)
@@ -229,6 +235,10 @@ def _own_hooks(
 
 
 def _check_hooks(hooks: list[Hook]) -> None:
+    for hook in hooks:
+        if not (isinstance(hook, Hook) and isinstance(getattr(hook, "name", None), str)):
+            kind = a_or_an(type(hook).__name__)
+            raise ConfigError(f"hooks: there is {kind}; each must be a stepctl.Hook, with a class attribute `name`")
     if len({hook.name for hook in hooks}) < len(hooks):
         raise ConfigError(f"hooks: two have one name; they are called {', '.join(hook.name for hook in hooks)}")
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from stepctl.arena import Arena
+from stepctl.arena import Arena, update_target
 from stepctl.comm import World
 from stepctl.config import Cadence
 from stepctl.data.batches import TrainingBatches
 from stepctl.hooks.base import Hook
 from stepctl.state import GLOBAL_STEP, Counters, TrainState
 from stepctl.tasks.base import Metrics, OneUpdate
+from stepctl.tasks.read_only import explained
 from stepctl.trainer import StopRule, Trainer
 from stepctl.window import Cell, Window
 
@@ -69,7 +70,7 @@ class AsyncTrainer(Trainer):
     ) -> None:
         super().__init__(task, batches, state, stop=stop, hooks=hooks)
         self._one, self._comm, self._cut, self._urgent = task, comm, cut, urgent
-        self._mine = {folder: arena.like() for folder, arena in state.arenas.items()}
+        self._mine = {folder: arena.like().to_read_only(copy=False) for folder, arena in state.arenas.items()}
         ends = [0, *accumulate(arena.n_bytes for arena in state.arenas.values())]
         self._places = dict(zip(state.arenas, ends, strict=False))
         self._window: Window = comm.window(ends[-1])
@@ -98,7 +99,7 @@ class AsyncTrainer(Trainer):
         self.complete = False  # an interrupt may come anywhere
         if self._comm.rank == 0:
             for folder, arena in self.state.arenas.items():
-                self._window.get(self._places[folder], arena.target)  # the arena itself may be being saved
+                self._window.get(self._places[folder], update_target(arena))  # the arena itself may be being saved
                 arena.turn()
         increments = self.task.increments(counters, self.batches.samples)
         self._count({name: (end - start) * n for name, n in increments.items()})
@@ -143,11 +144,13 @@ class AsyncTrainer(Trainer):
         with self._window.exclusive():
             seen = self._window.add(Cell.DONE)
             self._read({"params": self._mine["params"]})
-        gradient, metrics = self._one.gradient(state, batch)
+        with explained(state):
+            gradient, metrics = self._one.gradient(state, batch)
         with self._window.exclusive():
             done = self._window.add(Cell.DONE)
             self._read(self._mine)
-            metrics |= self._one.apply(state, gradient, counts_at(done))
+            with explained(state):
+                metrics |= self._one.apply(state, gradient, counts_at(done))
             self._write(self._mine)
             self._window.add(Cell.DONE, 1)
         tally.updates, tally.staleness = tally.updates + 1, tally.staleness + done - seen
@@ -155,7 +158,7 @@ class AsyncTrainer(Trainer):
 
     def _read(self, arenas: Mapping[str, Arena]) -> None:
         for folder, arena in arenas.items():
-            self._window.get(self._places[folder], arena.flat)
+            self._window.get(self._places[folder], update_target(arena))
 
     def _write(self, arenas: Mapping[str, Arena]) -> None:
         for folder, arena in arenas.items():

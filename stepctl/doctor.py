@@ -187,15 +187,15 @@ def _state(fill: int) -> TrainState:
     import numpy as np
 
     from stepctl.arena import Arena
-    from stepctl.state import Counters, TrainState
+    from stepctl.state import Counters, Remembered, TrainState
 
     odd = [-0.0, np.inf, np.nan, np.finfo(np.float32).smallest_subnormal, 1 / 3]
     arenas = {"params": Arena({"odd": (5,)}, np.float32), "ema": Arena({"odd": (5,)}, np.float64)}
     for arena in arenas.values():
         arena["odd"][...] = odd if fill else 0
     counters = Counters({"global_step": 7, "samples_seen": 2**62 * fill})
-    hooks = {"doctor": {"bytes": np.arange(9, dtype=np.uint8) * fill, "count": np.array(2**62 * fill)}}
-    return TrainState(counters, arenas, hooks=hooks)
+    hook = Remembered("doctor", {"bytes": np.arange(9, dtype=np.uint8) * fill, "count": np.array(2**62 * fill)})
+    return TrainState(counters, arenas, hooks=[hook])
 
 
 def _mpi() -> Facts:

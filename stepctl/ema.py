@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from stepctl.arena import Arena, Array, aligned_empty
+from stepctl.arena import Arena, Array, aligned_empty, update_target
 
 _BLOCK = 1 << 16  # elements that stay in the cache between the passes
 
@@ -26,7 +26,8 @@ class MovingAverage:
     def update(self, average: Arena, params: Arena, number: int) -> None:
         """Take in this process's part of the parameters after update `number` (1, 2, ...): arenas of one layout."""
         decay = min(self.decay, (1 + number) / (10 + number)) if self.warmup else self.decay
-        old, new, values, scratch = average.flat, average.target, params.flat, _scratch(params.dtype)
+        old, new = average.flat, update_target(average)
+        values, scratch = params.flat, _scratch(params.dtype)
         mine = average.part
         for start in range(mine.start, mine.stop, _BLOCK):
             at = slice(start, min(start + _BLOCK, mine.stop))

@@ -28,6 +28,7 @@ from stepctl.rundir import RunDirectory
 from stepctl.segment import Outcome, Say, Segment
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics
+from stepctl.tasks.read_only import explained
 from stepctl.trainer import Trainer
 
 Path_ = str | os.PathLike[str]
@@ -126,7 +127,8 @@ class Run:
         numerics.give_again(assembly.numerics["threads"])
         if assembly.validation is None:
             raise ConfigError("data: there is no validation part; set data.validation_fraction")
-        return assembly.task.evaluate(self.state, assembly.validation, average=average)
+        with explained(self.state):
+            return assembly.task.evaluate(self.state, assembly.validation, average=average)
 
     def close(self) -> Outcome | None:
         """Write the last row and checkpoint, and let the run go; None if nothing was begun.

@@ -82,8 +82,8 @@ def in_user_code(error: BaseException) -> str:
     """
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
-        if _is_users(frame.f_globals.get("__name__", ""), frame.f_code.co_filename):
-            found = f" ({_shortest(frame.f_code.co_filename)}:{line})"
+        if is_users(frame.f_globals.get("__name__", ""), frame.f_code.co_filename):
+            found = f" ({shortest(frame.f_code.co_filename)}:{line})"
     return found
 
 
@@ -94,17 +94,19 @@ def defined_at(thing: object) -> str:
         _, line = inspect.findsource(thing)  # type: ignore[arg-type]
     except (OSError, TypeError):
         return ""
-    return "" if file is None else f"{_shortest(file)}:{line + 1}"
+    return "" if file is None else f"{shortest(file)}:{line + 1}"
 
 
-def _is_users(module: str, file: str) -> bool:
+def is_users(module: str, file: str) -> bool:
+    """Tell whether code of this module, in this file, is the user's."""
     if file.startswith((_PACKAGE, "<string>", "<frozen")):
         return False
     package = module.partition(".")[0]
     return package not in _NOT_USERS and package not in sys.stdlib_module_names
 
 
-def _shortest(file: str) -> str:
+def shortest(file: str) -> str:
+    """Return a path as it is from the current folder, if it is below that."""
     relative = os.path.relpath(file)
     return file if relative.startswith(os.pardir) or file.startswith("<") else relative
 
@@ -112,6 +114,11 @@ def _shortest(file: str) -> str:
 def counted(n: int, word: str) -> str:
     """Return "1 problem", "2 problems"."""
     return f"{n:,} {word}{'' if n == 1 else 's'}"
+
+
+def a_or_an(noun: str) -> str:
+    """Return a noun with its article: "a float", "an int"."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

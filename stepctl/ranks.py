@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepctl import numerics
-from stepctl.arena import SOLE
+from stepctl.arena import SOLE, update_target
 from stepctl.assembly import Assembly, assemble
 from stepctl.asynchronous import AsyncTrainer, next_cut
 from stepctl.comm import Comm, Order, World
@@ -17,7 +17,7 @@ from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.signals import Signals
 from stepctl.launcher import RankError
 from stepctl.problems import in_one_line, in_user_code
-from stepctl.state import Counters, TrainState
+from stepctl.state import Counters, TrainState, restore_counters
 from stepctl.tasks.base import OneUpdate
 from stepctl.trainer import StopRule, Trainer
 
@@ -88,12 +88,13 @@ def _known(assembly: Assembly) -> tuple[Any, ...]:
 
 def take_up(assembly: Assembly) -> None:
     """Have the state that rank 0 has: the same memory, where there is such and the task can do with it, or a copy."""
-    task, state = assembly.task, assembly.state
+    task, state, comm = assembly.task, assembly.state, assembly.comm
+    if comm.size == 1:
+        return
     arenas = list(state.arenas.values())
-    if not (task.sliced and task.comm.in_common(arenas)):
-        for arena in arenas:
-            assembly.comm.copy(arena.flat)
-    assembly.comm.copy(state.buffers.flat)
+    copied = [] if task.sliced and task.comm.in_common(arenas) else arenas
+    for arena in [*copied, state.buffers]:
+        comm.copy(update_target(arena))
 
 
 def _in_common(state: TrainState) -> bool:
@@ -138,7 +139,7 @@ def _enlist(comm: World) -> Trainer | None:
     if any(problem for problem, _ in answers[1:]):
         return None
     take_up(assembly)
-    assembly.state.counters = Counters(counters)
+    restore_counters(assembly.state.counters, counters)
     task, parts = assembly.task, (assembly.training, assembly.state)
     if isinstance(task, OneUpdate) and assembly.config.distributed.mode == "async":
         return AsyncTrainer(task, *parts, comm=comm)

@@ -97,6 +97,11 @@ def own_components() -> str:
     return ", ".join(f"{name} ({defined_at(found) or 'of unknown origin'})" for name, found in _own.items())
 
 
+def is_builtin(component: object) -> bool:
+    """Tell whether a component's class is one of stepctl's own, and no user's."""
+    return type(component).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 def _check_kind(family: str, found: object) -> None:
     """Raise TypeError if calling this could not give a component of the family, before it is called."""
     needed, gives = _protocol(family), found

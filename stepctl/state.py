@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Protocol, final
 
 import numpy as np
 
@@ -24,6 +26,9 @@ class Counters(Mapping[str, int]):
         for required in (GLOBAL_STEP, SAMPLES_SEEN):
             if required not in values:
                 raise ValueError(f"counter {required!r} is missing")
+        self._set(values)
+
+    def _set(self, values: Mapping[str, int]) -> None:
         for name, value in values.items():
             if not 0 <= value <= _LARGEST:
                 raise ValueError(f"counter {name!r} is {value}: outside 0..2^63-1")
@@ -69,6 +74,12 @@ class Counters(Mapping[str, int]):
         return crosses(self._before[name], self._values[name], every, offset)
 
 
+def restore_counters(counters: Counters, values: Mapping[str, int]) -> None:
+    """Set counters to what a checkpoint, or rank 0, has for them."""
+    # in the order in which this run counts them: names come back from HDF5 in that order, but need not
+    counters._set({name: values[name] for name in counters})
+
+
 Trigger = Callable[[Counters], bool]
 
 
@@ -97,23 +108,59 @@ def trigger(name: str, every: int | None, offset: int, also: int | None) -> Trig
     return fires
 
 
-@dataclass(repr=False)
+class Remembers(Protocol):
+    """What has arrays of its own in a checkpoint: a hook."""
+
+    @property
+    def name(self) -> str:
+        """The name of their folder there."""
+
+    def state(self) -> Mapping[str, Array]:
+        """Return the arrays as they are now."""
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Go on from the arrays of a checkpoint."""
+
+
+@final
+@dataclass(frozen=True)
+class Remembered:
+    """What a hook remembered when it was asked."""
+
+    name: str
+    arrays: Mapping[str, Array]
+
+    def state(self) -> Mapping[str, Array]:
+        """Return the arrays."""
+        return self.arrays
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Fill the arrays in place."""
+        for key, array in self.arrays.items():
+            array[...] = state[key]
+
+
+@final
+@dataclass(frozen=True, repr=False)
 class TrainState:
     """All that an update may change.
 
     `arenas` holds by its folder in a checkpoint what optimizers update: the parameters in "params", slots in
     "optimizers/<name>/<slot>", a moving average in "ema". With several models, each has a folder of its own there:
-    "params/<model>". `buffers` holds the models' non-trainable arrays; `hooks` what each hook remembers.
+    "params/<model>". `buffers` holds the models' non-trainable arrays; `hooks` those that remember something.
     """
 
     counters: Counters
-    arenas: dict[str, Arena]
-    buffers: Arena = field(default_factory=lambda: Arena({}, np.float32))
-    hooks: dict[str, dict[str, Array]] = field(default_factory=dict)
+    arenas: Mapping[str, Arena]
+    buffers: Arena = field(default_factory=lambda: Arena({}, np.float32, read_only=True))
+    hooks: Sequence[Remembers] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arenas", MappingProxyType(dict(self.arenas)))
 
     def __repr__(self) -> str:
         counters = ", ".join(f"{name} {value:,}" for name, value in self.counters.items())
-        folders = [*self.arenas, *(["buffers"] if self.buffers else []), *(f"hooks/{name}" for name in self.hooks)]
+        folders = [*self.arenas, *(["buffers"] if self.buffers else []), *(f"hooks/{hook.name}" for hook in self.hooks)]
         return f"TrainState({counters}; {', '.join(folders)}; {self.n_bytes:,} bytes)"
 
     @property
@@ -122,28 +169,38 @@ class TrainState:
         return self.arenas["params"]
 
     def arrays(self) -> dict[str, Array]:
-        """Return every array but the counters by its path in a checkpoint, as live views."""
-        folders: dict[str, Mapping[str, Array]] = {**self.arenas, "buffers": self.buffers}
-        folders |= {f"hooks/{name}": values for name, values in self.hooks.items()}
+        """Return every array but the counters by its path in a checkpoint: views, and what the hooks return."""
+        folders: dict[str, Mapping[str, Array]] = {folder: arena.new_views() for folder, arena in self.arenas.items()}
+        folders["buffers"] = self.buffers.new_views()
+        folders |= {f"hooks/{hook.name}": hook.state() for hook in self.hooks}
         return {f"{folder}/{path}": array for folder, arrays in folders.items() for path, array in arrays.items()}
 
     def hand_over(self) -> TrainState:
-        """Return the state as it is now, which no update changes any more; only what is small is copied."""
-        buffers = self.buffers
-        if buffers:  # most models have none; code that was not run for a whole step costs a tenth of a millisecond
-            buffers = buffers.like()
-            buffers.copy_from(self.buffers)
+        """Return the state as it is now, which no update changes any more.
+
+        Copied is what the hooks return, and arenas that are not read-only.
+        """
+        hooks = self._remembered()  # first, as this may fail
         return TrainState(
             counters=Counters(dict(self.counters)),
             arenas={folder: arena.hand_over() for folder, arena in self.arenas.items()},
-            buffers=buffers,
-            hooks={name: {key: array.copy() for key, array in values.items()} for name, values in self.hooks.items()},
+            buffers=self.buffers.hand_over() if self.buffers else self.buffers,
+            hooks=hooks,
+        )
+
+    def with_hooks_asked(self) -> TrainState:
+        """Return this state with a copy of what the hooks return now."""
+        return replace(self, hooks=self._remembered())
+
+    def _remembered(self) -> tuple[Remembered, ...]:
+        return tuple(
+            Remembered(hook.name, {key: array.copy() for key, array in hook.state().items()}) for hook in self.hooks
         )
 
     @property
     def handed_over(self) -> bool:
         """Tell whether no arena was updated since `hand_over`."""
-        return all(arena.handed_over for arena in self.arenas.values())
+        return all(arena.handed_over for arena in self.arenas.values() if arena.read_only)
 
     def first_non_finite(self) -> str | None:
         """Return the path of the first array that an update made NaN or infinite in part; hooks may hold such."""

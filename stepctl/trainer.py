@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,11 @@ from stepctl.errors import NonFiniteError, StepctlError, TornUpdate
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.state import SAMPLES_SEEN, Counters, TrainState, Trigger
 from stepctl.tasks.base import Metrics, Task
+from stepctl.tasks.read_only import explained
 from stepctl.tasks.undo import Undo
 
 MAX_SKIPPED = 100  # batches in a row
+_nothing = contextlib.nullcontext()
 _quiet = np.errstate(all="ignore")  # the guard says what is wrong, and once
 
 
@@ -96,7 +99,8 @@ class Trainer:
     def start(self) -> None:
         """Begin: tell the hooks."""
         for hook in self.hooks:
-            hook.start(self.state)
+            with explained(self.state):
+                hook.start(self.state)
         self.complete = True
 
     @_quiet
@@ -116,10 +120,11 @@ class Trainer:
         self.complete = False
         state, told = self.state, 0
         try:
-            for _, fires, after_step in self._listeners:
-                if fires is None or fires(state.counters):
-                    after_step(state, metrics)
-                told += 1
+            with explained(state):
+                for _, fires, after_step in self._listeners:
+                    if fires is None or fires(state.counters):
+                        after_step(state, metrics)
+                    told += 1
         except KeyboardInterrupt:
             raise
         except BaseException:
@@ -138,8 +143,9 @@ class Trainer:
         self.complete = False
         hooks = iter(self.hooks)
         try:
-            for hook in hooks:
-                hook.end(self.state, metrics, reason)
+            with explained(self.state):
+                for hook in hooks:
+                    hook.end(self.state, metrics, reason)
         except KeyboardInterrupt:
             raise
         except BaseException:
@@ -185,9 +191,7 @@ class Trainer:
         return metrics
 
     def _task_step(self, batch: Batch) -> Metrics:
-        if self._undo is None:
-            return self.task.step(self.state, batch)
-        with self._undo.on_error(self._arenas):
+        with self._undo.on_error(self._arenas) if self._undo else _nothing, explained(self.state):
             return self.task.step(self.state, batch)
 
     def _may_be_torn(self) -> bool:

@@ -11,7 +11,7 @@ from helpers import file_bytes
 from stepctl.arena import Arena, Array
 from stepctl.checkpoint import codec
 from stepctl.errors import CheckpointError
-from stepctl.state import Counters, TrainState
+from stepctl.state import Counters, Remembered, TrainState
 
 STEP = 7
 NAME = "step-00000007.h5"
@@ -43,10 +43,10 @@ def full_state(dtype: str = "float32", seed: int = 0, step: int = STEP) -> Train
         for view in arena.values():
             view[...] = generator.normal(size=view.shape)
     params["odd"][:] = odd_values(dtype) if seed == 0 else 0
-    hooks = {
-        "best": {"loss": np.array(generator.normal()), "step": np.array(2**62 + seed)},
-        "seen": {"bits": generator.integers(0, 256, (2, 3), np.uint8), "sum": generator.normal(size=3)},
-    }
+    hooks = [
+        Remembered("best", {"loss": np.array(generator.normal()), "step": np.array(2**62 + seed)}),
+        Remembered("seen", {"bits": generator.integers(0, 256, (2, 3), np.uint8), "sum": generator.normal(size=3)}),
+    ]
     numbers = {"global_step": step, "samples_seen": 2**63 - 1 - seed, "critic": 5 * step, "generator": step}
     return TrainState(Counters(numbers), arenas, mean, hooks)
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from helpers import BASE, make_config, resume, rows, train
 from jobs import job, needs_mpi
 from stepctl import yamlio
-from stepctl.arena import Arena, Array, Workspace, same_bits
+from stepctl.arena import Arena, Array, Workspace, same_bits, update_target, update_views
 from stepctl.assembly import Assembly, prepare
 from stepctl.cli.main import cli
 from stepctl.config import Config
@@ -160,9 +160,9 @@ def test_an_evaluation_goes_by_the_buffers_and_leaves_them() -> None:
         single = [type(batch)(batch.x[i : i + 1], batch.y[i : i + 1]) for i in range(len(batch.x))]
         assert task.evaluate(state, single, average=average) == pytest.approx(whole, rel=1e-5)
         assert np.array_equal(state.buffers.flat, before)
-        state.buffers["batch_norm0/mean"] = 1
+        update_views(state.buffers)["batch_norm0/mean"].fill(1)
         assert task.evaluate(state, [batch], average=average)["loss"] != pytest.approx(whole["loss"], rel=1e-2)
-        state.buffers.flat[:] = before
+        update_target(state.buffers)[:] = before
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -19,7 +20,7 @@ from states import NAME, STEP, encoded, full_state, refused, small_state, writte
 from stepctl.arena import Arena, Array, aligned_empty
 from stepctl.checkpoint import codec
 from stepctl.errors import CheckpointError, ConfigError
-from stepctl.state import Counters, TrainState
+from stepctl.state import Counters, Remembered, TrainState
 
 LATEST = ("v110", "v110")
 TIMES_STORED = 0x20  # HDF5 file format 3.0, IV.A.1.b: a flag of an object header
@@ -57,12 +58,14 @@ def test_the_same_state_gives_the_same_bytes() -> None:
 
 
 def test_where_arrays_lie_in_memory_does_not_show() -> None:
-    state, moved = full_state(), full_state()
-    for values in moved.hooks.values():
-        for key, array in values.items():
-            values[key] = aligned_empty((*array.shape, 3), array.dtype)[..., 1]
-            values[key][...] = array
-    assert not moved.hooks["seen"]["bits"].flags.c_contiguous
+    state = full_state()
+    strided: dict[str, dict[str, Array]] = {hook.name: {} for hook in state.hooks}
+    for hook in state.hooks:
+        for key, array in hook.state().items():
+            strided[hook.name][key] = aligned_empty((*array.shape, 3), array.dtype)[..., 1]
+            strided[hook.name][key][...] = array
+    assert not strided["seen"]["bits"].flags.c_contiguous
+    moved = replace(state, hooks=[Remembered(name, arrays) for name, arrays in strided.items()])
     assert encoded(moved) == encoded(state)
 
 
@@ -97,14 +100,11 @@ def test_no_object_header_holds_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_round_trip_keeps_every_bit(dtype: str, tmp_path: Path) -> None:
     state, other = full_state(dtype), full_state(dtype, seed=1)
-    views = other.arrays()
     assert not other.same_bits(state)
     with codec.Reader(written(tmp_path, state)) as reader:
         codec.restore(reader, other)
     assert other.same_bits(state)
     assert list(other.counters.items()) == list(state.counters.items())
-    for path, array in state.arrays().items():  # filled in place
-        assert views[path].tobytes() == array.tobytes(), path
 
 
 def test_the_header_says_what_was_written(tmp_path: Path) -> None:
@@ -164,12 +164,12 @@ def test_only_what_the_format_lists_is_in_it(tmp_path: Path) -> None:
 
 def test_values_of_the_other_byte_order_are_written_little_endian(tmp_path: Path) -> None:
     state, other = small_state(), small_state()
-    state.hooks = {"big": {"endian": np.array([1.5, -2.5], ">f8")}}
-    other.hooks = {"big": {"endian": np.zeros(2, ">f8")}}
+    state = replace(state, hooks=[Remembered("big", {"endian": np.array([1.5, -2.5], ">f8")})])
+    other = replace(other, hooks=[Remembered("big", {"endian": np.zeros(2, ">f8")})])
     with codec.Reader(written(tmp_path, state)) as reader:
         assert reader.datasets["hooks/big/endian"].dtype.str == "<f8"
         codec.restore(reader, other)
-    assert other.hooks["big"]["endian"].tolist() == [1.5, -2.5]
+    assert other.arrays()["hooks/big/endian"].tolist() == [1.5, -2.5]
 
 
 # --- damage
@@ -247,17 +247,14 @@ def test_a_copy_under_a_free_name_is_good(tmp_path: Path) -> None:
         np.zeros(2, complex),
         np.array(["text"]),
         np.array([None]),
-        np.zeros((2, 3), order="F"),
-        np.zeros(6)[::2],
-        np.broadcast_to(np.zeros(1), (3,)),
     ],
-    ids=lambda array: f"{array.dtype}, strides {array.strides}",
+    ids=lambda array: str(array.dtype),
 )
 def test_arrays_that_no_checkpoint_could_give_back_are_refused_before_they_are_saved(array: Array) -> None:
     state = small_state()
     codec.check_storable(state)
-    state.hooks = {"best": {"loss": array}}
-    with pytest.raises(ConfigError, match=r"^/hooks/best/loss: .*float32, float64, int64 and uint8 in C order"):
+    state = replace(state, hooks=[Remembered("best", {"loss": array})])
+    with pytest.raises(ConfigError, match=r"^/hooks/best/loss: .*float32, float64, int64 and uint8"):
         codec.check_storable(state)
 
 
@@ -266,7 +263,7 @@ def test_all_that_does_not_fit_is_reported_together(tmp_path: Path) -> None:
         params = Arena(shapes, "float32")
         params.flat.fill(3)
         numbers = {"global_step": STEP, "samples_seen": 1} | counters
-        return TrainState(Counters(numbers), {"params": params}, hooks={"best": {"loss": hook}})
+        return TrainState(Counters(numbers), {"params": params}, hooks=[Remembered("best", {"loss": hook})])
 
     found = state({"same": (2,), "wide": (3,), "old": (1, 2)}, np.zeros(1, np.int64), {"critic": 1})
     expected = state({"same": (2,), "wide": (4,), "new": ()}, np.zeros(1), {"model": 1})
@@ -295,16 +292,19 @@ ODD_NAMES = [
 
 @pytest.mark.parametrize(("hook", "key"), ODD_NAMES, ids=repr)
 def test_names_that_no_checkpoint_could_hold_are_refused_before_they_are_saved(hook: str, key: str) -> None:
-    state = small_state()
-    state.hooks = {"best": {"same": np.zeros(1)}}
-    codec.check_storable(state)
-    state.hooks.setdefault(hook, {})[key] = np.zeros(1)
+    remembered: dict[str, dict[str, Array]] = {"best": {"same": np.zeros(1)}}
+    codec.check_storable(with_hooks(remembered))
+    remembered.setdefault(hook, {})[key] = np.zeros(1)
     with pytest.raises(ConfigError, match="name"):
-        codec.check_storable(state)
+        codec.check_storable(with_hooks(remembered))
+
+
+def with_hooks(remembered: dict[str, dict[str, Array]]) -> TrainState:
+    return replace(small_state(), hooks=[Remembered(name, arrays) for name, arrays in remembered.items()])
 
 
 def test_a_counter_needs_such_a_name_too() -> None:
     state = small_state()
-    state.counters = Counters(dict(state.counters) | {"generatör": 0})
+    state = replace(state, counters=Counters(dict(state.counters) | {"generatör": 0}))
     with pytest.raises(ConfigError, match="name"):
         codec.check_storable(state)

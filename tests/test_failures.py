@@ -85,8 +85,8 @@ class AddsOne(Task):
 
     def initial_state(self, initial_step: int) -> TrainState:
         state = super().initial_state(initial_step)
-        state.arenas["params"] = Arena(state.params.shapes, state.params.dtype)  # which this task alone writes
-        return state
+        own = Arena(state.params.shapes, state.params.dtype)  # which this task alone writes
+        return TrainState(state.counters, {**state.arenas, "params": own}, state.buffers)
 
     def trial(self, state: TrainState, batch: Any) -> None:
         return

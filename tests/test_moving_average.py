@@ -100,6 +100,7 @@ def test_saves_in_between_change_nothing_and_hold_the_average_of_their_step(tmp_
 
 def test_an_average_handed_over_is_not_changed_by_later_updates() -> None:
     average, params = (Arena({"x": (5,)}, "float32") for _ in range(2))
+    average = average.to_read_only(copy=False)
     params["x"] = 1
     handed = average.hand_over()
     for number in (1, 2):

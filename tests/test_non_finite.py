@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import make_config, resume, rows, silent, train
+from stepctl.arena import update_target
 from stepctl.checkpoint import codec
 from stepctl.config import Config
 from stepctl.errors import NonFiniteError
@@ -128,7 +129,7 @@ def test_a_start_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     model = {"name": "user_model:TwoLayers", "width": 4}
     config = make_config(model=model, stop={"last_step": 2})
     with create(config, RunDirectory(tmp_path / "run"), silent) as segment:
-        next(iter(segment.state.params.values()))[...] = np.nan
+        update_target(segment.state.params).fill(np.nan)
         with pytest.raises(NonFiniteError, match="holds NaN or infinity"):
             segment.train()
     assert not any((tmp_path / "run" / "checkpoints").iterdir())

@@ -24,7 +24,7 @@ from stepctl.hooks.save import Save
 from stepctl.hooks.stop import TimeLimit
 from stepctl.run import create
 from stepctl.rundir import RunDirectory
-from stepctl.state import Counters, TrainState
+from stepctl.state import Counters, Remembered, TrainState
 from stepctl.tasks.base import Metrics
 from stepctl.verify import verify
 
@@ -67,45 +67,55 @@ class Watch(Hook):
 # --- arenas
 
 
+def state_arena(shapes: dict[str, tuple[int, ...]], value: float = 0) -> Arena:
+    """Return an arena such as a state has."""
+    arena = Arena(shapes, "float32")
+    for view in arena.values():
+        view.fill(value)
+    return arena.to_read_only(copy=False)
+
+
+def overwrite(arena: Arena, value: float) -> None:
+    """Make an update that sets all values."""
+    new = arena.like()
+    for view in new.values():
+        view.fill(value)
+    arena.copy_from(new)
+
+
 def test_what_was_handed_over_keeps_its_values_through_one_update() -> None:
-    arena = Arena({"a": (3,), "b": ()}, "float32")
-    arena.flat[:] = 1
+    arena = state_arena({"a": (3,), "b": ()}, 1)
     handed = arena.hand_over()
-    arena.target[:] = 2
-    assert arena["a"].tolist() == [1, 1, 1], "until the turn"
-    arena.turn()
+    assert np.shares_memory(handed.flat, arena.flat), "nothing is copied"
+    overwrite(arena, 2)
     assert (arena["a"].tolist(), float(arena["b"])) == ([2, 2, 2], 2)
     assert (handed["a"].tolist(), float(handed["b"])) == ([1, 1, 1], 1)
-    assert arena.target is arena.flat, "in place again"
-    arena.turn()
-    assert arena["a"].tolist() == [2, 2, 2]
+    place = arena.flat.ctypes.data
+    overwrite(arena, 3)
+    assert (arena["a"].tolist(), arena.flat.ctypes.data) == ([3, 3, 3], place), "in place again"
 
 
 def test_two_buffers_change_places_and_no_third_is_made() -> None:
-    arena = Arena({"a": (4,)}, "float32")
+    arena = state_arena({"a": (4,)})
     places = []
     for value in range(5):
         arena.hand_over()
-        arena.target[:] = value
-        arena.turn()
+        overwrite(arena, value)
         places.append(arena.flat.ctypes.data)
     assert places[0] == places[2] == places[4] != places[1] == places[3]
 
 
 def test_a_state_handed_over_is_not_changed_by_anything_that_training_does() -> None:
-    hook = {"best": {"loss": np.ones(2)}}
-    params, slots = Arena({"w": (2,)}, "float32"), Arena({"w": (2,)}, "float32")
-    buffers = Arena({"mean": (2,)}, "float32")
+    hook = Remembered("best", {"loss": np.ones(2)})
+    params, slots, buffers = (state_arena({name: (2,)}, 1) for name in ("w", "w", "mean"))
     state = TrainState(
-        Counters({"global_step": 3, "samples_seen": 9}), {"params": params, "optimizers/m/v": slots}, buffers, hook
+        Counters({"global_step": 3, "samples_seen": 9}), {"params": params, "optimizers/m/v": slots}, buffers, [hook]
     )
     handed = state.hand_over()
     before = {path: array.copy() for path, array in handed.arrays().items()}
-    for arena in (params, slots):
-        arena.target[:] = 7
-        arena.turn()
-    buffers["mean"] = 7
-    hook["best"]["loss"][:] = 7
+    for arena in (params, slots, buffers):
+        overwrite(arena, 7)
+    hook.arrays["loss"][:] = 7
     state.counters.advance({"global_step": 1})
     assert all((array == 7).all() for array in state.arrays().values())
     assert handed.counters.global_step == 3

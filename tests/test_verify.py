@@ -21,7 +21,7 @@ from stepctl.checkpoint import codec, names
 from stepctl.cli.main import cli
 from stepctl.cli.verify import describe
 from stepctl.rundir import RunDirectory
-from stepctl.state import TrainState
+from stepctl.state import Remembered, TrainState
 
 KEEP = {"every": 10, "keep_last": None}
 
@@ -75,10 +75,12 @@ def altered(run: Path, step: int, path: str, index: int, change: Callable[[Any],
 
     arrays[path][index] = change(arrays[path][index])
     folders = ("params", "optimizers/model/first_moment", "optimizers/model/second_moment")
-    state = TrainState(Counters(header.counters), {folder: arena(f"{folder}/") for folder in folders})
+    hooks: dict[str, dict[str, Any]] = {}
     for name in (name for name in arrays if name.startswith("hooks/")):
         _, hook, key = name.split("/")
-        state.hooks.setdefault(hook, {})[key] = arrays[name].reshape(shapes[name][0])
+        hooks.setdefault(hook, {})[key] = arrays[name].reshape(shapes[name][0])
+    remembered = [Remembered(name, values) for name, values in hooks.items()]
+    state = TrainState(Counters(header.counters), {folder: arena(f"{folder}/") for folder in folders}, hooks=remembered)
     image = codec.encode(state, run=header.run, config=header.config, numerics=header.numerics)
     file(run, step).write_bytes(data := file_bytes(image))
     digest = data.split(b"sha256: ")[1][:64].decode()

@@ -61,7 +61,8 @@ def end(path: Path) -> tuple[int, str, bool]:
 
 
 def remembered(state: TrainState, hook: str) -> dict[str, float]:
-    return {key: array.item() for key, array in state.hooks[hook].items()}
+    (found,) = [each.state() for each in state.hooks if each.name == hook]
+    return {key: array.item() for key, array in found.items()}
 
 
 def invoke(*arguments: object) -> tuple[int, str]:

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import make_config, most_allocated, resume, rows, train
 from stepctl import run
-from stepctl.arena import Arena
+from stepctl.arena import Arena, update_target
 from stepctl.assembly import Assembly, prepare
 from stepctl.errors import CheckpointError, ConfigError, NonFiniteError, TornUpdate
 from stepctl.plan import plan_resume
@@ -204,7 +204,7 @@ def test_gradients_are_those_of_the_losses(task: dict[str, float], activation: s
 def assert_gradient(assembly: Assembly, name: str, compute: Any) -> None:
     """Compare some elements of a gradient with the slope of the loss."""
     gradient = compute()[0].flat.copy()
-    flat = assembly.state.arenas[f"params/{name}"].flat
+    flat = update_target(assembly.state.arenas[f"params/{name}"])
     for i in np.random.default_rng(0).choice(np.flatnonzero(gradient), 12, replace=False):
         losses, kept = [], flat[i]
         for step in (1e-6, -1e-6):

@@ -22,13 +22,13 @@ import h5py
 import numpy as np
 
 from stepctl import files, yamlio
-from stepctl.arena import Array, check_names
+from stepctl.arena import Array, check_names, update_views
 from stepctl.checkpoint import layout, names, userblock
 from stepctl.checkpoint.layout import FORMAT, FORMAT_VERSION
 from stepctl.checkpoint.metadata import Metadata
 from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_string
 from stepctl.errors import CheckpointError, ConfigError, StepctlError
-from stepctl.state import GLOBAL_STEP, Counters, TrainState
+from stepctl.state import GLOBAL_STEP, Counters, TrainState, restore_counters
 
 _SLICE = 1 << 22  # bytes written together, at most
 _SMALL = 1 << 16  # bytes below which arrays are put together
@@ -104,10 +104,9 @@ def check_storable(state: TrainState) -> None:
     if len(objects) > MAX_OBJECTS // 2:
         raise ConfigError(f"model: makes {len(objects)} arrays and groups; a checkpoint holds {MAX_OBJECTS // 2}")
     for path, array in state.arrays().items():
-        if array.dtype.newbyteorder("<").str not in NUMBERS or not (array.flags.c_contiguous and array.flags.writeable):
+        if array.dtype.newbyteorder("<").str not in NUMBERS:
             raise ConfigError(
-                f"/{path}: {array.dtype}, strides {array.strides}: a checkpoint holds arrays of float32, float64, "
-                "int64 and uint8 in C order, and a resume writes into them"
+                f"/{path}: an array of {array.dtype}; a checkpoint holds arrays of float32, float64, int64 and uint8"
             )
 
 
@@ -297,11 +296,20 @@ def restore(reader: Reader, state: TrainState) -> None:
     differences = list(_differences(expected, found))
     if differences:
         raise CheckpointError("mismatch", f"{reader.name}: does not fit this config\n" + "\n".join(differences))
-    for path, array in state.arrays().items():
-        reader.read_into(path, array)
+    for folder, arena in [*state.arenas.items(), ("buffers", state.buffers)]:
+        for name, array in update_views(arena).items():
+            reader.read_into(f"{folder}/{name}", array)
+        arena.turn()
+    remembered = []
+    for hook in state.hooks:
+        arrays = {key: np.empty(array.shape, array.dtype) for key, array in hook.state().items()}
+        for key, array in arrays.items():
+            reader.read_into(f"hooks/{hook.name}/{key}", array)
+        remembered.append(arrays)
     reader.check_unchanged()
-    # in the order in which the state counts them: names come back from HDF5 in that order, but need not
-    state.counters = Counters({name: reader.header.counters[name] for name in state.counters})
+    for hook, arrays in zip(state.hooks, remembered, strict=True):
+        hook.load_state(arrays)
+    restore_counters(state.counters, reader.header.counters)
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:

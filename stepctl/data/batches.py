@@ -9,7 +9,7 @@ from typing import NamedTuple, cast, final
 import numpy as np
 import numpy.typing as npt
 
-from stepctl.arena import Array, aligned_empty
+from stepctl.arena import Array, aligned_empty, read_only
 from stepctl.data.base import Source
 from stepctl.errors import ConfigError, DataError
 from stepctl.rng import Permutation, epoch_order
@@ -20,7 +20,7 @@ _MOST_EPOCHS = 100  # in one batch
 
 
 class Batch(NamedTuple):
-    """x: (rows, *sample_shape); y: (rows,) int64 labels or (rows, columns) values."""
+    """x: (rows, *sample_shape); y: (rows,) int64 labels or (rows, columns) values. Read-only but for their source."""
 
     x: Array
     y: Array
@@ -83,6 +83,7 @@ class TrainingBatches:
         # of a step's samples, those of this rank
         self._mine = np.add.outer(np.arange(per_step) * batch_size, np.arange(rank * rows, (rank + 1) * rows)).ravel()
         self._batch = _buffers(part.source, len(self._mine), dtype)
+        self._shown = Batch(read_only(self._batch.x), read_only(self._batch.y))
         # a cache, not state
         self._start, self._rows = 0, cast(npt.NDArray[np.int64], np.empty((0, len(self._mine)), np.int64))
 
@@ -99,7 +100,7 @@ class TrainingBatches:
             self._rows = self.part.rows(numbers).reshape(positions.shape)
             self._start, number = samples_seen, 0
         self.part.source.read(self._rows[number], *self._batch)
-        return self._batch
+        return self._shown
 
 
 @final
@@ -115,4 +116,4 @@ class EvaluationBatches:
             numbers = np.arange(start, min(start + self.batch_size, self.part.n), dtype=np.int64)
             batch = Batch(self._batch.x[: len(numbers)], self._batch.y[: len(numbers)])
             self.part.source.read(self.part.rows(numbers), *batch)
-            yield batch
+            yield Batch(read_only(batch.x), read_only(batch.y))

@@ -74,7 +74,7 @@ class Save(Hook):
         """Publish this state, if that was not done, and wait until it is there."""
         self.finish()
         if state.counters.global_step != self._saved_step:
-            self._begin(state)
+            self._begin(state.with_hooks_asked())
             self.finish()
 
     def _late(self, seconds: float) -> bool:

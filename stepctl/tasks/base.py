@@ -64,6 +64,9 @@ def _sum(values: list[float]) -> float:
 class Task(ABC):
     """One update of the state, and its evaluation.
 
+    The arrays of the state are read-only: parameters, slots and averages change by `Learner.update` alone, buffers by
+    `state.buffers.copy_from`.
+
     Its constructor takes keyword arguments: `seed`, `dtype` and `shards` come from the config's other sections if it
     asks for them; every other argument from its own. Then it is handed `learners`, one for each of its `models`, and
     `comm`. A batch that a task gets is this process's part: of each batch of a step its share of the shards.
@@ -92,14 +95,17 @@ class Task(ABC):
         return {MODEL: steps}
 
     def initial_state(self, initial_step: int) -> TrainState:
-        """Return the state before the first update."""
+        """Return the state before the first update.
+
+        An arena that a task adds to it, and does not make `to_read_only`, is the task's own: `step` writes into it, and
+        a save copies it. Such a task is not `sliced`.
+        """
         counters = {GLOBAL_STEP: initial_step, SAMPLES_SEEN: 0} | dict.fromkeys(self.models, 0)
         learners = list(self.learners.values())
         arenas = {path: arena for learner in learners for path, arena in learner.initial_arenas().items()}
-        state = TrainState(Counters(counters), arenas)
-        for learner in learners[:1]:  # of several models none has any
-            state.buffers = learner.initial_buffers()
-        return state
+        if len(learners) == 1:  # of several models none has any
+            return TrainState(Counters(counters), arenas, learners[0].initial_buffers())
+        return TrainState(Counters(counters), arenas)
 
     @abstractmethod
     def trial(self, state: TrainState, batch: Batch) -> None:

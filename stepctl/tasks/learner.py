@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from stepctl.arena import Arena, Array, Workspace
+from stepctl.arena import Arena, Array, Workspace, update_target
 from stepctl.ema import MovingAverage
 from stepctl.errors import ConfigError
 from stepctl.models.base import Backward, Ends, Model
 from stepctl.optimizers.base import Optimizer, Tick, global_norm
 from stepctl.problems import defined_at, in_one_line
+from stepctl.registry import is_builtin
 from stepctl.rng import rng
 from stepctl.state import TrainState
 
@@ -46,21 +47,24 @@ class Learner:
         self._slots = {slot: f"optimizers/{name}/{slot}" for slot in optimizer.slots}
 
     def initial_arenas(self) -> dict[str, Arena]:
-        """Return the arenas before the first update, by their folders in a checkpoint."""
+        """Return the arenas before the first update, read-only, by their folders in a checkpoint."""
         params = Arena(self.model.parameter_shapes(), self._dtype)
         self.model.initialize(params, lambda name: rng(self._seed, f"init{self._below}/{name}"))
         slots = self.optimizer.initial_slots(params)
-        arenas = {f"params{self._below}": params} | {path: slots[slot] for slot, path in self._slots.items()}
+        # what a user's code was handed to fill stays its own: it may have kept a view
+        copy = not (is_builtin(self.model) and is_builtin(self.optimizer))
+        arenas = {f"params{self._below}": params.to_read_only(copy=copy)}
+        for slot, path in self._slots.items():
+            arenas[path] = slots[slot].to_read_only(copy=copy)
         if self._average is not None:
-            arenas[f"ema{self._below}"] = average = params.like()
-            average.copy_from(params)
+            arenas[f"ema{self._below}"] = params.to_read_only(copy=True)
         return arenas
 
     def initial_buffers(self) -> Arena:
-        """Return the model's buffers before the first update."""
+        """Return the model's buffers before the first update, read-only."""
         buffers = Arena(self.model.buffer_shapes(), self._dtype)
         self.model.initialize_buffers(buffers)
-        return buffers
+        return buffers.to_read_only(copy=not is_builtin(self.model))
 
     def arenas(self, state: TrainState) -> dict[str, Arena]:
         """Return what an update changes, by folder."""
@@ -111,7 +115,7 @@ class Learner:
         with params.owners.updating():
             self.optimizer.update(params, slots, gradient, tick, threads=self._threads)
             if clip is not None:
-                mine = params.flat[params.part]
+                mine = update_target(params)[params.part]
                 np.clip(mine, -clip, clip, out=mine)
             if self._average is not None:
                 self._average.update(self.params(state, average=True), params, number)
