@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from array import array
@@ -45,7 +44,7 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from stepctl import extras, launcher
+from stepctl import extras, launcher, process_signals
 from stepctl.errors import ConfigError, NonFiniteError
 from stepctl.launcher import Launcher, RankError
 from stepctl.problems import in_user_code
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
     from stepctl.arena import Arena, Array, TreeSum
     from stepctl.window import Window
 
-_TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _FAILED = -1  # where others tell a signal's number, or 0
 _EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of sleep between two looks
 _AT_ONCE = 1 << 28  # elements that are sent together
@@ -307,9 +305,10 @@ class World(Comm):
         def take(number: int, frame: object) -> None:
             self._untold.append(number)
 
-        for number in _TOLD:
-            signal.signal(number, take)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TOLD)  # one held since the start is seen now
+        answered = process_signals.answered()
+        for number in answered:
+            process_signals.handle(number, take)
+        process_signals.unblock(answered)  # one held since the start is seen now
 
     def signalled(self) -> bool:
         """Tell whether a signal came to this rank that the others do not know of yet."""

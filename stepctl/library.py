@@ -23,6 +23,7 @@ from stepctl.config import Config, Stop
 from stepctl.errors import ConfigError, StepctlError
 from stepctl.files import expanded
 from stepctl.hooks.base import Hook, StopReason
+from stepctl.hooks.signals import DeferredInterrupt
 from stepctl.problems import in_one_line
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Outcome, Say, Segment
@@ -48,7 +49,8 @@ class Run:
         self._metrics: Metrics | None = None
         self._opened = contextlib.ExitStack()
         self._closed = False
-        atexit.register(self.close)  # for whoever forgets
+        self._process = os.getpid()
+        atexit.register(self._close_at_exit)  # for whoever forgets
 
     def __repr__(self) -> str:
         closed = ", closed" if self._closed else ""
@@ -89,37 +91,46 @@ class Run:
     def step(self, n: int = 1) -> Metrics | None:
         """Make up to `n` updates, fewer if a stop rule says so; return the metrics of the last, None if there is none.
 
-        Rows, evaluations and checkpoints are written as `train` would.
+        Rows, evaluations and checkpoints are written as `train` would. At a Ctrl-C the step in flight finishes, and
+        then KeyboardInterrupt is raised: the run can go on, and nothing is lost. A second Ctrl-C raises it at once.
         """
         if self._finished():
             return None
-        trainer, made = self._begin(), None
-        for _ in range(n):
-            found = None
-            while found is None and trainer.stop_reason() is None:
-                found = trainer.make_step()  # None: a batch that was skipped
-            if found is None:
-                break
-            made = self._metrics = found
-        self._segment.assembly.rows.flush()
+        with DeferredInterrupt() as interrupt:
+            trainer, made = self._begin(), None
+            for _ in range(n):
+                found = None
+                while found is None and not interrupt.received and trainer.stop_reason() is None:
+                    found = trainer.make_step()  # None: a batch that was skipped
+                if found is None:
+                    break
+                made = self._metrics = found
+            self._segment.assembly.rows.flush()
         return made
 
     def train(self) -> StopReason:
-        """Make every update to the target, or until another stop rule says so; return why it stopped."""
+        """Make every update to the target, or until another stop rule says so; return why it stopped.
+
+        A Ctrl-C is answered as in `step`.
+        """
         if (finished := self._finished()) is not None:
             return finished
-        trainer = self._begin()
-        while (reason := trainer.stop_reason()) is None:
-            self._metrics = trainer.make_step() or self._metrics
-        self._segment.assembly.rows.flush()
+        with DeferredInterrupt() as interrupt:
+            trainer = self._begin()
+            reason = None
+            while not interrupt.received and (reason := trainer.stop_reason()) is None:
+                self._metrics = trainer.make_step() or self._metrics
+            self._segment.assembly.rows.flush()
+        assert reason is not None  # else the interrupt was raised
         return reason
 
     def save(self) -> None:
         """Publish a checkpoint of the state as it is, if this step has none yet, and wait until it is durable."""
         self._check_held()
         if self._fresh or self._trainer is not None:  # what was restored, and not trained, has one
-            self._begin()
-            self._segment.saver.now(self.state)
+            with DeferredInterrupt():
+                self._begin()
+                self._segment.saver.now(self.state)
 
     def evaluate(self, *, average: bool = False) -> Metrics:
         """Return the metrics over the validation part, with the moving average's weights if asked; nothing changes."""
@@ -133,14 +144,15 @@ class Run:
     def close(self) -> Outcome | None:
         """Write the last row and checkpoint, and let the run go; None if nothing was begun.
 
-        A fresh run always is: its first checkpoint is that of no updates yet. After a step that was broken off
-        (a hook's error, Ctrl-C) nothing is written: a resume goes on from the newest checkpoint.
+        A fresh run always is: its first checkpoint is that of no updates yet. After a step that was broken off in the
+        middle (an error in an update, a second Ctrl-C) nothing is written: a line says from which checkpoint a resume
+        goes on.
         """
         if self._closed:
             return None
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         self._closed = True
-        with self._stack:
+        with DeferredInterrupt(), self._stack:
             if self._fresh:
                 self._begin()
             if self._trainer is None:
@@ -161,9 +173,9 @@ class Run:
         if kind is None:
             self.close()
             return
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         self._closed = True
-        with self._stack:
+        with DeferredInterrupt(), self._stack:
             trainer, self._trainer = self._trainer, None
             if trainer is not None and isinstance(error, KeyboardInterrupt):
                 self._segment.save_what_stands(trainer, self._segment.saver)
@@ -174,6 +186,10 @@ class Run:
         """Let the segment go as the error ends it: it saves the state of a whole step, and is recorded."""
         with contextlib.suppress(type(error)):
             self._opened.__exit__(type(error), error, error.__traceback__)
+
+    def _close_at_exit(self) -> None:
+        if os.getpid() == self._process:  # and not a child that was forked off it
+            self.close()
 
     def _check_held(self) -> None:
         if self._closed:

@@ -15,6 +15,7 @@ from stepctl.config import Config
 from stepctl.errors import DataError, NonFiniteError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.signals import Signals
+from stepctl.hooks.stop import TimeLimit
 from stepctl.launcher import RankError
 from stepctl.problems import in_one_line, in_user_code
 from stepctl.state import Counters, TrainState, restore_counters
@@ -60,7 +61,9 @@ def leader(
         return next_cut(step, config.cadences().values(), target=target, first_step=config.initial_step + 1)
 
     def urgent() -> bool:
-        return any(rule.reason(assembly.state.counters) is not None for rule in rules)
+        # asked after an update, which the counters do not show yet
+        over = any(rule.is_over for rule in rules if isinstance(rule, TimeLimit))
+        return over or any(rule.reason(assembly.state.counters) is not None for rule in rules)
 
     return AsyncTrainer(task, *parts, comm=comm, cut=cut, urgent=urgent, stop=stop, hooks=hooks)
 

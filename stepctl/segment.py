@@ -178,6 +178,7 @@ class Segment:
             skip=self._skip if self.config.on_nonfinite == "skip" else None,
             target=self.target,
         )
+        process = os.getpid()
         try:
             yield trainer
             rows.flush()
@@ -191,12 +192,14 @@ class Segment:
             self._failed(trainer, self.saver, error)
             raise TornUpdate(f"{in_one_line(str(error))}; no whole state is left to save: {self._go_on()}") from error
         except BaseException as error:
-            self._failed(trainer, self.saver, error)
+            if os.getpid() == process:  # a forked child that ends in here leaves the run to its parent
+                self._failed(trainer, self.saver, error)
             raise
         finally:
-            self._background.close()
-            self._report_saved()
-            rows.close()
+            if os.getpid() == process:
+                self._background.close()
+                self._report_saved()
+                rows.close()
 
     def _failed(self, trainer: Trainer, save: Save, error: BaseException) -> None:
         if isinstance(error, TornUpdate):

@@ -358,7 +358,10 @@ def test_signals_are_held_before_the_ranks_of_a_job_join(command: str, monkeypat
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU]
+
+
+@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
 def test_a_signal_stops_with_a_durable_checkpoint_and_the_run_goes_on_exactly(number: signal.Signals) -> None:
     config = small(stop={"last_step": FOREVER})
     with running("train", "--config", write(config), "--run-dir", "run") as child:

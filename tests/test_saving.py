@@ -363,6 +363,8 @@ def test_a_time_limit_counts_from_when_the_command_began() -> None:
     limit = TimeLimit(60, 95.0, lambda: now[0])
     counters = Counters({"global_step": 3, "samples_seen": 0})
     assert limit.reason(counters) is None
+    counters.advance({"global_step": 1})
+    assert limit.reason(counters) is None
     now[0] = 155.0
     reason = limit.reason(counters)
     assert reason is not None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from stepctl import files, interrupt
+from stepctl import files, interrupt, process_signals
 from stepctl.comm import Comm, Order, World, world
 from stepctl.errors import ConfigError, Exit, printable
 from stepctl.files import expanded
@@ -143,13 +143,14 @@ def hold_signals() -> None:
 
     `refuse_interrupted` comes at its end: where Python calls back from C, it drops what a handler raises.
     """
-    held = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    handlers = {number: signal.getsignal(number) for number in (*held, signal.SIGINT)}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    answered = process_signals.answered()
+    handlers = {number: signal.getsignal(number) for number in answered}
+    held = set(answered) - {signal.SIGINT}
+    mask = process_signals.block(held)
     interrupt.watch()
 
     def restore() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        process_signals.unblock(held - mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         interrupt.forget()

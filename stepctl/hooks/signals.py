@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from stepctl import interrupt
+from stepctl import interrupt, process_signals
 from stepctl.hooks.base import StopReason
 from stepctl.state import Counters
 
-_ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _AT_ONCE = 2  # times Ctrl-C
-_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
 
 @contextlib.contextmanager
@@ -32,7 +30,7 @@ def ended_by_signals(*, is_rank: bool = False) -> Iterator[None]:
     if not commanded or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    handlers = {number: signal.getsignal(number) for number in process_signals.STOP}
     handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     # for process 1 of a container the kernel has no default action
     action = _exit_as_if_killed if os.getpid() == 1 else signal.SIG_DFL
@@ -52,7 +50,9 @@ def _exit_as_if_killed(number: int, frame: FrameType | None) -> None:
 
 
 class Signals:
-    """SIGTERM, SIGINT, SIGUSR1: stop after this step. SIGUSR2: save and go on. A second SIGINT: stop at once.
+    """SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGXCPU: stop after this step. SIGUSR2: save and go on.
+
+    A second SIGINT stops at once. A signal that is ignored stays ignored.
 
     A context manager: it installs the handlers, and puts the old ones back. Where signals were held before it (a
     command that answers them in training only), they are passed over after it: one that comes then comes too late.
@@ -68,10 +68,11 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in _ALL:
-                self._old[number] = signal.signal(number, self._handle)
-            held = signal.pthread_sigmask(signal.SIG_UNBLOCK, _ALL)  # one held since the start is seen now
-            self._held = any(number in held for number in _ALL)
+            answered = process_signals.answered()
+            for number in answered:
+                self._old[number] = process_signals.handle(number, self._handle)
+            held = process_signals.unblock(answered)  # one held since the start is seen now
+            self._held = any(number in held for number in answered)
             if interrupt.received():  # after the last look at it
                 interrupt.forget()
                 self._handle(signal.SIGINT, None)
@@ -81,10 +82,13 @@ class Signals:
         self.ignore()
         for number, handler in self._old.items():
             # ignored for the whole process, as a mask is only this thread's; one in between finds a handler
-            signal.signal(number, signal.SIG_IGN if self._held else handler)
+            if self._held:
+                process_signals.handle(number, signal.SIG_IGN)
+            else:
+                process_signals.restore(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR2:
+        if number == process_signals.SAVE:
             self._save = True
             return
         self._interrupts += number == signal.SIGINT
@@ -94,7 +98,7 @@ class Signals:
 
     def hear(self, number: int) -> None:
         """Answer a signal that came to another process of the same job."""
-        if number == signal.SIGUSR2:
+        if number == process_signals.SAVE:
             self._save = True
         else:
             self._stop = signal.Signals(number)
@@ -111,3 +115,38 @@ class Signals:
         """Tell, once a request, whether a checkpoint was asked for."""
         requested, self._save = self._save, False
         return requested
+
+
+class DeferredInterrupt:
+    """Ctrl-C in a call that makes steps: the step in flight finishes, and KeyboardInterrupt is raised at the end.
+
+        with DeferredInterrupt() as interrupt:
+            while steps are left and not interrupt.received:
+                make a step
+
+    A second SIGINT raises it at once. A context manager: it installs its handler in the place of Python's own alone,
+    in the main thread alone, and puts that back. A SIGINT that is ignored, or that the program has a handler of its own
+    for, is left to that.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._installed = False
+
+    def __enter__(self) -> DeferredInterrupt:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            process_signals.handle(signal.SIGINT, self._handle)
+            self._installed = True
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._installed:
+            process_signals.restore(signal.SIGINT, signal.default_int_handler)
+        if self.received and kind is None:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True

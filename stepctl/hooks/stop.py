@@ -27,14 +27,25 @@ class StopAtStep:
 
 
 class TimeLimit:
-    """Asked before a step: once `seconds` have passed since `began`, none is made any more."""
+    """Asked before a step: once `seconds` have passed since `began`, none is made any more, after a first one.
+
+    So a job that is started again and again progresses, however long its start takes.
+    """
 
     def __init__(self, seconds: float, began: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self._began, self._clock = seconds, began, clock
+        self._first_step: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether the time has passed."""
+        return self._clock() - self._began >= self.seconds
 
     def reason(self, counters: Counters) -> StopReason | None:
         """Return why to stop now, or None."""
-        if self._clock() - self._began >= self.seconds:
+        if self._first_step is None:
+            self._first_step = counters.global_step
+        if self.is_over and counters.global_step > self._first_step:
             return StopReason(f"max_time {self.seconds:g} s", done=False)
         return None
 
