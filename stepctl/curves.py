@@ -23,6 +23,9 @@ _LARGEST = 1 << 63  # a step beyond it is nobody's
 _COLORS = ("blue", "orange", "green", "red", "magenta", "cyan")  # of plotext
 _DRAWN = 1e300  # of what is drawn: the difference of two such must not overflow
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_FRAME = "─│┌┐└┘├┤┬┴┼"
+_PLAIN = str.maketrans(_FRAME, "-|+++++++++")
+SYMBOLS = f"{_FRAME}⠤●"  # what `as_text` draws with, beside letters
 
 Points = list[tuple[int, float]]
 
@@ -119,8 +122,13 @@ def _draw(axes: Any, curves: Curves, color: str) -> None:
         axes.axvline(step, color=color, **_BOUNDARY)
 
 
-def as_text(found: Sequence[Curves], metric: str, *, width: int, height: int, color: bool) -> str:
-    """Return lines for a terminal, the last ones a legend; ConfigError if plotext is missing."""
+def as_text(
+    found: Sequence[Curves], metric: str, *, width: int, height: int, color: bool, ascii_only: bool = False
+) -> str:
+    """Return lines for a terminal, the last ones a legend; ConfigError if plotext is missing.
+
+    `ascii_only`: draw without any of the SYMBOLS.
+    """
     plotext = require("plotext", "plot")
     plotext.clear_figure()
     plotext.limit_size(False, False)
@@ -132,9 +140,13 @@ def as_text(found: Sequence[Curves], metric: str, *, width: int, height: int, co
     legend = []
     for number, each in enumerate(found):
         shade = _COLORS[number % len(_COLORS)]
-        line = "braille" if color or len(found) == 1 else _LETTERS[number % len(_LETTERS)]
+        line = _LETTERS[number % len(_LETTERS)]
+        if not ascii_only and (color or len(found) == 1):
+            line = "braille"
         legend.append(_draw_text(plotext, each, line, shade))
     text = plotext.build().rstrip("\n") + "\n" + "\n".join(legend)
+    if ascii_only:
+        text = text.translate(_PLAIN)
     return str(text if color else plotext.uncolorize(text))
 
 

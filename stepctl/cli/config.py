@@ -7,6 +7,7 @@ import json
 import click
 
 from stepctl.cli.options import Place, set_option
+from stepctl.cli.pipes import echo
 
 
 @click.group()
@@ -31,7 +32,7 @@ def check(file: str, assignments: tuple[str, ...], as_json: bool) -> None:
 
     check_without_data(parsed)
     plain = parsed.plain()
-    click.echo(json.dumps(plain, indent=2) if as_json else yamlio.dumps(plain).rstrip())
+    echo(json.dumps(plain, indent=2) if as_json else yamlio.dumps(plain).rstrip())
 
 
 @config.command()
@@ -39,4 +40,4 @@ def schema() -> None:
     """Print the JSON Schema of a config."""
     from stepctl.schema import schema as of_a_config
 
-    click.echo(json.dumps(of_a_config(), indent=2))
+    echo(json.dumps(of_a_config(), indent=2))

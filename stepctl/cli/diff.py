@@ -7,6 +7,7 @@ import json
 import click
 
 from stepctl.cli.options import Place
+from stepctl.cli.pipes import echo
 from stepctl.cli.verify import describe
 from stepctl.errors import Exit, printable
 
@@ -28,12 +29,12 @@ def diff(a: str, b: str, as_json: bool) -> None:
     with Sandbox() as sandbox:
         found = sandbox.call("stepctl.compare:paths", a, b)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        echo(json.dumps(found, indent=2))
     else:
         for section in ("counters", "config"):
             for item in found[section]:
-                click.echo(printable(f"{section} {item['key']}: {item['a']} and {item['b']}"))
+                echo(printable(f"{section} {item['key']}: {item['a']} and {item['b']}"))
         for array in found["arrays"]:
-            click.echo(printable(f"{array['path']}: equal" if array["equal"] else describe(array)))
-        click.echo("the same" if found["equal"] else "they differ")
+            echo(printable(f"{array['path']}: equal" if array["equal"] else describe(array)))
+        echo("the same" if found["equal"] else "they differ")
     click.get_current_context().exit(Exit.DONE if found["equal"] else Exit.NEGATIVE)

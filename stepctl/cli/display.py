@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from stepctl.cli.options import say
+from stepctl.cli.pipes import is_terminal
 from stepctl.errors import StepctlError
 from stepctl.hooks.base import Hook
 from stepctl.plan import Span, best_notes
@@ -26,7 +27,7 @@ def shown(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[tuple[lis
         return
     for note in best_notes(segment.assembly, Span(start, target, segment.store.steps())):
         say(f"note: {note}")
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         _tell(segment, say, verbose)
         yield [Console(say, start=start, target=target)], []
     else:

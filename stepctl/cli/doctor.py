@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from stepctl.cli.options import Place
+from stepctl.cli.pipes import echo
 from stepctl.errors import Exit
 
 Line = tuple[str, str]  # a label, and what it says
@@ -30,10 +31,10 @@ def doctor(folder: str, as_json: bool) -> None:
 
     found = examine(folder)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        echo(json.dumps(found, indent=2))
     else:
         for label, text in _lines(found):
-            click.echo(in_one_line(f"{label:<14}{text}"))
+            echo(in_one_line(f"{label:<14}{text}"))
     if found["problems"]:
         raise click.exceptions.Exit(Exit.NEGATIVE)
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from stepctl.cli.options import Place, say
+from stepctl.cli.pipes import echo
 from stepctl.errors import printable
 
 _NONE = "-"  # a pattern that no path matches
@@ -34,12 +35,12 @@ def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
     for line in answer["said"]:
         say(line)
     if step_only:
-        click.echo(facts["global_step"])
+        echo(facts["global_step"])
         return
     if not facts["arrays"]:
         say(f"no array's path matches {pattern!r}; a pattern is such as 'params/*'")
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        echo(json.dumps(facts, indent=2))
     else:
         print_facts(facts)
 
@@ -49,34 +50,34 @@ def print_facts(facts: dict[str, Any]) -> None:
     from stepctl import yamlio
 
     run, maker = printable(facts["run"]), printable(facts["created_by"])
-    click.echo(f"{facts['file']}  global step {facts['global_step']}  run {run}  by {maker}")
-    click.echo(f"sha256      {facts['sha256']}")
-    click.echo(f"counters    {'  '.join(f'{name} {value}' for name, value in facts['counters'].items())}")
+    echo(f"{facts['file']}  global step {facts['global_step']}  run {run}  by {maker}")
+    echo(f"sha256      {facts['sha256']}")
+    echo(f"counters    {'  '.join(f'{name} {value}' for name, value in facts['counters'].items())}")
     if facts["relations"] is not None:
-        click.echo(f"relations   {_relations(facts)}")
-    click.echo(f"numerics    {printable('  '.join(f'{name} {value}' for name, value in facts['numerics'].items()))}")
-    click.echo(f"parameters  {facts['parameters']:,}")
+        echo(f"relations   {_relations(facts)}")
+    echo(f"numerics    {printable('  '.join(f'{name} {value}' for name, value in facts['numerics'].items()))}")
+    echo(f"parameters  {facts['parameters']:,}")
     _print_run(facts)
-    click.echo()
+    echo()
     heads = ("path", "shape", "dtype", "count", "min", "max", "mean", "std", "non_finite")
     rows = [heads, *([_cell(array[head]) for head in heads] for array in facts["arrays"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  ".join(cells))
-    click.echo("\nconfig")
-    click.echo("".join(f"  {printable(line)}\n" for line in yamlio.dumps(facts["config"]).splitlines()), nl=False)
+        echo("  ".join(cells))
+    echo("\nconfig")
+    echo("".join(f"  {printable(line)}\n" for line in yamlio.dumps(facts["config"]).splitlines()), nl=False)
 
 
 def _print_run(facts: dict[str, Any]) -> None:
     if (segment := facts.get("segment")) is not None:
         steps = f"from step {segment['from']} to {segment['to']}, target {segment['target']}"
         how = "running or killed" if segment["reason"] is None else f"ended {segment['ended']}: {segment['reason']}"
-        click.echo(printable(f"segment     {segment['number']}  {steps}  {how}"))
+        echo(printable(f"segment     {segment['number']}  {steps}  {how}"))
     if (parent := facts.get("parent")) is not None:
-        click.echo(printable(f"forked from {parent['run']}  at step {parent['step']}  sha256 {parent['sha256']}"))
+        echo(printable(f"forked from {parent['run']}  at step {parent['step']}  sha256 {parent['sha256']}"))
         for change in parent["changes"]:
-            click.echo(printable(f"            {change.get('key')}: {change.get('old')} -> {change.get('new')}"))
+            echo(printable(f"            {change.get('key')}: {change.get('old')} -> {change.get('new')}"))
 
 
 def _relations(facts: dict[str, Any]) -> str:

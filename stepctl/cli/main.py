@@ -14,9 +14,9 @@ from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
 from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
-from stepctl.cli.options import WHOLE_PROCESS
+from stepctl.cli.options import WHOLE_PROCESS, say
 from stepctl.cli.output import drain_output
-from stepctl.cli.pipes import let_stdout_end
+from stepctl.cli.pipes import prepare_stdout
 from stepctl.cli.plan import plan
 from stepctl.cli.plot import plot
 from stepctl.cli.prune import prune
@@ -36,7 +36,7 @@ class Main(click.Group):
         try:
             return super().parse_args(ctx, args)
         except OSError as error:  # of --help and --version, which have found no room
-            click.echo(f"stepctl: {_unexpected(error)}", err=True)
+            say(f"stepctl: {_unexpected(error)}")
             ctx.exit(Exit.NEGATIVE)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -48,18 +48,18 @@ class Main(click.Group):
             vars(error)["message"] = _plain(error.message, 1000)
             raise
         except KeyboardInterrupt:
-            click.echo("stepctl: interrupted before training began; nothing was changed", err=True)
+            say("stepctl: interrupted before training began; nothing was changed")
             _fail(ctx, Exit.INTERRUPTED)
         except StepctlError as error:
             if ctx.params["debug"]:
                 raise
             if not isinstance(error, comm.SaidElsewhere):
-                click.echo(f"stepctl: {_plain(str(error))}", err=True)
+                say(f"stepctl: {_plain(str(error))}")
             _fail(ctx, error.exit_code)
         except (Exception, SystemExit) as error:  # a user's own module may raise anything
             if ctx.params["debug"]:
                 raise
-            click.echo(f"stepctl: {_unexpected(error)}", err=True)
+            say(f"stepctl: {_unexpected(error)}")
             _fail(ctx, Exit.NEGATIVE)
 
     def _invoke(self, ctx: click.Context) -> Any:
@@ -129,12 +129,12 @@ for command in (train, resume, fork, plan, inspect, verify, diff, prune, runs, p
 
 def main() -> None:
     """Run the command line."""
-    let_stdout_end()
+    prepare_stdout()
     try:
         code = cli.main(prog_name="stepctl", obj=WHOLE_PROCESS, standalone_mode=False)
     except click.ClickException as error:
         if launcher.is_first():
-            error.show()
+            error.show(sys.stderr)
         code = error.exit_code
     except click.Abort:
         code = Exit.INTERRUPTED

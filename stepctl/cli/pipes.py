@@ -1,11 +1,13 @@
-"""What becomes of an answer that nobody reads to its end, as in `stepctl inspect RUN | head -1`."""
+"""Standard output: readers that leave early, encodings without the letters, terminals without a cursor."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
+
+import click
 
 
 class _MayEnd(io.FileIO):
@@ -22,8 +24,11 @@ class _MayEnd(io.FileIO):
             raise
 
 
-def let_stdout_end() -> None:
-    """Let a command whose reader has gone come to its end, and to the exit code of its answer."""
+def prepare_stdout() -> None:
+    """Let a command end with the exit code of its answer although the reader left early, as in `... | head -1`.
+
+    A letter that the stream's encoding lacks is written as its escape, as Python does on stderr.
+    """
     old = sys.stdout
     if old is None:  # the shell's >&-
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -31,4 +36,25 @@ def let_stdout_end() -> None:
         return
     old.flush()
     pipe = io.BufferedWriter(_MayEnd(old.fileno(), "wb", closefd=False))
-    sys.stdout = io.TextIOWrapper(pipe, old.encoding, old.errors, line_buffering=old.isatty())
+    errors = "backslashreplace" if old.errors == "strict" else old.errors
+    sys.stdout = io.TextIOWrapper(pipe, old.encoding, errors, line_buffering=old.isatty())
+
+
+def echo(text: object = "", *, nl: bool = True, color: bool | None = None) -> None:
+    """Print to stdout in its own encoding; click alone would write UTF-8 to a stream of ASCII."""
+    click.echo(text, file=sys.stdout, nl=nl, color=color)
+
+
+def can_show(letters: str) -> bool:
+    """Tell whether the encoding of stdout has all of these letters."""
+    try:
+        letters.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Tell whether a stream is a terminal that can move its cursor and show colors."""
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return stream is not None and stream.isatty() and not dumb

@@ -11,6 +11,7 @@ import click
 
 from stepctl import files
 from stepctl.cli.options import Place, say, set_option, stop_assignments, stop_section, target_options
+from stepctl.cli.pipes import echo
 from stepctl.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -85,12 +86,12 @@ def _of_run(path: str, stop: dict[str, int] | None, assignments: tuple[str, ...]
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:
     """Print a plan to stdout."""
     if as_json:
-        click.echo(json.dumps(plan, indent=2))
+        echo(json.dumps(plan, indent=2))
         return
     for line in (*_sizes(plan), *_steps(plan), *_checkpoints(plan["checkpoints"]), *_rates(plan["learning_rate"])):
-        click.echo(printable(line))
+        echo(printable(line))
     for note in plan["notes"]:
-        click.echo(printable(f"note: {note}"))
+        echo(printable(f"note: {note}"))
 
 
 def _sizes(plan: dict[str, Any]) -> Iterator[str]:

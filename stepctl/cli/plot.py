@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stepctl.cli.options import Place, say
+from stepctl.cli.pipes import can_show, echo, is_terminal
 from stepctl.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -42,12 +43,15 @@ def plot(paths: tuple[str, ...], metric: str | None, output: str | None, as_json
         publish(Path(output), [curves.as_image(found, metric, kind)])
         say(f"{printable(output)}: {printable(metric)} of {', '.join(printable(each.run) for each in found)}")
     if as_json:
-        click.echo(json.dumps([_plain(each) for each in found]))
+        echo(json.dumps([_plain(each) for each in found]))
     elif output is None:
         size = shutil.get_terminal_size()
-        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        color = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
         height = min(size.lines - len(found) - 1, _MOST_LINES)
-        click.echo(curves.as_text(found, metric, width=size.columns, height=height, color=color), color=color)
+        text = curves.as_text(
+            found, metric, width=size.columns, height=height, color=color, ascii_only=not can_show(curves.SYMBOLS)
+        )
+        echo(text, color=color)
 
 
 def _plain(curves: Curves) -> dict[str, Any]:

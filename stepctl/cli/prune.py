@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stepctl.cli.options import Place, say
+from stepctl.cli.pipes import echo
 from stepctl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,12 +62,12 @@ def prune(
         raise ConfigError(f"{directory.config}: checkpoint: {' '.join(str(error).split())}") from error
     pruned = prune_run(directory, keep, say, dry_run=dry_run)
     if as_json:
-        click.echo(json.dumps({"pruned": pruned, "dry_run": dry_run}, indent=2))
+        echo(json.dumps({"pruned": pruned, "dry_run": dry_run}, indent=2))
         return
     for step in pruned:
-        click.echo(f"{'would remove' if dry_run else 'removed'} {names.file_name(step)}")
+        echo(f"{'would remove' if dry_run else 'removed'} {names.file_name(step)}")
     if not pruned:
-        click.echo(f"{run_dir}: nothing to remove")
+        echo(f"{run_dir}: nothing to remove")
 
 
 def _forget_missing(directory: RunDirectory, dry_run: bool, as_json: bool) -> None:

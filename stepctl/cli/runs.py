@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stepctl.cli.options import Place, say
+from stepctl.cli.pipes import can_show, echo, is_terminal
 from stepctl.errors import Exit, printable
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def runs(folder: str, as_json: bool) -> None:
             say(in_one_line(f"{run.name}: {_held(run)}"))
     if as_json:
         plain = [{key: json_value(value) for key, value in run._asdict().items()} for run in found]
-        click.echo(json.dumps(plain, indent=2))
+        echo(json.dumps(plain, indent=2))
     elif not found:
         say(f"{printable(folder)}: no run is there; start one with: stepctl train")
-    elif sys.stdout.isatty():
+    elif is_terminal(sys.stdout):
         _print_table(found)
     else:
         _print_lines(found)
@@ -68,7 +69,11 @@ def _print_table(found: list[Run]) -> None:
 
     table = Table(box=None, pad_edge=False)
     for head in _HEADS:
-        table.add_column(head, justify="left" if head in _LEFT else "right")
+        table.add_column(
+            head,
+            justify="left" if head in _LEFT else "right",
+            overflow="ellipsis" if can_show("\u2026") else "crop",
+        )
     for run in found:
         table.add_row(*map(Text, _cells(run)), style=_COLORS[run.state])
     Console().print(table)
@@ -80,7 +85,7 @@ def _print_lines(found: list[Run]) -> None:
     for row in rows:
         cells = zip(_HEADS, row, widths, strict=True)
         line = "  ".join(cell.ljust(width) if head in _LEFT else cell.rjust(width) for head, cell, width in cells)
-        click.echo(line.rstrip())
+        echo(line.rstrip())
 
 
 def _cells(run: Run) -> tuple[str, ...]:

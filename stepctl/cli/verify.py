@@ -10,6 +10,7 @@ import click
 
 from stepctl import shell
 from stepctl.cli.options import Place, say
+from stepctl.cli.pipes import echo
 from stepctl.errors import ConfigError, Exit, printable
 
 
@@ -31,13 +32,13 @@ def verify(path: str, steps: str | None, as_json: bool) -> None:
     if as_json:
         files = [{"step": good.step, "sha256": good.sha256, "file": good.file} for good in found]
         answer = {"ok": not problems, "files": files, "problems": [problem._asdict() for problem in problems]}
-        click.echo(json.dumps(answer, indent=2))
+        echo(json.dumps(answer, indent=2))
     else:
         for good in found:
-            click.echo(f"{good.file}  global step {good.step}  good")
+            echo(f"{good.file}  global step {good.step}  good")
         for problem in problems:
-            click.echo(f"{printable(problem.message)}  [{problem.code}]")
-        click.echo(f"{path}: {counted(len(problems), 'problem')}" if problems else f"{path}: good")
+            echo(f"{printable(problem.message)}  [{problem.code}]")
+        echo(f"{path}: {counted(len(problems), 'problem')}" if problems else f"{path}: good")
         if any(problem.code == "lost" for problem in problems):
             say(f"if the missing files were removed on purpose: {shell.command('prune', path, '--forget-missing')}")
     click.get_current_context().exit(Exit.NEGATIVE if problems else Exit.DONE)
@@ -59,14 +60,14 @@ def _replay(path: str, steps: str, as_json: bool) -> None:
     for step, differences in replay(directory, int(match[1]), int(match[2]), say):
         legs.append({"step": step, "equal": not differences, "differences": differences})
         if not as_json:
-            click.echo(f"step {step}: the same, to the bit" if not differences else f"step {step}: differs")
+            echo(f"step {step}: the same, to the bit" if not differences else f"step {step}: differs")
             for item in differences:
-                click.echo(f"  /{describe(item)}")
+                echo(f"  /{describe(item)}")
         if differences:
             break
     equal = all(leg["equal"] for leg in legs)
     if as_json:
-        click.echo(json.dumps({"equal": equal, "steps": legs}, indent=2))
+        echo(json.dumps({"equal": equal, "steps": legs}, indent=2))
     click.get_current_context().exit(Exit.DONE if equal else Exit.NEGATIVE)
 
 
