@@ -147,3 +147,9 @@ def test_a_terminal_gets_a_bar(encoding: str, here: Path) -> None:
     assert code == 0, text
     assert "\x1b[" in text
     assert text.isascii() == (encoding == "ascii")
+
+
+def test_nothing_prints_past_it() -> None:
+    """`pipes.echo` keeps to the encoding of stdout; click's own echo does not."""
+    commands = Path(stepctl.__file__).parent / "cli"
+    assert [path.name for path in sorted(commands.glob("*.py")) if "click.echo(" in path.read_text()] == ["pipes.py"]

@@ -77,12 +77,12 @@ def _forget_missing(directory: RunDirectory, dry_run: bool, as_json: bool) -> No
     directory.newest_config()  # raises ConfigError where no run is
     missing = forget_missing(directory, say, dry_run=dry_run)
     if as_json:
-        click.echo(json.dumps({"forgotten": missing, "dry_run": dry_run}, indent=2))
+        echo(json.dumps({"forgotten": missing, "dry_run": dry_run}, indent=2))
         return
     for step in missing:
-        click.echo(f"{'would forget' if dry_run else 'forgot'} {names.file_name(step)}")
+        echo(f"{'would forget' if dry_run else 'forgot'} {names.file_name(step)}")
     if not missing:
-        click.echo(f"{directory.path}: nothing is missing")
+        echo(f"{directory.path}: nothing is missing")
 
 
 def _best(text: str | None) -> dict[str, Any] | None:
