@@ -296,7 +296,9 @@ def test_paths_of_python_are_paths(tmp_path: Path) -> None:
         assert run.global_step == 3
 
 
-@pytest.mark.parametrize("value", [object(), 1j, {3}, b"adam", np.datetime64("2026-01-01"), [print]], ids=repr)
+@pytest.mark.parametrize(
+    "value", [object(), 1j, {3}, b"adam", np.datetime64("2026-01-01"), [print]], ids=lambda value: type(value).__name__
+)
 @pytest.mark.parametrize("where", ["config", "overrides"])
 def test_what_no_config_can_hold_is_one_line(value: Any, where: str, tmp_path: Path) -> None:
     config = {**CONFIG, "seed": value} if where == "config" else CONFIG
