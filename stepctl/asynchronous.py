@@ -19,7 +19,7 @@ from stepctl.config import Cadence
 from stepctl.data.batches import TrainingBatches
 from stepctl.hooks.base import Hook
 from stepctl.state import GLOBAL_STEP, Counters, TrainState
-from stepctl.tasks.base import Metrics, OneUpdate
+from stepctl.tasks.base import Metrics, OneUpdate, as_numbers
 from stepctl.tasks.read_only import explained
 from stepctl.trainer import StopRule, Trainer
 from stepctl.window import Cell, Window
@@ -151,6 +151,7 @@ class AsyncTrainer(Trainer):
             self._read(self._mine)
             with explained(state):
                 metrics |= self._one.apply(state, gradient, counts_at(done))
+            metrics = as_numbers(metrics, "gradient or apply")
             self._write(self._mine)
             self._window.add(Cell.DONE, 1)
         tally.updates, tally.staleness = tally.updates + 1, tally.staleness + done - seen

@@ -28,7 +28,7 @@ from stepctl.problems import in_one_line
 from stepctl.rundir import RunDirectory
 from stepctl.segment import Outcome, Say, Segment
 from stepctl.state import TrainState
-from stepctl.tasks.base import Metrics
+from stepctl.tasks.base import Metrics, as_numbers
 from stepctl.tasks.read_only import explained
 from stepctl.trainer import Trainer
 
@@ -139,7 +139,7 @@ class Run:
         if assembly.validation is None:
             raise ConfigError("data: there is no validation part; set data.validation_fraction")
         with explained(self.state):
-            return assembly.task.evaluate(self.state, assembly.validation, average=average)
+            return as_numbers(assembly.task.evaluate(self.state, assembly.validation, average=average), "evaluate")
 
     def close(self) -> Outcome | None:
         """Write the last row and checkpoint, and let the run go; None if nothing was begun.

@@ -19,7 +19,7 @@ from stepctl.data.batches import Batch, TrainingBatches
 from stepctl.errors import NonFiniteError, StepctlError, TornUpdate
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.state import SAMPLES_SEEN, Counters, TrainState, Trigger
-from stepctl.tasks.base import Metrics, Task
+from stepctl.tasks.base import Metrics, Task, as_numbers
 from stepctl.tasks.read_only import explained
 from stepctl.tasks.undo import Undo
 
@@ -192,7 +192,7 @@ class Trainer:
 
     def _task_step(self, batch: Batch) -> Metrics:
         with self._undo.on_error(self._arenas) if self._undo else _nothing, explained(self.state):
-            return self.task.step(self.state, batch)
+            return as_numbers(self.task.step(self.state, batch), "step")
 
     def _may_be_torn(self) -> bool:
         """Tell whether a step that failed may have changed arrays."""

@@ -9,7 +9,7 @@ from stepctl.data.batches import EvaluationBatches
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.watch import Watch
 from stepctl.state import TrainState
-from stepctl.tasks.base import Metrics, Task
+from stepctl.tasks.base import Metrics, Task, as_numbers
 from stepctl.writers.rows import Rows
 
 
@@ -45,9 +45,9 @@ class Evaluate(Hook):
 
     def _write(self, state: TrainState, **marks: bool) -> Metrics:
         self._rows.flush()  # this may take its time
-        found = self._task.evaluate(state, self._batches)
+        found = as_numbers(self._task.evaluate(state, self._batches), "evaluate")
         if self._config.ema:
-            averaged = self._task.evaluate(state, self._batches, average=True)
+            averaged = as_numbers(self._task.evaluate(state, self._batches, average=True), "evaluate")
             found |= {f"ema_{name}": value for name, value in averaged.items()}
         self._last = state.counters.global_step
         self._rows.add({"step": self._last, "kind": "eval", **found, **marks})

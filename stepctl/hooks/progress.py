@@ -63,9 +63,9 @@ class ProgressBar(Hook):
         self._shown = self._clock()
         step = state.counters.global_step
         local = step - self._first
-        name, value = next(iter(metrics.items()))
+        first = next((f"  {name} {value:.4g}" for name, value in metrics.items()), "")
         rate = local / max(self._clock() - self._began, 1e-9)
-        detail = f"(local {local})  {name} {value:.4g}  {rate:,.4g} steps/s"
+        detail = f"(local {local}){first}  {rate:,.4g} steps/s"
         with contextlib.suppress(OSError):  # the terminal may be gone
             self._progress.update(self._bar, completed=step, detail=detail)
             self._progress.refresh()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
+
+import numpy as np
 
 from stepctl.arena import Arena, Array, Shape
 from stepctl.comm import ALONE, Comm
@@ -13,11 +16,13 @@ from stepctl.data.base import Targets
 from stepctl.data.batches import Batch
 from stepctl.errors import CheckpointError, ConfigError, NonFiniteError
 from stepctl.models.base import Ends
+from stepctl.problems import a_or_an
 from stepctl.state import GLOBAL_STEP, SAMPLES_SEEN, Counters, TrainState
 from stepctl.tasks.learner import MODEL, Learner
 
 Metrics = dict[str, float]
 Mode = Literal["min", "max"]  # which value of a metric is the better one
+_TAKEN = {"step", "kind", "extra", "epoch", "samples_per_second"}  # keys of a row beside metrics
 
 
 def refuse_non_finite(
@@ -47,6 +52,32 @@ def refuse_unwritten(gradient: Arena, buffers: Arena, whose: str = "model") -> N
             f"{whose}: forward left the new values of the buffers {', '.join(unwritten)} unwritten; in training it "
             "must write all of them: workspace.new_buffers[name][...] = ..."
         )
+
+
+def as_numbers(metrics: object, method: str) -> Metrics:
+    """Return what a task's method measured as plain numbers, which NumPy's scalars and 0-d arrays become.
+
+    ConfigError at anything else, or at a name that a row of metrics has of itself.
+    """
+    if not isinstance(metrics, Mapping):
+        kind = a_or_an(type(metrics).__name__)
+        raise ConfigError(f"task: {method} returned {kind}; a dict of numbers by their names is needed")
+    if taken := _TAKEN & metrics.keys():
+        raise ConfigError(f"task: {method} returned a metric {min(taken)!r}, which every row has; give it another name")
+    if all(type(value) is float for value in metrics.values()):  # most often, and at once
+        return cast(Metrics, metrics)
+    return {name: _number(f"task: {method} returned the metric {name!r}", value) for name, value in metrics.items()}
+
+
+def _number(where: str, value: object) -> float:
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise ConfigError(f"{where} as an array of shape {value.shape}; a number is needed")
+    plain = value.item() if isinstance(value, np.ndarray | np.generic) else value
+    if isinstance(plain, numbers.Integral):
+        return int(plain)
+    if isinstance(plain, numbers.Real):
+        return float(plain)
+    raise ConfigError(f"{where} as {a_or_an(type(value).__name__)}; a number is needed")
 
 
 def summed(parts: list[Metrics]) -> Metrics:
@@ -113,7 +144,7 @@ class Task(ABC):
 
     @abstractmethod
     def step(self, state: TrainState, batch: Batch) -> Metrics:
-        """Apply one update to the arrays (not to the counters) and return what was measured on the way.
+        """Apply one update to the arrays (not to the counters) and return what was measured on the way: numbers.
 
         An error before the first change of an array costs nothing. After it the state is that of no step, and is not
         saved; TornUpdate says so where it cannot be seen here. NonFiniteError must leave the state as it was.
