@@ -76,8 +76,9 @@ class Trainer:
         self.complete, self.broken_off, self.skipped = False, False, 0
         self._in_a_row, self._passed_over = 0, 0  # batches, and their samples
         self._arenas = {**state.arenas, "buffers": state.buffers}
-        # a task that writes arrays itself may have done so before it finds that there is nothing to learn from
-        self._undo = Undo() if skip is not None and not task.sliced else None
+        # an arena that is a task's own may be written at any time, unseen: also before it finds a batch to be skipped
+        self._has_unseen_writes = any(not arena.read_only for arena in self._arenas.values())
+        self._undo = Undo() if skip is not None and self._has_unseen_writes else None
         acting = [hook for hook in hooks if type(hook).after_step is not Hook.after_step]
         self._listeners = [_Listener(hook.essential, hook.trigger, hook.after_step) for hook in acting]
 
@@ -198,7 +199,7 @@ class Trainer:
         """Tell whether a step that failed may have changed arrays."""
         if any(arena.touched for arena in self._arenas.values()):
             return True
-        return not self.task.sliced and self._undo is None
+        return self._has_unseen_writes and self._undo is None
 
     def _raise_torn(self, error: BaseException) -> NoReturn:
         """Raise TornUpdate for an error in the middle of a step, which a message of one line will tell of."""

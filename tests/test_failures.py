@@ -124,6 +124,35 @@ def test_a_task_that_fails_in_the_middle_of_its_step_is_not_saved(error: str, tm
     assert {float(value) for array in state.params.values() for value in array.flat} == {LAST}
 
 
+class Unlucky(Classification):
+    """A task of a user's own that changes arrays by updates alone, and fails before or after one."""
+
+    def __init__(self, *, at: int, when: str, seed: int, dtype: str, shards: int) -> None:
+        super().__init__(seed=seed, dtype=dtype, shards=shards)
+        self.at, self.when = at, when
+
+    def step(self, state: TrainState, batch: Any) -> Metrics:
+        fails = state.counters.global_step + 1 == self.at
+        if fails and self.when == "before":
+            raise ValueError("unlucky")
+        metrics = super().step(state, batch)
+        if fails:
+            raise ValueError("unlucky")
+        return metrics
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", [AT, 11])
+def test_a_task_that_fails_before_its_update_costs_no_step(at: int, when: str, unbroken: Path, tmp_path: Path) -> None:
+    task = {"name": "test_failures:Unlucky", "at": at, "when": when}
+    said = fail(tmp_path / "run", config(task=task), ValueError if when == "before" else TornUpdate)
+    if when == "before":
+        assert said == [f"{tmp_path / 'run'}: the state of global step {at - 1} is saved", "unlucky"]
+    assert saved(tmp_path / "run") == ([0, 10] if when == "after" or at == 11 else [0, 10, at - 1])
+    resume(tmp_path / "run", assignments=("task.at=0",), allow_change=("task.at",))
+    assert rows(tmp_path / "run") == rows(unbroken)
+
+
 def test_a_batch_that_is_skipped_leaves_nothing_of_a_task_s_step(tmp_path: Path) -> None:
     settings = config(**adds_one(error="not finite"), on_nonfinite="skip")
     state = train(settings, tmp_path / "run")
