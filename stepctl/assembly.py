@@ -98,6 +98,13 @@ class Assembly:
         with ended_by_signals(is_rank=self.comm.rank > 0):
             return "; ".join(source.fingerprint() for source in self.sources)
 
+    def has_data(self, fingerprint: str) -> bool:
+        """Tell whether a recorded fingerprint is that of these data, by this version or an earlier one."""
+        if fingerprint == self.data_fingerprint:
+            return True
+        with ended_by_signals(is_rank=self.comm.rank > 0):
+            return fingerprint == "; ".join(source.former_fingerprint() for source in self.sources)
+
 
 def assemble(config: Config, hooks: Sequence[Hook] = (), *, target: int | None = None, comm: Comm = ALONE) -> Assembly:
     """Build data, model, optimizer, task and initial state. ConfigError or DataError if they do not fit.

@@ -215,7 +215,10 @@ class Distributed(Section):
 
 
 class Config(Section):
-    """A whole config. Locked keys decide the result; live ones only when to stop, look and save."""
+    """A whole config. Locked keys decide the result; live ones only when to stop, look and save.
+
+    The paths of data files may change on a resume as long as the data do not.
+    """
 
     seed: int = Field(0, ge=0, lt=1 << 63, json_schema_extra=LOCKED)
     dtype: Literal["float32", "float64"] = Field("float32", json_schema_extra=LOCKED)
@@ -279,6 +282,11 @@ class Config(Section):
             return self.stop.last_step
         assert self.stop.num_steps is not None
         return start + self.stop.num_steps
+
+    def data_files(self) -> set[str]:
+        """Return the keys that name data files: a resume may change them where the data stay the same."""
+        known = registry.parameters(registry.resolve("data", self.data.name))
+        return {f"data.{name}" for name, (_, hint) in known.items() if registry.is_file(hint)}
 
     def cadences(self) -> dict[str, Cadence]:
         """Return what fires on a grid, by section."""

@@ -115,7 +115,8 @@ def _assemble(base: Config, config: Config, step: int, hooks: Sequence[Hook]) ->
 
 def _check_data(assembly: Assembly, parent: RunDirectory, changes: list[dict[str, Any]], say: Say) -> None:
     asked = any(change["key"].startswith("data.") for change in changes)
-    same = rundir.newest_data(parent.read_ledger()) in (None, assembly.data_fingerprint)
+    recorded = rundir.newest_data(parent.read_ledger())
+    same = recorded is None or assembly.has_data(recorded)
     if asked or not same:
         assembly.check_data()
     if not asked and not same:

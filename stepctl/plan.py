@@ -21,6 +21,7 @@ from stepctl.run import (
     check_same_run,
     excused_keys,
     horizon_notes,
+    moved_files,
     report_missing,
     target_of,
 )
@@ -63,7 +64,7 @@ def plan_resume(
     store = Store(directory.checkpoints, directory.acknowledged)
 
     def accept(reader: codec.Reader) -> None:
-        excused = excused_keys(ledger, changed)
+        excused = excused_keys(ledger, changed) | base.data_files()
         check_same_run(reader.name, reader.header.config, base.plain(), excused)
         codec.restore(reader, assembly.state)
         check_counters(assembly, excused)
@@ -76,7 +77,9 @@ def plan_resume(
     span = Span(start, target, saved, rundir.forks(ledger))
     found = _plan(assembly, directory, span)
     notes = [*horizon_notes(assembly, target, locked=True), *best_notes(assembly, span), *_notes(config)]
-    notes += _unlocking(changed, options.assignments)
+    recorded = rundir.newest_data(ledger)
+    moved = moved_files(changed, config, ledger) if recorded is not None and assembly.has_data(recorded) else []
+    notes += _unlocking([change for change in changed if change not in moved], options.assignments)
     plain = target_of(base, ResumeOptions(), ledger, start, [])
     return found | {"from": name, "plain_target": plain, "notes": notes}, assembly
 

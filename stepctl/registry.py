@@ -129,6 +129,11 @@ def parameters(factory: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter
     }
 
 
+def is_file(hint: Any) -> bool:
+    """Tell whether a type hint is that of a data file's path, or of several."""
+    return bool(hint == File or File in get_args(hint))
+
+
 def nested(hint: Any) -> Component | None:
     """Return the Component mark of a type hint, if it has one."""
     return next((mark for mark in get_args(hint)[1:] if isinstance(mark, Component)), None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from stepctl import compare, numerics, rundir
 from stepctl import config as configs
-from stepctl.assembly import assemble
+from stepctl.assembly import Assembly, assemble
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.errors import ConfigError
@@ -33,13 +33,11 @@ def replay(
     if base.distributed.mode == "async":
         raise ConfigError(f"{directory.path}: was trained asynchronously, which gives other bits each time: no replay")
     assembly = assemble(base)
-    if rundir.newest_data(directory.read_ledger()) not in (None, assembly.data_fingerprint):
-        lost = f"the data are not those that {directory.path} was trained on; bring them back"
-        raise ConfigError(f"{assembly.origins}: {lost}")
+    _check_data(assembly, directory, first, last)
     state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged)
 
     def restore(reader: codec.Reader) -> None:
-        check_same_run(reader.name, reader.header.config, base.plain(), set(), _ANOTHER)
+        check_same_run(reader.name, reader.header.config, base.plain(), base.data_files(), _ANOTHER)
         codec.restore(reader, state)
 
     with store.open(first, restore) as reader:
@@ -51,5 +49,16 @@ def replay(
         stop = [StopAtStep(step)]
         Trainer(assembly.task, assembly.training, state, stop=stop, hooks=assembly.hooks, skip=skip).run()
         with store.open(step) as reader:
-            check_same_run(reader.name, reader.header.config, base.plain(), set(), _ANOTHER)
+            check_same_run(reader.name, reader.header.config, base.plain(), base.data_files(), _ANOTHER)
             yield step, compare.state(reader, state)
+
+
+def _check_data(assembly: Assembly, directory: RunDirectory, first: int, last: int) -> None:
+    """Raise ConfigError unless the steps after `first` up to `last` were trained on these data, under whatever path."""
+    ledger = directory.read_ledger()
+    newest = rundir.newest_data(ledger)
+    if newest is not None and not assembly.has_data(newest):
+        lost = f"the data are not those that {directory.path} was trained on; bring them back"
+        raise ConfigError(f"{assembly.origins}: {lost}")
+    if not all(assembly.has_data(data) for data in rundir.data_between(ledger, first, last)):
+        raise ConfigError(f"{directory.path}: {_ANOTHER.format(key='data')}")

@@ -83,12 +83,19 @@ def resume(
         config = changed_config(base, options, directory)
         changed = configs.changes(base, config)
         configs.refuse_unknown(options.allow_change, base, config)
-        configs.refuse_locked(changed, options.allow_change)
+        ledger = directory.read_ledger()
+        moved = moved_files(changed, config, ledger)
+        configs.refuse_locked([change for change in changed if change not in moved], options.allow_change)
         assembly = assemble(config, hooks, comm=comm)
-        store, ledger = Store(directory.checkpoints, directory.acknowledged()), directory.read_ledger()
-        excused = excused_keys(ledger, changed) | set(options.allow_change)
+        _check_data(assembly, ledger, options, moved)
+        if moved:
+            paths = ", ".join(f"{change['key']}: {change['old']} -> {change['new']}" for change in moved)
+            say(f"note: the data are the same under another path ({paths})")
+        store = Store(directory.checkpoints, directory.acknowledged())
+        data_files = config.data_files()
+        excused = excused_keys(ledger, changed) | set(options.allow_change) | data_files
 
-        asked = {change["key"] for change in changed}
+        asked = {change["key"] for change in changed} | data_files
 
         def accept(reader: codec.Reader) -> None:
             words = check_same_run(reader.name, reader.header.config, config.plain(), excused)
@@ -105,7 +112,6 @@ def resume(
             report_missing(directory, store, step, say)
         if step not in directory.acknowledged().values():  # a kill came between the file and its line
             directory.append_ledger("checkpoint", step=step, file=name, sha256=header.sha256, pruned=[])
-        _check_data(assembly, ledger, options)
         assembly.trial()
         for watch in assembly.forget(watched_with(header, base)):
             say(f"note: {watch} goes by something else from here on, and begins anew")
@@ -249,17 +255,28 @@ def horizon_notes(assembly: Assembly, target: int, *, locked: bool) -> Iterator[
             )
 
 
-def _check_data(assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions) -> None:
+def moved_files(changed: list[dict[str, Any]], config: Config, ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the changes that name other data files; none if the ledger does not record which data they should hold."""
+    if rundir.newest_data(ledger) is None:
+        return []
+    data_files = config.data_files()
+    return [change for change in changed if change["key"] in data_files]
+
+
+def _check_data(
+    assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions, moved: list[dict[str, Any]]
+) -> None:
     recorded = rundir.newest_data(ledger)
-    if recorded in (None, assembly.data_fingerprint):
+    if recorded is None or assembly.has_data(recorded):
         return
     if "data" in options.allow_change:
         assembly.check_data()
-    else:
-        raise ConfigError(
-            f"{assembly.origins}: the data are not those that the run was trained on; a resume would not be exact; "
-            "bring them back, or pass --allow-change data to stepctl resume"
-        )
+        return
+    paths = "".join(f"{change['key']}: {change['old']} -> {change['new']}: " for change in moved[:1])
+    raise ConfigError(
+        f"{paths}{assembly.origins}: the data are not those that the run was trained on; a resume would not be exact; "
+        "bring them back, or pass --allow-change data to stepctl resume"
+    )
 
 
 def _numerics_facts(recorded: str, here: dict[str, Any], strict: bool, say: Say) -> dict[str, Any]:

@@ -325,6 +325,19 @@ def newest_data(ledger: list[dict[str, Any]]) -> str | None:
     return found[-1] if found else None
 
 
+def data_between(ledger: list[dict[str, Any]], first: int, last: int) -> set[str]:
+    """Return the fingerprints of the data that the steps after `first` up to `last` were trained on."""
+    starts = [row for row in ledger if row["event"] == "start"]
+    found, end = set(), last
+    for row in reversed(starts):  # a segment made the steps up to where the next one that counts began
+        if row["step"] < end:
+            found.add(row["data"])
+            end = row["step"]
+        if end <= first:
+            break
+    return found
+
+
 def forks(ledger: list[dict[str, Any]]) -> dict[int, list[str]]:
     """Return step -> the forks that began at that step of this run: checkpoints that must stay."""
     found: dict[int, list[str]] = {}

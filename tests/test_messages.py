@@ -867,9 +867,10 @@ def test_a_lost_config_is_in_the_checkpoints(there: Path) -> None:
     assert "\nconfig\n  seed: 0\n" in stepctl("inspect", "run").stdout
 
 
-def test_changed_data_are_named(there: Path, trained: Path) -> None:
-    moved = ["--set", f"data.path={there}/a.npz", "--allow-change", "data.path"]
-    assert stepctl("resume", "run", "--num-steps", "1", "-q", *moved) == (Exit.DONE, "", "")
+def test_moved_data_are_noted_and_changed_data_are_named(there: Path, trained: Path) -> None:
+    moved = ["--set", f"data.path={there}/a.npz"]
+    note = f"note: the data are the same under another path (data.path: {trained}/a.npz -> {there}/a.npz)\n"
+    assert stepctl("resume", "run", "--num-steps", "1", "-q", *moved) == (Exit.DONE, "", note)
     np.savez("a.npz", x=X + 1, y=Y)
     before = everything(there)
     reason = "the data are not those that the run was trained on; a resume would not be exact"

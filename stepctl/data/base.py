@@ -37,6 +37,10 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Return a text that changes when the data do, as far as can be told in a moment."""
 
+    def former_fingerprint(self) -> str:
+        """Return the fingerprint as an earlier stepctl recorded it, if it was another."""
+        return self.fingerprint()
+
     def n_classes(self) -> int:
         """Return the largest label + 1."""
         return max(int(y.max()) for _, _, y in self.slices()) + 1

@@ -21,7 +21,8 @@ from stepctl.files import open_regular
 from stepctl.problems import in_one_line
 from stepctl.registry import File
 
-_SAMPLED = 64  # rows in a fingerprint
+_SAMPLED = 64  # rows in the fingerprint of a large set
+_READ_WHOLE = 1 << 23  # bytes of x, up to which a fingerprint is that of all rows
 
 
 def hdf5(
@@ -89,8 +90,23 @@ class HDF5Rows(Source):
         return max(int(labels.max()) for labels in parts) + 1
 
     def fingerprint(self) -> str:
-        """Return a digest of the size, the shapes, and a sample of the rows: a set may be too large to read whole."""
-        digest = hashlib.sha256(f"{os.path.getsize(self._file.filename)} {self._x.shape} {self._x.dtype}".encode())
+        """Return a digest of the shapes and the rows, or a sample of the rows of a set too large to read whole.
+
+        The file does not matter: compressed or not, it has the same fingerprint.
+        """
+        if self.n * _row_bytes(self._x) > _READ_WHOLE:
+            return self._sampled_fingerprint("")
+        digest = hashlib.sha256(f"{self._x.shape} {self._x.dtype} {self._y.shape} {self._y.dtype}".encode())
+        for dataset in (self._x, self._y):
+            for first, end in self._ranges():
+                digest.update(np.ascontiguousarray(dataset[first:end]).data)
+        return digest.hexdigest()
+
+    def former_fingerprint(self) -> str:
+        return self._sampled_fingerprint(f"{os.path.getsize(self._file.filename)} ")
+
+    def _sampled_fingerprint(self, start: str) -> str:
+        digest = hashlib.sha256(f"{start}{self._x.shape} {self._x.dtype}".encode())
         digest.update(f"{self._y.shape} {self._y.dtype}".encode())
         rows = np.unique(np.linspace(0, self.n - 1, _SAMPLED, dtype=np.int64))
         digest.update(_rows(self._x, rows).tobytes())
@@ -99,6 +115,10 @@ class HDF5Rows(Source):
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         return ranges(self.n, math.prod(self.sample_shape) * self._x.dtype.itemsize)
+
+
+def _row_bytes(dataset: Any) -> int:
+    return int(math.prod(dataset.shape[1:]) * dataset.dtype.itemsize)
 
 
 def _dataset(file: h5py.File, name: str) -> Any:
