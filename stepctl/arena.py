@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import re
 from bisect import bisect_right
@@ -320,8 +321,7 @@ class Workspace:
         self.rng: Callable[[str], np.random.Generator] | None = None
         self.buffers: Mapping[str, Array] = {}
         self.new_buffers: Mapping[str, Array] | None = None
-        self._arrays: list[Array] = []
-        self._next = 0
+        self._pool = _Pool()
 
     def start(
         self,
@@ -332,18 +332,39 @@ class Workspace:
         """Begin a pass: every array is free again."""
         self.rng, self.new_buffers = rng, new_buffers
         self.buffers = {} if buffers is None else buffers
-        self._next = 0
+        self._pool.next = 0
+
+    def scoped(self, name: str) -> Workspace:
+        """Return a workspace with the same arrays whose random streams are called "<name>/<stream>".
+
+        Models that take part in one pass each get a scope, so that equal layer names do not share a stream.
+        """
+        outer = self.rng
+        if outer is None:
+            return self
+        inner = copy.copy(self)
+        inner.rng = lambda stream: outer(f"{name}/{stream}")
+        return inner
 
     def empty(self, shape: Shape, dtype: npt.DTypeLike | None = None) -> Array:
         """Return an uninitialised array that is this caller's until the next `start`."""
         dtype = self.dtype if dtype is None else dtype
-        if self._next == len(self._arrays):
-            self._arrays.append(aligned_empty(shape, dtype))
-        array = self._arrays[self._next]
+        pool = self._pool
+        if pool.next == len(pool.arrays):
+            pool.arrays.append(aligned_empty(shape, dtype))
+        array = pool.arrays[pool.next]
         if array.shape != shape or array.dtype != dtype:
-            array = self._arrays[self._next] = aligned_empty(shape, dtype)
-        self._next += 1
+            array = pool.arrays[pool.next] = aligned_empty(shape, dtype)
+        pool.next += 1
         return array
+
+
+class _Pool:
+    """The arrays of a workspace, and the number of the next one to hand out."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Array] = []
+        self.next = 0
 
 
 T = TypeVar("T")

@@ -16,21 +16,28 @@ def softmax_cross_entropy(logits: Array, labels: Array, n: int, workspace: Works
     logits: (rows, classes); labels: (rows,) int64.
     """
     rows, n_classes = logits.shape
-    probabilities = workspace.empty(logits.shape)
+    gradient = workspace.empty(logits.shape)
     column = workspace.empty((rows, 1))
     at_label = np.arange(0, rows * n_classes, n_classes)
     at_label += labels
     np.maximum.reduce(logits, axis=1, keepdims=True, out=column)
-    np.subtract(logits, column, out=probabilities)
-    flat = probabilities.reshape(-1)
-    correct = flat[at_label]
-    np.exp(probabilities, out=probabilities)
-    np.add.reduce(probabilities, axis=1, keepdims=True, out=column)
-    loss = (float(np.log(column).sum()) - float(correct.sum())) / n
-    np.divide(1.0 / n, column, out=column)
-    np.multiply(probabilities, column, out=probabilities)
-    flat[at_label] -= 1.0 / n
-    return loss, probabilities
+    np.subtract(logits, column, out=gradient)
+    flat = gradient.reshape(-1)
+    z_label = flat[at_label]
+    np.exp(gradient, out=gradient)
+    # The others are summed apart from the label: where that is the largest, its exp is 1, and the loss and the gradient
+    # at the label are the sum of the others, which the 1 would swallow.
+    total = flat[at_label]
+    flat[at_label] = 0
+    others = np.add.reduce(gradient, axis=1, out=column[:, 0])
+    total -= 1
+    total += others  # minus 1, so far
+    loss = float((np.log1p(total) - z_label).sum()) / n
+    total += 1
+    flat[at_label] = -others
+    np.divide(1.0 / n, total, out=others)
+    np.multiply(gradient, column, out=gradient)
+    return loss, gradient
 
 
 def binary_cross_entropy(logits: Array, labels: Array, n: int, workspace: Workspace) -> tuple[float, Array]:
@@ -38,12 +45,14 @@ def binary_cross_entropy(logits: Array, labels: Array, n: int, workspace: Worksp
 
     logits: (rows, 1); labels: (rows,) int64, 0 or 1.
     """
-    z = logits[:, 0]
-    y = labels.astype(z.dtype)
-    # softplus(z) = max(z, 0) + log1p(exp(-|z|)), which overflows for no z
-    loss = float((np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))) - y * z).sum()) / n
+    # With the sign of a label 1 turned, both labels have loss softplus(z) and gradient sigmoid(z), up to that sign:
+    # no difference of nearly equal numbers. softplus(z) = max(z, 0) + log1p(exp(-|z|)) overflows for no z.
+    sign = 1 - 2 * labels.astype(logits.dtype)
+    z = logits[:, 0] * sign
+    decay = np.exp(-np.abs(z))
+    loss = float((np.maximum(z, 0) + np.log1p(decay)).sum()) / n
     dlogits = workspace.empty(logits.shape)
-    dlogits[:, 0] = (0.5 * (1 + np.tanh(0.5 * z)) - y) / n
+    dlogits[:, 0] = np.where(z < 0, decay, 1) / (1 + decay) * (sign / n)
     return loss, dlogits
 
 

@@ -49,7 +49,12 @@ _KERNEL_NEEDS: dict[str, dict[str, set[str]]] = {
     },
 }
 
+# The revision of the rules that turn (seed, stream, index) into random numbers and into the order of the data.
+# A run records it; raise it with every change of these bits. Runs without it are of revision 1.
+STREAMS = 2
+
 _LABELS = {
+    "streams": "random streams",
     "threads": "BLAS threads",
     "blas_kernel": "BLAS kernel",
     "blas": "BLAS",
@@ -142,6 +147,7 @@ def fingerprint(libraries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     dependency = build["Build Dependencies"]["blas"]
     simd = build.get("SIMD Extensions", {})
     return {
+        "streams": STREAMS,
         "threads": libraries[0]["num_threads"] if libraries else 1,
         "blas_kernel": (libraries[0].get("architecture") if libraries else None) or "unknown",
         "blas": f"{dependency['name']} {dependency['version']}",
@@ -170,6 +176,7 @@ def _probe() -> str:
 
 def differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Return what differs between two fingerprints, in words: "BLAS kernel SkylakeX -> Haswell"."""
+    recorded = {"streams": 1} | dict(recorded)
     return [
         f"{label} {recorded.get(key, '?')} -> {here.get(key, '?')}"
         for key, label in _LABELS.items()

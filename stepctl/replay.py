@@ -42,7 +42,7 @@ def replay(
 
     with store.open(first, restore) as reader:
         for words in numerics.differences(json.loads(reader.header.numerics), assembly.numerics):
-            say(f"warning: this machine may compute other last bits: {words}")
+            say(f"warning: other bits may result here: {words}")
     store.open(last, lambda reader: None).close()
     skip = (lambda why: say(f"{why}; this batch is skipped")) if base.on_nonfinite == "skip" else None
     for step in [step for step in store.steps() if first < step <= last]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 _WORD = 0xFFFFFFFF
-_ROUNDS = 12  # fewer leave a bias at n below 10
+_ROUNDS = 20
+_BLOCK = 1 << 13  # positions whose intermediate arrays stay in the cache
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _HALF = np.uint64(32)
+
+_Integers = npt.NDArray[np.int64]
+_Words = npt.NDArray[np.uint64]
 
 
 @lru_cache(maxsize=256)
@@ -43,76 +48,116 @@ def rng(seed: int, stream: str, *index: int) -> np.random.Generator:
 
 
 class Permutation:
-    """A keyed bijection on [0, n), evaluated only where it is asked: O(1) memory at any n.
-
-    A generalised Feistel network over pairs (left, right) in Z_a x Z_b, with a b just above n, and cycle walking
-    for the few numbers that land outside (Black and Rogaway 2002, sections 4 and 5). The key is
-    (seed, stream, index).
-    """
+    """A keyed bijection on [0, n), evaluated only at the positions asked for. The key is (seed, stream, index)."""
 
     def __init__(self, n: int, seed: int, stream: str, *index: int) -> None:
+        self.n = n
+        self._network = _FeistelNetwork(n, [seed_sequence(seed, stream, *index)])
+
+    def __call__(self, positions: _Integers) -> _Integers:
+        """Map positions in [0, n), an array of any shape, to the numbers at these positions."""
+        flat = positions.ravel()
+        return self._network(flat, np.zeros_like(flat)).reshape(positions.shape)
+
+
+def epoch_order(n: int, seed: int, positions: _Integers) -> _Integers:
+    """Return which of n samples are at these positions (ascending) of endless shuffled epochs, as int64.
+
+    Position p is in epoch p // n; each epoch is a permutation of its own.
+    """
+    epochs, offsets = np.divmod(positions, n)
+    first, last = int(epochs[0]), int(epochs[-1])
+    seeds = [seed_sequence(seed, "order", epoch) for epoch in range(first, last + 1)]
+    return _FeistelNetwork(n, seeds)(offsets, epochs - first)
+
+
+class _FeistelNetwork:
+    """Keyed bijections on [0, n), one for each seed sequence, in O(1) memory at any n.
+
+    A Feistel network over pairs (left, right) in Z_a x Z_b, with a b just above n (Hoang and Rogaway 2010, "On
+    generalized Feistel networks": the alternating numeric network), and cycle walking for the numbers outside [0, n)
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+
+    b is even. A round rotates one side, for each value of the other, and a rotation of an odd number of elements is an
+    even permutation: two odd sides would produce even permutations only (Even and Goldreich 1983, "DES-like functions
+    can generate the alternating group").
+
+    The deviation from a uniform permutation falls with each round and is largest for n = 5 to 7. After 12 rounds it is
+    4 % and 9 % (rms over all orders) for n = 5 and 6; after 20 it is below 0.4 %.
+    """
+
+    def __init__(self, n: int, seeds: Sequence[np.random.SeedSequence]) -> None:
         if not 1 <= n <= 1 << 62:
             raise ValueError(f"a permutation needs 1 to 2^62 elements, not {n}")
-        self.n = n
-        a = max(math.isqrt(n - 1) + 1, 2)
-        self._a, self._b = np.uint64(a), np.uint64(max(-(-n // a), 2))
-        self._keys = seed_sequence(seed, stream, *index).generate_state(_ROUNDS, np.uint64)
+        self._n = n
+        self._a = max(math.isqrt(n - 1) + 1, 2)
+        half_b = -(-n // (2 * self._a))
+        self._b = 2 * half_b
+        # (rounds, keys); even rounds change the left side, odd ones the right side
+        states = [seed.generate_state(_ROUNDS, np.uint64) for seed in seeds]
+        self._keys: _Words = np.stack(states, axis=1).astype(np.uint64, copy=False)
+        self._moduli = np.array([self._a, self._b] * (_ROUNDS // 2), np.uint64)
 
-    def __call__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Map positions in [0, n), at least 1-D, to the numbers that stand there."""
-        found = self._encrypt(positions.astype(np.uint64))
-        outside = np.flatnonzero(found >= self.n)
+    def __call__(self, x: _Integers, key_numbers: _Integers) -> _Integers:
+        """Map each x in [0, n) by the bijection of its key; x and key_numbers: (count,)."""
+        width, n_keys = max(self._a, self._b), self._keys.shape[1]
+        # a table costs a hash for each of its entries
+        tables = self._tables(width) if 4 * width * n_keys <= len(x) else None
+        found = np.empty_like(x)
+        for start in range(0, len(x), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            found[block] = self._encrypt(x[block], key_numbers[block], tables)
+        outside = np.flatnonzero(found >= self._n)
         while outside.size:
-            walked = self._encrypt(found.flat[outside])
-            found.flat[outside] = walked
-            outside = outside[walked >= self.n]
-        return found.astype(np.int64)
+            walked = self._encrypt(found[outside], key_numbers[outside], tables)
+            found[outside] = walked
+            outside = outside[walked >= self._n]
+        return found
 
-    def _encrypt(self, x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    def _tables(self, width: int) -> _Integers:
+        """Return the values of every round function at 0 .. width - 1: (rounds, keys, width)."""
+        values = np.empty((*self._keys.shape, width), np.int64)
+        _hash(np.arange(width), self._keys[:, :, np.newaxis], self._moduli[:, np.newaxis, np.newaxis], out=values)
+        return values
+
+    def _encrypt(self, x: _Integers, key_numbers: _Integers, tables: _Integers | None) -> _Integers:
         right, left = np.divmod(x, self._a)
-        mixed, scratch = np.empty_like(x), np.empty_like(x)
-        for i in range(0, _ROUNDS, 2):
-            _add_mixed(left, right, self._keys[i], self._a, mixed, scratch)
-            _add_mixed(right, left, self._keys[i + 1], self._b, mixed, scratch)
+        value, scratch = np.empty_like(x), np.empty_like(x)
+        one_key = self._keys.shape[1] == 1
+        table_start = None if tables is None or one_key else key_numbers * tables.shape[2]
+        for i in range(_ROUNDS):
+            source, target = (right, left) if i % 2 == 0 else (left, right)
+            if tables is None:
+                keys = self._keys[i] if one_key else self._keys[i, key_numbers]
+                _hash(source, keys, self._moduli[i], out=value)
+            else:
+                entry = source if table_start is None else np.add(source, table_start, out=scratch)
+                # entries are in range; "clip" lets take write straight into out
+                np.take(tables[i], entry, out=value, mode="clip")
+            _add_modulo(target, value, self._moduli[i], scratch)
         right *= self._a
         right += left
         return right
 
 
-def _add_mixed(
-    target: npt.NDArray[np.uint64],
-    source: npt.NDArray[np.uint64],
-    key: np.uint64,
-    modulus: np.uint64,
-    mixed: npt.NDArray[np.uint64],
-    scratch: npt.NDArray[np.uint64],
-) -> None:
-    """target <- (target + hash(source, key)) mod modulus, in place; uint64 arithmetic wraps, as it must."""
+def _hash(source: _Integers, keys: _Words, modulus: _Words | np.uint64, *, out: _Integers) -> None:
+    """Write keyed hashes of the source, in [0, modulus); uint64 arithmetic wraps, as it must."""
     # multiply and xor-shift twice, as in SplitMix64 (Steele et al. 2014); the upper half is the hash
-    np.bitwise_xor(source, key, out=mixed)
-    np.multiply(mixed, _MULTIPLIERS[0], out=mixed)
-    np.right_shift(mixed, _HALF, out=scratch)
-    np.bitwise_xor(mixed, scratch, out=mixed)
-    np.multiply(mixed, _MULTIPLIERS[1], out=mixed)
-    np.right_shift(mixed, _HALF, out=mixed)
+    words = out.view(np.uint64)
+    np.bitwise_xor(source.view(np.uint64), keys, out=words)
+    np.multiply(words, _MULTIPLIERS[0], out=words)
+    np.bitwise_xor(words, words >> _HALF, out=words)
+    np.multiply(words, _MULTIPLIERS[1], out=words)
+    np.right_shift(words, _HALF, out=words)
     # hash * modulus / 2^32 is in [0, modulus) (Lemire 2019)
-    np.multiply(mixed, modulus, out=mixed)
-    np.right_shift(mixed, _HALF, out=mixed)
-    np.add(target, mixed, out=target)
+    np.multiply(words, modulus, out=words)
+    np.right_shift(words, _HALF, out=words)
+
+
+def _add_modulo(target: _Integers, value: _Integers, modulus: np.uint64, scratch: _Integers) -> None:
+    """target <- (target + value) mod modulus, in place; both are below the modulus."""
+    total, reduced = target.view(np.uint64), scratch.view(np.uint64)
+    np.add(target, value, out=target)
     # below the modulus the difference wraps to something huge, so the smaller one is the remainder
-    np.subtract(target, modulus, out=scratch)
-    np.minimum(target, scratch, out=target)
-
-
-def epoch_order(n: int, seed: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return which of n samples stand at these positions (rising) of endless shuffled epochs, as int64.
-
-    Position p lies in epoch p // n; each epoch is a permutation of its own.
-    """
-    epochs, offsets = np.divmod(positions, n)
-    found = np.empty_like(positions)
-    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-        first, end = np.searchsorted(epochs, (epoch, epoch + 1))
-        if first < end:
-            found[first:end] = Permutation(n, seed, "order", epoch)(offsets[first:end])
-    return found
+    np.subtract(total, modulus, out=reduced)
+    np.minimum(total, reduced, out=total)

@@ -44,11 +44,11 @@ def silent(message: str) -> None:
 
 
 def inexact(differences: list[str], strict: bool, say: Say) -> dict[str, Any]:
-    """Say that other last bits are computed here, and return the ledger's facts; NumericsError if that is refused."""
+    """Warn that other bits result here, and return the ledger's facts; NumericsError if strict."""
     words = "; ".join(differences)
     if strict:
-        raise NumericsError(f"not exact on this machine: {words}; resume where they agree, or drop --strict-numerics")
-    say(f"warning: no longer exact: this machine computes other last bits ({words}); the ledger records it")
+        raise NumericsError(f"not exact here: {words}; resume where they agree, or drop --strict-numerics")
+    say(f"warning: no longer exact: other bits result here ({words}); the ledger records it")
     return {"exact": False, "inexact_because": differences}
 
 

@@ -607,16 +607,36 @@ def test_numerics_that_differ_are_said_recorded_and_refused_if_strict() -> None:
 
     refusal = call("resume", "run", "--last-step", 9, "--strict-numerics", expect=3)
     differences = f"BLAS kernel Z80 -> {here['blas_kernel']}; NumPy 1.0 -> {np.__version__}"
-    assert refusal.stderr.startswith(f"stepctl: not exact on this machine: {differences}; ")
+    assert refusal.stderr.startswith(f"stepctl: not exact here: {differences}; ")
     assert saved("run")[-1] == path.name
     said = call("resume", "run", "--last-step", 9, "-q").stderr
-    assert said == (
-        f"warning: no longer exact: this machine computes other last bits ({differences}); the ledger records it\n"
-    )
+    assert said == (f"warning: no longer exact: other bits result here ({differences}); the ledger records it\n")
     start = ledger("run", "start")[-1]
     assert start["exact"] is False
     assert start["inexact_because"] == differences.split("; ")
     assert saved("run")[-1] == "step-00000009.h5"
+
+
+def test_a_run_from_before_random_streams_were_recorded_goes_on_but_is_not_exact() -> None:
+    config = small(stop={"last_step": 5})
+    state = train(config, Path("run"))
+    path = Path("run/checkpoints/step-00000005.h5")
+    with codec.Reader(path) as reader:
+        header = reader.header
+    recorded = json.loads(header.numerics)
+    assert recorded.pop("streams") == numerics.STREAMS == 2
+    image = codec.encode(state, run=header.run, config=header.config, numerics=json.dumps(recorded))
+    path.write_bytes(file_bytes(image))
+
+    refusal = call("resume", "run", "--last-step", 9, "--strict-numerics", expect=3)
+    assert refusal.stderr.startswith("stepctl: not exact here: random streams 1 -> 2; ")
+    assert saved("run")[-1] == path.name
+    said = call("resume", "run", "--last-step", 9, "-q").stderr
+    assert said == ("warning: no longer exact: other bits result here (random streams 1 -> 2); the ledger records it\n")
+    start = ledger("run", "start")[-1]
+    assert (start["exact"], start["numerics"]["streams"]) == (False, 2)
+    assert call("resume", "run", "--last-step", 12, "--strict-numerics", "-q").stderr == ""
+    assert ledger("run", "start")[-1]["exact"] is True
 
 
 # --- how it looks

@@ -16,7 +16,7 @@ from stepctl.cli.main import cli
 PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
     {"errors", "arena", "extras", "files", "sandbox", "launcher", "interrupt", "process_signals", "shell"},
-    {"state", "rng", "ema", "problems", "registry", "schedules", "losses", "optimizers"}
+    {"state", "rng", "ema", "elementary", "problems", "registry", "schedules", "losses", "optimizers"}
     | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange", "shared", "window"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},

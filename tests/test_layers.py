@@ -247,3 +247,52 @@ def test_dropout_drops_its_rate_and_preserves_the_mean(rate: float) -> None:
 def test_every_layer_is_in_the_table() -> None:
     files = {path.stem for path in Path(layers.__path__[0]).glob("*.py")} - {"__init__", "base"}
     assert files == {type(make(1)).__module__.rpartition(".")[2] for make in LAYERS.values()}
+
+
+def relative_errors(found: Array, expected: Array) -> Array:
+    """Return |found - expected| / |expected|, but 0 where the dtype has no normal number for what is expected."""
+    smallest = np.finfo(found.dtype).tiny
+    errors = np.abs(found.astype(np.longdouble) - expected) / np.maximum(np.abs(expected), smallest)
+    return np.asarray(errors, np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_sigmoid_and_its_derivatives_keep_their_relative_precision_in_both_tails(dtype: str) -> None:
+    end = -np.log(float(np.finfo(dtype).tiny)) - 1
+    x = np.linspace(-end, end, 4001).astype(dtype).reshape(1, -1)
+    exact = x.astype(np.longdouble)
+    decay = np.exp(-np.abs(exact))
+    tail = decay / (1 + decay)
+    expected = np.where(exact < 0, tail, 1 / (1 + decay))
+    slope = tail / (1 + decay)
+    layer, workspace = Sigmoid(), Workspace(dtype)
+    workspace.start()
+    y, backward = layer.forward({}, x, workspace)
+    curvature = layer.curvature(x, y)
+    dx = backward(np.ones_like(y), {})
+    assert dx is not None
+    tolerance = 8 * np.finfo(dtype).eps
+    assert relative_errors(y, expected).max() < tolerance
+    assert relative_errors(dx, slope).max() < tolerance
+    away = np.abs(x) > 0.01
+    bend = np.copysign(slope * (1 - 2 * tail), -exact)
+    assert relative_errors(curvature[away], bend[away]).max() < 100 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gelu_keeps_its_relative_precision_in_its_tail(dtype: str) -> None:
+    x = np.linspace(-7, 7, 2001).astype(dtype).reshape(1, -1)
+    exact = x.astype(np.longdouble)
+    scale, cubic = 2 * np.sqrt(2 / np.longdouble(np.pi)), np.longdouble(0.044715)
+    gate = 1 / (1 + np.exp(-scale * (exact + cubic * exact**3)))
+    slope = gate + exact * gate * (1 - gate) * scale * (1 + 3 * cubic * exact**2)
+    workspace = Workspace(dtype)
+    workspace.start()
+    y, backward = GELU().forward({}, x, workspace)
+    dx = backward(np.ones_like(y), {})
+    assert dx is not None
+    # the argument of exp is as far as 40 from 0, and its error is relative
+    tolerance = 100 * np.finfo(dtype).eps
+    assert relative_errors(y, exact * gate).max() < tolerance
+    away = np.abs(exact + 0.75) > 0.1  # from where the slope is 0
+    assert relative_errors(dx[away], slope[away]).max() < 4 * tolerance

@@ -106,3 +106,35 @@ def test_extreme_logits_of_a_binary_cross_entropy_stay_finite(dtype: str) -> Non
     loss, gradient = losses.binary_cross_entropy(logits, np.array([1, 0, 1, 0]), 1, Workspace(dtype))
     assert loss == 2000
     np.testing.assert_array_equal(gradient, [[0], [1], [-1], [0]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_binary_cross_entropy_keeps_its_relative_precision_however_sure_the_model_is(dtype: str) -> None:
+    end = -np.log(float(np.finfo(dtype).tiny)) - 1
+    for z in np.linspace(-end, end, 301).astype(dtype):
+        for label in (0, 1):
+            exact = np.longdouble(-z if label else z)
+            loss, gradient = losses.binary_cross_entropy(np.array([[z]]), np.array([label]), 1, Workspace(dtype))
+            expected = np.maximum(exact, 0) + np.log1p(np.exp(-np.abs(exact)))
+            slope = np.exp(np.minimum(exact, 0)) / (1 + np.exp(-np.abs(exact)))
+            tolerance = 8 * float(np.finfo(dtype).eps)
+            assert loss == pytest.approx(float(expected), rel=tolerance, abs=0)
+            assert gradient[0, 0] == pytest.approx(float(-slope if label else slope), rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_a_softmax_cross_entropy_keeps_its_relative_precision_however_sure_the_model_is(
+    dtype: str, n_classes: int
+) -> None:
+    for gap in np.linspace(-80, 80, 201).astype(dtype):
+        logits = np.full((1, n_classes), 0.5, dtype)
+        logits[0, 1] += gap
+        exact = logits[0].astype(np.longdouble) - logits[0, 1]
+        others = np.exp(np.delete(exact, 1))
+        expected = np.log1p(others.sum())
+        slopes = np.insert(others, 1, -others.sum()) / (1 + others.sum())
+        loss, gradient = losses.softmax_cross_entropy(logits, np.array([1]), 1, Workspace(dtype))
+        tolerance = 8 * float(np.finfo(dtype).eps)
+        assert loss == pytest.approx(float(expected), rel=tolerance, abs=0)
+        np.testing.assert_allclose(gradient[0], slopes.astype(float), rtol=tolerance, atol=0)

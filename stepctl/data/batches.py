@@ -14,7 +14,7 @@ from stepctl.data.base import Source
 from stepctl.errors import ConfigError, DataError
 from stepctl.rng import Permutation, epoch_order
 
-_LOOKAHEAD = 32  # batches whose rows are looked up at a time, so that a step pays next to nothing for it,
+_LOOKAHEAD = 64  # batches whose rows are looked up at a time, so that a step pays next to nothing for it,
 _LOOKAHEAD_ROWS = 1 << 16  # but not more rows than this
 _MOST_EPOCHS = 100  # in one batch
 

@@ -58,8 +58,8 @@ class Layer(ABC):
 class Elementwise(Layer):
     """y = f(x), each element by itself: what carries a gradient back, the product with f'(x), carries a tangent on."""
 
-    def curvature(self, y: Array) -> Array | None:
-        """Return f''(x) at y = f(x); None if it is 0 almost everywhere."""
+    def curvature(self, x: Array, y: Array) -> Array | None:
+        """Return f''(x), where y = f(x); None if it is 0 almost everywhere."""
         return None
 
     def tangent(
@@ -70,7 +70,7 @@ class Elementwise(Layer):
 
         def backward(dy: Array, dw: Array, grads: Mapping[str, Array]) -> tuple[Array, Array]:
             dx = self._through(back, dy)
-            if (curvature := self.curvature(y)) is not None:
+            if (curvature := self.curvature(x, y)) is not None:
                 np.add(dx, curvature * v * dw, out=dx)
             return dx, self._through(back, dw)
 

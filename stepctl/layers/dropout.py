@@ -13,7 +13,7 @@ from stepctl.layers.base import Backward, Layer
 class Dropout(Layer):
     """Inverted dropout (Srivastava et al. 2014): each element is dropped with probability `rate`.
 
-    The mask is a function of (seed, layer name, step, shard); in evaluation x passes unchanged.
+    The mask is a function of (seed, model name, layer name, step, shard); in evaluation x passes unchanged.
     """
 
     name: str

@@ -9,7 +9,7 @@ import numpy as np
 from stepctl.arena import Arena, Array, Workspace, update_target
 from stepctl.ema import MovingAverage
 from stepctl.errors import ConfigError
-from stepctl.models.base import Backward, Ends, Model
+from stepctl.models.base import Backward, Ends, Model, TangentBackward
 from stepctl.optimizers.base import Optimizer, Tick, global_norm
 from stepctl.problems import defined_at, in_one_line
 from stepctl.registry import is_builtin
@@ -77,7 +77,7 @@ class Learner:
 
     def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
         """Return the model's outputs: (rows, n_outputs), and the way back."""
-        made = self.model.forward(params, x, workspace)
+        made = self.model.forward(params, x, self._scope(workspace))
         try:
             outputs, backward = made
         except (TypeError, ValueError) as error:
@@ -93,6 +93,14 @@ class Learner:
     @property
     def _where(self) -> str:
         return f" ({defined_at(type(self.model))})"
+
+    def tangent(self, params: Arena, x: Array, v: Array, workspace: Workspace) -> tuple[Array, Array, TangentBackward]:
+        """Return the model's outputs, their derivative along v, and the way back of both."""
+        return self.model.tangent(params, x, v, self._scope(workspace))
+
+    def _scope(self, workspace: Workspace) -> Workspace:
+        """Give the model's random streams its name where it has other models beside it."""
+        return workspace if self.name == MODEL else workspace.scoped(self.name)
 
     def learning_rate(self, counts: Mapping[str, int]) -> float:
         """Return the rate of the next update, when the counters stand so."""

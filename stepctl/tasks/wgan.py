@@ -158,20 +158,22 @@ class WGAN(Task):
         """Add the penalty's gradient; return this part's share of it: penalty / n sum_i (|grad D(x_i)| - 1)^2."""
         assert self._penalty is not None
         critic, workspace, rows = self.learners[_CRITIC], self._training[_CRITIC], len(real)
+        # the forward and the tangent pass at the points between are one function: they draw the same masks
+        penalty_workspace = workspace.scoped("penalty")
         share = self._rng(_CRITIC, number, shard, "between").random((rows, 1), dtype=real.dtype.type)
         between, along = (workspace.empty((rows, real.size // rows)) for _ in range(2))
         np.subtract(real.reshape(rows, -1), fake.reshape(rows, -1), out=between)
         np.multiply(between, share, out=between)
         np.add(between, fake.reshape(rows, -1), out=between)
-        scores, backward = critic.forward(params, between.reshape(real.shape), workspace)
+        scores, backward = critic.forward(params, between.reshape(real.shape), penalty_workspace)
         ones, extra = np.ones_like(scores), self._scratch(_CRITIC, params)
         slope = self._inputs(backward(ones, extra), _CRITIC).reshape(rows, -1)
         np.multiply(slope, slope, out=along)
         norms = np.sqrt(along.sum(axis=1, keepdims=True) + _TINY)
         # d/dparams of sum_i u_i . grad D(x_i) with u held: backward through the derivative along u
         np.multiply(slope, (2 * self._penalty / n) * (norms - 1) / norms, out=along)
-        outputs, tangents, back = critic.model.tangent(
-            params, between.reshape(real.shape), along.reshape(real.shape), workspace
+        outputs, tangents, back = critic.tangent(
+            params, between.reshape(real.shape), along.reshape(real.shape), penalty_workspace
         )
         back(np.zeros_like(outputs), np.ones_like(tangents), extra)
         np.add(gradient.flat, extra.flat, out=gradient.flat)
