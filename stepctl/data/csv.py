@@ -10,6 +10,7 @@ from pydantic import Field
 from stepctl.data.base import Sources, Targets
 from stepctl.data.files import read_bytes, reading
 from stepctl.data.memory import InMemory
+from stepctl.files import open_regular
 from stepctl.registry import File
 
 
@@ -28,7 +29,8 @@ def csv(
 
     def load(file: str) -> InMemory:
         with reading(file, "CSV"):
-            text = read_bytes(file).decode("utf-8-sig")
+            with open_regular(file) as opened:
+                text = read_bytes(opened).decode("utf-8-sig")
             if not text.strip() or (header and text.strip().count("\n") == 0):
                 raise ValueError("it holds no rows")
             column = _column(text, target, header, delimiter)

@@ -6,10 +6,10 @@ every process that opens it and held, in the file's own type: where that is too 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from mmap import mmap
 from typing import final
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from stepctl.arena import Array, aligned_empty
 from stepctl.data.base import Source, Sources, Targets, ranges
-from stepctl.data.files import GZIP, fetched, mapped, reading
+from stepctl.data.files import GZIP, WholeFile, fetched, mapped, read_bytes, reading
 from stepctl.data.memory import as_targets, check_arrays, scaled
 from stepctl.errors import DataError
 from stepctl.files import open_regular
@@ -55,11 +55,11 @@ def idx(
 class IDXRows(Source):
     """Rows of x: (n, ...) and y: (n,) or (n, columns), which stay as their files hold them."""
 
-    def __init__(self, x: Array, y: Array, *, origin: str, targets: Targets, dtype: str, scale: float) -> None:
+    def __init__(self, x: _Rows, y: _Rows, *, origin: str, targets: Targets, dtype: str, scale: float) -> None:
         self.origin, self._targets, self._dtype = in_one_line(origin), targets, dtype
-        check_arrays(self.origin, x, y)
-        self._scale, self._x, self._y = scale, _Rows(x), _Rows(y)
-        self.n, self.sample_shape = len(x), x.shape[1:]
+        check_arrays(self.origin, x.array, y.array)
+        self._scale, self._x, self._y = scale, x, y
+        self.n, self.sample_shape = len(x.array), x.array.shape[1:]
         self.target_shape = self._targets_of(0, 1).shape[1:]
 
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
@@ -83,11 +83,13 @@ class IDXRows(Source):
         return digest.hexdigest()
 
     def _samples(self, first: int, end: int) -> Array:
-        x = fetched(self._x.array[first:end])
-        return scaled(x, self._scale, out=aligned_empty(x.shape, self._dtype))
+        with self._x.file:
+            x = fetched(self._x.array[first:end])
+            return scaled(x, self._scale, out=aligned_empty(x.shape, self._dtype))
 
     def _targets_of(self, first: int, end: int) -> Array:
-        y = fetched(self._y.array[first:end])
+        with self._y.file:
+            y = np.array(fetched(self._y.array[first:end]))
         return as_targets(self.origin, first, y, self._targets, self._dtype)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
@@ -96,10 +98,13 @@ class IDXRows(Source):
 
 @final
 class _Rows:
-    """The rows of an array that may stand anywhere in memory, in any byte order, and room for some of them."""
+    """The rows of an array that may stand anywhere in memory, in any byte order, and room for some of them.
 
-    def __init__(self, array: Array) -> None:
-        self.array = array
+    The array is read inside `file`, which notices if the file that it is mapped from is cut short.
+    """
+
+    def __init__(self, array: Array, file: AbstractContextManager[None]) -> None:
+        self.array, self.file = array, file
         # as bytes: of an array that is not aligned, np.take makes a copy, whole, at every call
         self._bytes = _as_bytes(array)
         self._room = aligned_empty((0, *array.shape[1:]), array.dtype)
@@ -110,7 +115,8 @@ class _Rows:
             self._room = aligned_empty((len(rows), *self.array.shape[1:]), self.array.dtype)
         taken = self._room[: len(rows)]
         # rows are in range by construction; "clip" lets take write straight into out
-        np.take(self._bytes, rows, axis=0, out=_as_bytes(taken), mode="clip")
+        with self.file:
+            np.take(self._bytes, rows, axis=0, out=_as_bytes(taken), mode="clip")
         return taken
 
 
@@ -118,12 +124,14 @@ def _as_bytes(rows: Array) -> Array:
     return rows.reshape(len(rows), math.prod(rows.shape[1:])).view(np.uint8)
 
 
-def _open(path: str) -> Array:
+def _open(path: str) -> _Rows:
     with reading(path, "IDX"), open_regular(path) as file:
         head = file.read(len(GZIP))
-        if head == GZIP:
-            return _array(gzip.decompress(head + file.read()))
-        return _array(mapped(file) if head else head)  # nothing cannot be mapped
+        if head in (GZIP, b""):  # nothing cannot be mapped
+            file.seek(0)
+            return _Rows(_array(read_bytes(file)), nullcontext())
+        whole = WholeFile(file)  # before the map: that never holds more than this knows of
+        return _Rows(_array(mapped(file)), whole)
 
 
 def _array(data: bytes | mmap) -> Array:
