@@ -187,6 +187,8 @@ class RunDirectory:
                 remedy = "keep runs on a file system that has flock"
                 raise StepctlError(f"{self.path}: cannot be locked: {error.strerror}; {remedy}") from error
         remedy = f"wait for it, or stop it{launcher.remedy()}"
+        if holder and holder.get("pid") == os.getpid() and _may_live(holder):
+            remedy = "this program opened it before, and has to close it: run.close()"
         raise RunInUseError(f"{self.path}: in use by {_described(holder or {})}; {remedy}")
 
     def freeze_config(self, text: str) -> None:

@@ -203,7 +203,7 @@ def test_a_run_that_was_only_looked_at_stays_as_it_was(from_step: int | None, un
 def test_a_run_is_held_until_it_is_closed(tmp_path: Path) -> None:
     run = stepctl.create(CONFIG, tmp_path / "run", say=silent)
     run.step()
-    with pytest.raises(RunInUseError):
+    with pytest.raises(RunInUseError, match=r"this program opened it before, and has to close it: run\.close\(\)$"):
         stepctl.resume(tmp_path / "run", say=silent)
     outcome = run.close()
     assert outcome is not None
