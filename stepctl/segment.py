@@ -18,7 +18,7 @@ from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
 from stepctl.checkpoint.store import Store
-from stepctl.errors import NonFiniteError, NumericsError, StepctlError, StoppedAtOnce, TornUpdate
+from stepctl.errors import NonFiniteError, NumericsError, StepctlError, StoppedAtOnce, TornUpdate, UnreadableError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.histograms import histograms_of
 from stepctl.hooks.samples import Samples
@@ -123,7 +123,7 @@ class Segment:
                 signals.ignore()
                 return outcome
             except KeyboardInterrupt as error:
-                if not self.store.steps():
+                if not self._has_checkpoints():
                     raise  # nothing was begun
                 self.record_end("a second SIGINT")
                 path = self.directory.path
@@ -221,8 +221,15 @@ class Segment:
         lost = f"step {step} is" if step == newest + 1 else f"steps {newest + 1} to {step} are"
         return f"{lost} lost; {go_on}"
 
+    def _has_checkpoints(self) -> bool:
+        """Tell whether the run has a checkpoint; what cannot be listed now may hold one."""
+        try:
+            return bool(self.store.steps())
+        except UnreadableError:
+            return True
+
     def _without_non_finite(self) -> str:
-        if not self.store.steps():
+        if not self._has_checkpoints():
             return "mend what the model begins with, then start again with: stepctl train"
         path = self.directory.path
         skip = ""

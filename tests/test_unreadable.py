@@ -19,8 +19,10 @@ from stepctl.arena import Arena
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.cli.main import cli
-from stepctl.errors import Exit, UnreadableError
+from stepctl.errors import Exit, NonFiniteError, UnreadableError
+from stepctl.hooks.base import Hook
 from stepctl.state import Counters, TrainState
+from stepctl.tasks.base import Metrics
 from unreadable import NAMES, refuse
 
 NEWEST = "checkpoints/step-00000004.h5"
@@ -238,3 +240,49 @@ def test_a_config_file_that_cannot_be_read_now_is_not_a_usage_error(
         refuse(patch, folder / "c.yaml", errno.EACCES)
         done = CliRunner().invoke(cli, ["train", "--config", "c.yaml", "--run-dir", "another"])
     assert_said(done.exit_code, done.stderr, "c.yaml")
+
+
+DATA = {
+    "csv": {"name": "csv", "path": "a"},
+    "arrays": {"name": "arrays", "path": "a"},
+    "hdf5": {"name": "hdf5", "path": "a"},
+    "idx": {"name": "idx", "images": "a", "labels": "a"},
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_data_that_cannot_be_read_now_are_not_called_wrong(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a").write_bytes(b"some content")
+    (folder / "d.yaml").write_text(yamlio.dumps({**SMALL, "data": DATA[kind]}))
+    with monkeypatch.context() as patch:
+        refuse(patch, folder / "a", errno.ESTALE)
+        done = CliRunner().invoke(cli, ["train", "--config", "d.yaml", "--run-dir", "another"])
+    assert_said(done.exit_code, done.stderr, "a: cannot be read now: Stale file handle")
+    assert not (folder / "another").exists()
+
+
+def test_a_loss_that_is_not_finite_is_said_although_the_checkpoints_cannot_be_listed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging = make_config(**{**SMALL, "optimizer": {"name": "sgd", "learning_rate": 1e30}})
+    real, listed = os.listdir, []
+
+    def listdir(path: str | int = ".") -> list[str]:
+        where = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.path.abspath(path)
+        if where.endswith("new/checkpoints") and listed:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), where)
+        return real(path)
+
+    class Breaks(Hook):
+        """Breaks the disk after the first step."""
+
+        name = "breaks"
+
+        def after_step(self, state: TrainState, metrics: Metrics) -> None:
+            listed.append(metrics)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(NonFiniteError, match=r"lower the learning rate or clip the gradient"):
+        train(diverging, folder / "new", hooks=(Breaks(),))
