@@ -176,7 +176,7 @@ def _comes_back(folder: str) -> bool:
 
     state, other = _state(1), _state(0)
     step, store = state.counters.global_step, Store(Path(folder))
-    store.publish(step, codec.encode(state, run="doctor", config="seed: 0\n", numerics="{}"))
+    store.publish(step, codec.encode(state, run="doctor", run_id="0" * 32, config="seed: 0\n", numerics="{}"))
     with store.open(step) as reader:
         codec.restore(reader, other)
     return other.same_bits(state)

@@ -5,6 +5,7 @@ StepctlError                1  an operation failed; every checkpoint stands
 |- TornUpdate               1  an update failed half way: the state is that of no step
 |- NonFiniteError           1  a loss, gradient or state that is no number; what was finite is saved
 |- UnsupportedSystemError   1  neither Linux nor macOS
+|- RunMovedError            1  the run's directory was renamed, removed or replaced while it was written
 |- ConfigError              2  the command line, the config or a component's argument is wrong
 |  `- RunExistsError        2  a run is to be started where there is one already
 |- DataError                2  a data file is missing, or holds what it should not
@@ -72,6 +73,10 @@ def check_system() -> None:
             f"stepctl needs Linux or macOS, and this is {sys.platform}; on Windows it runs in WSL "
             "(https://learn.microsoft.com/windows/wsl/install)"
         ) from error
+
+
+class RunMovedError(StepctlError):
+    """The run's directory was renamed, removed or replaced while this process wrote in it."""
 
 
 class ConfigError(StepctlError):

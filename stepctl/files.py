@@ -51,9 +51,13 @@ def expanded(path: str) -> str:
     return os.path.expanduser(_VARIABLE.sub(value_of, path))
 
 
-def open_regular(path: str) -> BinaryIO:
+def open_regular(path: str, dir_fd: int | None = None) -> BinaryIO:
     """Open a file to read its bytes; OSError for what is none: a pipe would be waited for, a device has no end."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK, dir_fd=dir_fd)
+
+    file = open(path, "rb", opener=opener)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file; copy its content into one", path)
@@ -80,6 +84,8 @@ def remedy_of(error: OSError) -> str:
     """Return how to mend what the system refused to read or write."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "go where this user may, or let it; then run the command again"
+    if error.errno == errno.ELOOP:
+        return "put the file itself there instead of a symbolic link"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return "give another path"
     return "make room or mend the disk, then go on"

@@ -50,7 +50,7 @@ def fork(
     child.refuse_run()
     child.refuse_strangers()
     with parent.lock(say):
-        store = Store(parent.checkpoints, parent.acknowledged())
+        store = Store(parent.checkpoint_folder, parent.records)
         base, asked = _configs(parent, options)
         with store.newest(say) if options.at is None else _open(store, options.at) as reader:
             assembly = _assemble(base, asked, reader.header.global_step, hooks)
@@ -77,9 +77,9 @@ def fork(
         target = config.target(header.global_step)
         for note in horizon_notes(assembly, target, locked=False):
             say(f"note: {note}")
-        with founded(child, config, say):
-            _record(parent, child, header, changes, assembly.data_fingerprint)
-            _publish(child, codec.encode(assembly.state, **texts), header.global_step)
+        with founded(child, config, say) as run_id:
+            _record(parent, child, run_id, header, changes, assembly.data_fingerprint)
+            _publish(child, codec.encode(assembly.state, run_id=run_id, **texts), header.global_step)
     reasons = (rule.reason(assembly.state.counters) for rule in assembly.stop_rules())
     stopped = next((f"{reason.text}; {reason.remedy}" for reason in reasons if reason), "")
     return Forked(header.global_step, target, changes, stopped)
@@ -124,14 +124,20 @@ def _check_data(assembly: Assembly, parent: RunDirectory, changes: list[dict[str
 
 
 def _record(
-    parent: RunDirectory, child: RunDirectory, header: codec.Header, changes: list[dict[str, Any]], data: str
+    parent: RunDirectory,
+    child: RunDirectory,
+    run_id: str,
+    header: codec.Header,
+    changes: list[dict[str, Any]],
+    data: str,
 ) -> None:
     # both before the child has a checkpoint: no run may stand whose parent's step can be pruned
     said: dict[str, Any] = {"step": header.global_step, "sha256": header.sha256}
-    child.append_ledger("fork", parent=os.path.abspath(parent.path), **said, changes=changes, data=data)
-    parent.append_ledger("fork", child=os.path.abspath(child.path), **said)
+    parent_path, child_path = (os.path.abspath(run.folder.path) for run in (parent, child))
+    child.append_ledger("fork", run_id=run_id, parent=parent_path, **said, changes=changes, data=data)
+    parent.append_ledger("fork", child=child_path, **said)
 
 
 def _publish(child: RunDirectory, image: codec.Image, step: int) -> None:
-    digest = Store(child.checkpoints).publish(step, image)
+    digest = Store(child.checkpoint_folder).publish(step, image)
     child.append_ledger("checkpoint", step=step, file=names.file_name(step), sha256=digest, pruned=[])

@@ -280,6 +280,7 @@ class Checkpoint:
     arrays: dict[str, Array]
     config: dict[str, Any]
     run: str
+    run_id: str | None  # None in a checkpoint of format version 1
     created_by: str
     sha256: str
 
@@ -296,8 +297,16 @@ def load_checkpoint(path: Path_) -> Checkpoint:
         arrays = {name: _read(reader, name, shape, dtype) for name, (shape, dtype) in reader.array_shapes().items()}
         reader.check_unchanged()
         config = yamlio.loads(header.config, f"{reader.name}:/config").value
-        known = (header.run, header.created_by, header.sha256)
-        return Checkpoint(header.global_step, header.counters, arrays, config, *known)
+        return Checkpoint(
+            global_step=header.global_step,
+            counters=header.counters,
+            arrays=arrays,
+            config=config,
+            run=header.run,
+            run_id=header.run_id,
+            created_by=header.created_by,
+            sha256=header.sha256,
+        )
 
 
 def global_step(path: Path_) -> int:

@@ -61,7 +61,7 @@ def plan_resume(
     config = changed_config(base, options, directory)
     changed = configs.changes(base, config)
     assembly = assemble(config)
-    store = Store(directory.checkpoints, directory.acknowledged)
+    store = Store(directory.checkpoint_folder, directory.records)
 
     def accept(reader: codec.Reader) -> None:
         excused = excused_keys(ledger, changed) | base.data_files()
@@ -101,7 +101,8 @@ def _notes(config: Config) -> list[str]:
 
 def _plan(assembly: Assembly, directory: RunDirectory, span: Span) -> dict[str, Any]:
     config, state = assembly.config, assembly.state
-    image = codec.encode(state, run=directory.name, config=config.text, numerics=json.dumps(assembly.numerics))
+    texts = {"run": directory.name, "config": config.text, "numerics": json.dumps(assembly.numerics)}
+    image = codec.encode(state, run_id="0" * 32, **texts)  # for its size
     params = {folder: arena for folder, arena in state.arenas.items() if folder.partition("/")[0] == "params"}
     shapes = {f"{folder}/{name}": shape for folder, arena in params.items() for name, shape in arena.shapes.items()}
     n_bytes, n_sums = sum(arena.n_bytes for arena in params.values()), config.data.shards.bit_length()

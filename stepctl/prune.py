@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 from stepctl import rundir
-from stepctl.checkpoint import names, retention, userblock
+from stepctl.checkpoint import names, retention
 from stepctl.checkpoint.expected import missing_checkpoints
 from stepctl.checkpoint.store import Store
 from stepctl.config import Checkpoint
@@ -23,10 +23,10 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
     UnreadableError if one cannot be read now.
     """
     with contextlib.nullcontext() if dry_run else directory.lock(say):
-        store = Store(directory.checkpoints, directory.acknowledged)
+        store = Store(directory.checkpoint_folder, directory.records)
         evaluations = Evaluations(directory.read_metrics())
         if (best := keep.keep_best) and not any(best.metric in row for row in evaluations.rows.values()):
-            raise ConfigError(f"keep_best: {directory.metrics} has no evaluation with {best.metric!r}")
+            raise ConfigError(f"keep_best: {directory.shown(directory.metrics)} has no evaluation with {best.metric!r}")
         newest = store.newest(say)
         newest.close()
         good = [step for step in store.steps() if step <= newest.header.global_step and _is_whole(store, step, say)]
@@ -70,7 +70,7 @@ def _remove(directory: RunDirectory, store: Store, pruned: list[int]) -> None:
 
 def _is_whole(store: Store, step: int, say: Callable[[str], None]) -> bool:
     try:
-        verified = userblock.open_verified(store.file(step))
+        verified = store.verified(step)
     except CheckpointError as error:
         say(f"{error}; left in place")
         return False

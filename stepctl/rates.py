@@ -12,8 +12,8 @@ from stepctl import config as configs
 from stepctl import extras, registry
 from stepctl.assembly import Assembly
 from stepctl.errors import ConfigError
+from stepctl.folder import publish
 from stepctl.problems import in_one_line, reason
-from stepctl.rundir import publish
 from stepctl.schedules import Schedule
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ def replay(
         raise ConfigError(f"{directory.path}: was trained asynchronously, which gives other bits each time: no replay")
     assembly = assemble(base)
     _check_data(assembly, directory, first, last)
-    state, store = assembly.state, Store(directory.checkpoints, directory.acknowledged)
+    state, store = assembly.state, Store(directory.checkpoint_folder, directory.records)
 
     def restore(reader: codec.Reader) -> None:
         check_same_run(reader.name, reader.header.config, base.plain(), base.data_files(), _ANOTHER)

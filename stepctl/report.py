@@ -27,7 +27,7 @@ def open_path(path: str, report: Callable[[str], None]) -> codec.Reader:
     directory = RunDirectory(path)
     if not files.is_directory(directory.checkpoints):
         raise CheckpointError("none", f"{path}: neither a checkpoint nor a run (no checkpoints/ in it)")
-    store = Store(directory.checkpoints, directory.acknowledged)
+    store = Store(directory.checkpoint_folder, directory.records)
     reader = store.newest(report)
     missing = missing_checkpoints(directory.read_ledger, store.steps)
     if (message := newer_missing(missing, reader.header.global_step)) is not None:
@@ -99,6 +99,7 @@ def inspect(reader: codec.Reader, pattern: str = "*") -> dict[str, Any]:
         "global_step": header.global_step,
         "created_by": header.created_by,
         "run": header.run,
+        "run_id": header.run_id,
         "sha256": header.sha256,
         "counters": header.counters,
         "relations": relations(header.counters, config),

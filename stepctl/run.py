@@ -37,22 +37,25 @@ def create(
     _ = assembly.data_fingerprint  # it may read all data: now, while a signal still ends the command at once
     config = assembly.config
     target = config.target(config.initial_step)
-    with founded(directory, config, say):
+    with founded(directory, config, say) as run_id:
         for note in horizon_notes(assembly, target, locked=False):
             say(f"note: {note}")
-        yield Segment(directory, assembly, say, target=target, restored=None)
+        yield Segment(directory, assembly, say, run_id=run_id, target=target, restored=None)
 
 
 @contextlib.contextmanager
-def founded(directory: RunDirectory, config: Config, say: Say) -> Iterator[None]:
-    """Make the directory of a new run with its frozen config, and hold it; RunExistsError if one began since."""
+def founded(directory: RunDirectory, config: Config, say: Say) -> Iterator[str]:
+    """Make the directory of a new run with its frozen config, hold it, and yield the run's new id.
+
+    RunExistsError if a run began there since.
+    """
     directory.make()
     with directory.lock(say):
         directory.refuse_run()
         directory.clear_temporaries()
         directory.clear_stillborn()
         directory.freeze_config(config.text)
-        yield
+        yield rundir.new_run_id()
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def resume(
         if moved:
             paths = ", ".join(f"{change['key']}: {change['old']} -> {change['new']}" for change in moved)
             say(f"note: the data are the same under another path ({paths})")
-        store = Store(directory.checkpoints, directory.acknowledged())
+        store = Store(directory.checkpoint_folder, directory.records)
         data_files = config.data_files()
         excused = excused_keys(ledger, changed) | set(options.allow_change) | data_files
 
@@ -110,13 +113,16 @@ def resume(
         step = header.global_step
         if back is None:
             report_missing(directory, store, step, say)
-        if step not in directory.acknowledged().values():  # a kill came between the file and its line
-            directory.append_ledger("checkpoint", step=step, file=name, sha256=header.sha256, pruned=[])
         assembly.trial()
+        records = directory.records()
+        # none: format version 1 began the run, or the ledger is lost
+        run_id = records.run_id or header.run_id or rundir.new_run_id()
+        if step not in records.acknowledged.values():  # a kill came between the file and its line
+            directory.append_ledger("checkpoint", step=step, file=name, sha256=header.sha256, pruned=[])
         for watch in assembly.forget(watched_with(header, base)):
             say(f"note: {watch} goes by something else from here on, and begins anew")
         target = target_of(config, options, ledger, step, changed)
-        segment = Segment(directory, assembly, say, target=target, restored=name)
+        segment = Segment(directory, assembly, say, run_id=run_id, target=target, restored=name)
         for note in horizon_notes(assembly, segment.target, locked=True):
             say(f"note: {note}")
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
@@ -145,7 +151,7 @@ def report_missing(directory: RunDirectory, store: Store, step: int, say: Say) -
 def changed_config(base: Config, options: ResumeOptions, directory: RunDirectory) -> Config:
     """Return a run's newest config with what a resume asks for; what was left open when the run started stays."""
     if options.document is None:
-        document = yamlio.Document(base.plain(), {(): str(directory.config)})
+        document = yamlio.Document(base.plain(), {(): str(directory.shown(directory.config))})
     else:
         document = options.document
     for assignment in options.assignments:

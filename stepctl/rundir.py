@@ -11,15 +11,18 @@ import itertools
 import json
 import os
 import re
+import secrets
 import socket
+import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepctl import files, launcher, yamlio
-from stepctl.errors import ConfigError, RunExistsError, RunInUseError, StepctlError
-from stepctl.files import fsync, open_regular, remedy_of
+from stepctl.errors import ConfigError, RunExistsError, RunInUseError, RunMovedError, StepctlError, UnreadableError
+from stepctl.files import fsync, remedy_of
+from stepctl.folder import TEMPORARY, Descriptor, Folder, write_all, writing
 from stepctl.shell import command
 
 # Each event of the ledger, and what a line of it must hold.
@@ -30,8 +33,7 @@ _EVENTS: dict[str, dict[str, type]] = {
     "prune": {"steps": list},
     "fork": {"step": int, "sha256": str},  # and "parent" in the fork's own ledger, "child" in its parent's
 }
-_TEMPORARY = ".tmp-"  # ends in the writer's pid
-_HELD: set[int] = set()  # descriptors of this process's locks; a forked child that kept one would hold the run
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
 _LINE = 512  # bytes of the lock
 # Beside a run: hidden files (a writer's temporary one too), a file system's own folder, logs, and what is kept aside.
 _TOLERATED = re.compile(
@@ -50,24 +52,56 @@ class Holder(NamedTuple):
     other_host: str | None  # which alone could tell whether the process lives; None: it lives, on this host
 
 
+class Records(NamedTuple):
+    """What the ledger says of the run's checkpoints: the id of the run, and sha256 -> step of the acknowledged ones.
+
+    The id is in the ledger's first line. A run that format version 1 began has none until it is resumed.
+    """
+
+    run_id: str | None
+    acknowledged: dict[str, int]
+
+    def owns(self, run_id: str | None, sha256: str) -> bool:
+        """Tell whether a checkpoint is one of this run; of a run whose ledger is lost, every one is."""
+        if self.run_id is None and not self.acknowledged:
+            return True
+        if run_id is None or self.run_id is None:
+            return sha256 in self.acknowledged
+        return run_id == self.run_id
+
+
 class RunDirectory:
-    """Paths of one run. `lock()` must be held by whoever writes."""
+    """Paths of one run. `lock()` must be held by whoever writes: `folder` then works through one descriptor."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.config = self.path / "config.yaml"
-        self.ledger = self.path / "ledger.jsonl"
-        self.metrics = self.path / "metrics.jsonl"
-        self.csv = self.path / "metrics.csv"
-        self.tensorboard = self.path / "tensorboard"
-        self.checkpoints = self.path / "checkpoints"
-        self.samples = self.path / "samples"
-        self.stop = self.path / "STOP"  # made by whoever wants the run to stop
+        self.path = Path(path)  # as it was given, for messages
+        try:
+            root = self.path.absolute()  # once: a user's own code may change the working directory
+        except OSError as error:
+            raise ConfigError(f"{path}: the working directory is gone ({error.strerror}); cd to one that is") from error
+        self.config = root / "config.yaml"
+        self.ledger = root / "ledger.jsonl"
+        self.metrics = root / "metrics.jsonl"
+        self.csv = root / "metrics.csv"
+        self.tensorboard = root / "tensorboard"
+        self.checkpoints = root / "checkpoints"
+        self.samples = root / "samples"
+        self.stop = root / "STOP"  # made by whoever wants the run to stop
+        self.folder = Folder(root, self.path)
 
     @property
     def name(self) -> str:
         """The run's name: the directory's."""
-        return self.path.resolve().name
+        return self.folder.path.resolve().name
+
+    @property
+    def checkpoint_folder(self) -> Folder:
+        """The folder of the checkpoints, held while the run is locked."""
+        return self.folder.subfolder(self.checkpoints.name)
+
+    def shown(self, path: Path) -> Path:
+        """Return the path of one of the run's files as messages have it: as the user gave it."""
+        return self.path / path.name
 
     def holds_run(self) -> bool:
         """Tell whether a run was ever started here: whether it published a checkpoint, be it gone now.
@@ -76,9 +110,10 @@ class RunDirectory:
         """
         if any(row["event"] == "checkpoint" for row in self.read_ledger()):
             return True
-        if not files.is_directory(self.checkpoints):
+        try:
+            return any(name.startswith("step-") for name in self.checkpoint_folder.names())
+        except NotADirectoryError:
             return False
-        return any(name.startswith("step-") for name in files.list_directory(self.checkpoints))
 
     def refuse_run(self) -> None:
         """Raise RunExistsError if a run is here, with the command that goes on with it."""
@@ -87,22 +122,24 @@ class RunDirectory:
 
     def newest_config(self) -> yamlio.Document:
         """Return the config that the newest segment ran with: the frozen one, or what the ledger changed it to."""
-        if files.is_file(self.path):
+        if files.is_file(self.folder.path):
             raise ConfigError(f"{self.path}: is a file; give the run's directory (and --from-step N to go back)")
         if not files.is_file(self.config):
             if self.holds_run():
                 remedy = f"its checkpoints hold it ({command('inspect', self.path)}): put it back"
-                raise ConfigError(f"{self.config}: is missing; {remedy}")
+                raise ConfigError(f"{self.shown(self.config)}: is missing; {remedy}")
             raise ConfigError(f"{self.path}: no run is there (no config.yaml); start one with: stepctl train")
         changed = [row["config"] for row in self.read_ledger() if row["event"] == "start" and "config" in row]
-        return yamlio.Document(changed[-1], {(): str(self.ledger)}) if changed else yamlio.load(str(self.config))
+        if changed:
+            return yamlio.Document(changed[-1], {(): str(self.shown(self.ledger))})
+        return yamlio.load(str(self.config), str(self.shown(self.config)))
 
     def refuse_strangers(self) -> None:
         """Raise ConfigError if the directory holds what no run made."""
         made = (self.config, self.ledger, self.metrics, self.csv, self.checkpoints, self.tensorboard, self.samples)
         ours = {path.name for path in (*made, self.stop)} | {"lock"}
         try:
-            names = sorted(files.list_directory(self.path))
+            names = sorted(self.folder.names())
         except OSError as error:
             raise ConfigError(f"{self.path}: not a directory to keep a run in: {error.strerror}") from error
         # every run makes its lock first: without one, even a config.yaml is somebody's own
@@ -114,13 +151,14 @@ class RunDirectory:
     def make(self) -> None:
         """Create the directory and its lock, durably; ConfigError if something that is not a run stands there."""
         self.refuse_strangers()
+        root = self.folder.path
         try:
-            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "lock").touch()
+            missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+            root.mkdir(parents=True, exist_ok=True)
+            (root / "lock").touch()
             self.checkpoints.mkdir(exist_ok=True)
-            for folder in (self.path, *(folder.parent for folder in missing)):
-                sync_directory(folder)
+            for folder in (root, *(folder.parent for folder in missing)):
+                Folder(folder).sync()
         except OSError as error:
             remedy = "choose another --run-dir"
             raise ConfigError(f"{self.path}: cannot be made a run directory: {error.strerror}; {remedy}") from error
@@ -129,108 +167,77 @@ class RunDirectory:
     def lock(self, say: Callable[[str], None] = lambda message: None) -> Iterator[None]:
         """Hold the run; RunInUseError if another process does. The lock ends with its holder, however it ends.
 
-        What a holder that was killed left in the file is told to `say`.
+        What a holder that was killed left in the file is told to `say`. From here to the end of the block, `folder`
+        writes into the directory that was locked, and raises RunMovedError once `path` leads to another.
         """
-        with writing(self.path / "lock"):
-            # it is written and cut short: through a link, that would be somebody else's file
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self.path / "lock", flags, 0o666)
-        _HELD.add(descriptor)
-        try:
-            self._take(descriptor)
-            dead = _parsed(os.pread(descriptor, _LINE, 0))
-            mine = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": os.getpid()}
+        by_path = self.folder
+        with contextlib.closing(_Lock(by_path.path, self.path)) as lock:
+            dead = lock.holder()
+            lock.sign()
+            if dead:
+                say(f"{self.path}: {_described(dead)} ended without letting go; taking over")
+            self.folder = lock.folder
             try:
-                self._sign(descriptor, mine)
-                if dead:
-                    say(f"{self.path}: {_described(dead)} ended without letting go; taking over")
                 yield
             finally:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(descriptor, 0)
-        finally:
-            _HELD.discard(descriptor)
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-
-    def _sign(self, descriptor: int, holder: Mapping[str, Any]) -> None:
-        """Write who holds the lock. A full disk has no room for it, and the run is held all the same."""
-        try:
-            with writing(self.path / "lock"):
-                # one write of one length, so that a reader finds the old name or the new one
-                write_all(descriptor, (json.dumps(holder) + "\n").ljust(_LINE).encode())
-        except StepctlError as error:
-            if not is_full(error):
-                raise
+                self.folder = by_path
 
     def holder(self) -> Holder | None:
         """Return who holds the run, by what the lock says alone: nothing is locked, so no trainer can fail by it."""
-        found = _parsed(_content(self.path / "lock")) or {}
+        found = _parsed(self._content("lock")) or {}
         on_this_host = found.get("host") == socket.gethostname()
         restarted = on_this_host and found.get("boot_id") != _boot_id()
         if not found or restarted or not _may_live(found):
             return None
         return Holder(_described(found), None if on_this_host else str(found.get("host")))
 
-    def _take(self, descriptor: int) -> None:
-        holder: dict[str, Any] | None = None
-        for _ in range(_TRIES):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                holder = _parsed(os.pread(descriptor, _LINE, 0))
-                if holder and _may_live(holder):
-                    break
-                time.sleep(0.01)  # it has just begun, or is just letting go
-            except OSError as error:
-                remedy = "keep runs on a file system that has flock"
-                raise StepctlError(f"{self.path}: cannot be locked: {error.strerror}; {remedy}") from error
-        remedy = f"wait for it, or stop it{launcher.remedy()}"
-        if holder and holder.get("pid") == os.getpid() and _may_live(holder):
-            remedy = "this program opened it before, and has to close it: run.close()"
-        raise RunInUseError(f"{self.path}: in use by {_described(holder or {})}; {remedy}")
-
     def freeze_config(self, text: str) -> None:
         """Write the resolved config, once, at the start of the run."""
         header = "# The resolved config, frozen when the run started; later changes are in ledger.jsonl.\n"
-        publish(self.config, [(header + text).encode()])
+        self.folder.publish(self.config.name, [(header + text).encode()])
 
     def clear_stillborn(self) -> None:
         """Remove what a start left that never came to its first checkpoint."""
-        events = self.tensorboard.glob("*tfevents*")
-        for path in (self.config, self.ledger, self.metrics, self.csv, *events):
-            path.unlink(missing_ok=True)
+        for path in (self.config, self.ledger, self.metrics, self.csv):
+            with writing(self.shown(path)):
+                self.folder.remove(path.name)
+        events = self.folder.subfolder(self.tensorboard.name)
+        _remove(events, lambda name: "tfevents" in name)
 
     def clear_temporaries(self) -> None:
         """Remove what a killed writer left unpublished. Only the holder of the lock may."""
-        for folder in (self.path, self.checkpoints, self.samples):
-            for name in files.list_directory(folder):
-                if name.startswith(".") and _TEMPORARY in name:
-                    (folder / name).unlink(missing_ok=True)
+        below = [self.folder.subfolder(path.name) for path in (self.checkpoints, self.samples)]
+        for folder in (self.folder, *below):
+            _remove(folder, lambda name: name.startswith(".") and TEMPORARY in name)
 
     def append_ledger(self, event: str, **facts: Any) -> None:
         """Add one durable line: {"event", "time", ...}."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"event": event, "time": now, **facts}).encode() + b"\n"
-        if _content(self.ledger, last=1) not in (b"", b"\n"):
+        if self._content(self.ledger.name, last=1) not in (b"", b"\n"):
             self.mend_ledger()  # a full disk has cut the line before
-        with writing(self.ledger), open(self.ledger, "ab") as file:
-            file.write(line)
-            file.flush()
-            fsync(file.fileno())
+        with writing(self.shown(self.ledger)):
+            descriptor = self.folder.open_to_append(self.ledger.name)
+            try:
+                write_all(descriptor, line)
+                fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def read_ledger(self) -> list[dict[str, Any]]:
         """Return the ledger's lines; one that a kill cut short, or that no segment wrote, is passed over."""
-        return [row for row in _rows(self.ledger) if _is_event(row)]
+        return [row for row in self._rows(self.ledger) if _is_event(row)]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; a line that a kill cut short is passed over."""
-        return [row for row in _rows(self.metrics) if _has_step(row)]
+        return [row for row in self._rows(self.metrics) if _has_step(row)]
 
-    def acknowledged(self) -> dict[str, int]:
-        """Return sha256 -> step of every checkpoint that the ledger acknowledges."""
-        return {row["sha256"]: row["step"] for row in self.read_ledger() if row["event"] == "checkpoint"}
+    def records(self) -> Records:
+        """Return what the ledger says of the run's checkpoints."""
+        ledger = self.read_ledger()
+        ids = [row["run_id"] for row in ledger if _RUN_ID.fullmatch(str(row.get("run_id")))]
+        acknowledged = {row["sha256"]: row["step"] for row in ledger if row["event"] == "checkpoint"}
+        return Records(ids[0] if ids else None, acknowledged)
 
     def mend_ledger(self, say: Callable[[str], None] = lambda message: None) -> None:
         """Cut a line that was left unfinished, so that the next one begins a line of its own."""
@@ -248,7 +255,7 @@ class RunDirectory:
         A last line without an end was torn by a kill or a full disk, and is dropped. Before any other line is dropped
         that is no row, the file as it was is kept aside, and `say` reports it.
         """
-        content = _content(path)
+        content = self._content(path.name)
         kept, unreadable = [], 0
         for line in content.splitlines(keepends=True):
             text = line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)
@@ -258,13 +265,159 @@ class RunDirectory:
             elif text.strip() and line.endswith((b"\r", b"\n")):
                 unreadable += 1
         if unreadable:
-            asides = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
-            aside = next(free for free in asides if not files.is_there(free))
-            publish(aside, [content])
+            asides = (f"{path.name}.aside-{number}" for number in itertools.count(1))
+            aside = next(name for name in asides if self.folder.stat(name) is None)
+            self.folder.publish(aside, [content])
             rows = "line cannot be read as a row" if unreadable == 1 else "lines cannot be read as rows"
-            say(f"{path}: {unreadable:,} {rows}; the file as it was is kept as {aside.name}")
+            say(f"{self.shown(path)}: {unreadable:,} {rows}; the file as it was is kept as {aside}")
         if b"".join(kept) != content:
-            publish(path, kept)
+            self.folder.publish(path.name, kept)
+
+    def _rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        for line in self._content(path.name).splitlines():
+            row = _parsed(line)
+            if row is not None:
+                yield row
+
+    def _content(self, name: str, last: int | None = None) -> bytes:
+        """Return what a file holds, or only so many of its last bytes; nothing if there is none."""
+        try:
+            with self.folder.open_regular(name) as file:
+                if last is not None:
+                    file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            files.refuse_broken_link(self.folder.path / name)
+            return b""
+        except OSError as error:
+            path = self.path / name
+            if files.is_unavailable(error):
+                raise files.unreadable(path, error) from error
+            raise StepctlError(f"{path}: cannot be read: {error.strerror}; {remedy_of(error)}") from error
+
+
+class _Lock:
+    """The locks of one process on a run: on its directory, where the file system has such, and on its file `lock`.
+
+    While the directory is locked, no other process gets in, even if `lock` is removed. Where only the file can be
+    locked, whoever removes it lets another in: so the holder stops at its next write.
+    """
+
+    def __init__(self, root: Path, shown: Path) -> None:
+        self._path, self._shown = shown / "lock", shown
+        self._file: Descriptor | None = None
+        with writing(self._path):
+            self.folder = Folder.opened(root, shown, self._check)
+        try:
+            self._holds_directory = self._lock_directory()
+            self._lock_file()
+        except BaseException:
+            self.close()
+            raise
+
+    def holder(self) -> dict[str, Any] | None:
+        """Return who signed the file last."""
+        with contextlib.suppress(OSError), self.folder.open_regular(self._path.name) as file:
+            return _parsed(file.read(_LINE))
+        return None
+
+    def sign(self) -> None:
+        """Write who holds the lock. A full disk has no room for it, and the run is held all the same."""
+        assert self._file is not None
+        holder = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": os.getpid()}
+        try:
+            with writing(self._path):
+                # one write of one length, so that a reader finds the old name or the new one
+                write_all(self._file.number, (json.dumps(holder) + "\n").ljust(_LINE).encode())
+        except StepctlError as error:
+            if not is_full(error):
+                raise
+
+    def close(self) -> None:
+        """Let the run go; in a forked child, which holds nothing, do nothing."""
+        if self._file is not None and not self._file.closed:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.number, 0)
+            self._file.close()
+        self.folder.close()
+
+    def _lock_directory(self) -> bool:
+        dir_fd = self.folder.dir_fd
+        assert dir_fd is not None
+        try:
+            self._take(dir_fd)
+        except OSError:  # not on this file system
+            return False
+        return True
+
+    def _lock_file(self) -> None:
+        while True:
+            with writing(self._path):
+                # it is written and cut short: through a link, that would be somebody else's file
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+                file = Descriptor(self.folder.open(self._path.name, flags))
+            try:
+                if not stat.S_ISREG(os.fstat(file.number).st_mode):
+                    raise StepctlError(f"{self._path}: is not a regular file; remove it, then run the command again")
+                try:
+                    self._take(file.number)
+                except OSError as error:
+                    remedy = "keep runs on a file system that has flock"
+                    raise StepctlError(f"{self._shown}: cannot be locked: {error.strerror}; {remedy}") from error
+                if self._is_named(file):  # not removed since it was opened
+                    self._file = file
+                    return
+            finally:
+                if self._file is not file:
+                    file.close()
+
+    def _take(self, descriptor: int) -> None:
+        """Lock what is open; OSError if the system cannot."""
+        holder: dict[str, Any] | None = None
+        for _ in range(_TRIES):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                holder = self.holder()
+                if holder and _may_live(holder):
+                    break
+                time.sleep(0.01)  # it has just begun, or is just letting go
+        remedy = f"wait for it, or stop it{launcher.remedy()}"
+        if holder and holder.get("pid") == os.getpid() and _may_live(holder):
+            remedy = "this program opened it before, and has to close it: run.close()"
+        raise RunInUseError(f"{self._shown}: in use by {_described(holder or {})}; {remedy}")
+
+    def _is_named(self, file: Descriptor) -> bool:
+        named = self.folder.stat(self._path.name)
+        return named is not None and os.path.samestat(os.fstat(file.number), named)
+
+    def _check(self) -> None:
+        """Raise RunMovedError if another process may hold the run by now."""
+        if self._file is None:
+            return
+        try:
+            named = self.folder.stat(self._path.name)
+        except UnreadableError:  # no answer is no sign of another process
+            return
+        if named is None and self._holds_directory:
+            return
+        if named is None or not os.path.samestat(os.fstat(self._file.number), named):
+            raise RunMovedError(
+                f"{self._path}: was removed or replaced, so that another process may hold the run; nothing more is "
+                f"written (go on with: {command('resume', self._shown)})"
+            )
+
+
+def _remove(folder: Folder, wanted: Callable[[str], bool]) -> None:
+    for name in filter(wanted, folder.names()):
+        with writing(folder.shown / name):
+            folder.remove(name)
+
+
+def new_run_id() -> str:
+    """Return the id of a run that begins: 32 hexadecimal digits that no other run has."""
+    return secrets.token_hex(16)
 
 
 def refuse_nowhere(path: str) -> None:
@@ -275,6 +428,8 @@ def refuse_nowhere(path: str) -> None:
 
 
 def _described(holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return "another process"
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
 
 
@@ -288,15 +443,6 @@ def _may_live(holder: Mapping[str, Any]) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _let_go() -> None:
-    for descriptor in _HELD:
-        os.close(descriptor)
-    _HELD.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 def _is_event(row: dict[str, Any]) -> bool:
@@ -355,95 +501,9 @@ def newest_target(ledger: list[dict[str, Any]]) -> int | None:
     return targets[-1] if targets else None
 
 
-@contextlib.contextmanager
-def publishing(path: Path) -> Iterator[int]:
-    """Yield a descriptor to write a file through that is then there whole, durably, or not at all.
-
-    Temporary file in the same directory (O_EXCL), write, fsync, rename, fsync of the directory. On any error
-    the temporary file is removed and the descriptor given up: a failed fsync is never tried again on it.
-    """
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
-    with writing(path):
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                yield descriptor
-                fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.rename(temporary, path)
-            sync_directory(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-
-
-def publish(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file of these chunks so that it is there whole, durably, or not at all."""
-    with publishing(path) as descriptor:
-        for chunk in chunks:
-            write_all(descriptor, chunk)
-
-
-class writing:
-    """A context that turns the system's refusal to write `path` into a StepctlError that says how to go on."""
-
-    __slots__ = ("_path",)  # entered at every row, where a generator takes three times as long
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise StepctlError(f"{self._path}: cannot be written: {error.strerror}; {remedy_of(error)}") from error
-
-
 def is_full(error: StepctlError) -> bool:
     """Tell whether there was no room for what could not be written."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_all(descriptor: int, chunk: bytes | memoryview) -> None:
-    """Write all of a chunk, however little the system takes at a time."""
-    left = memoryview(chunk).cast("B")
-    while left:
-        left = left[os.write(descriptor, left) :]
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in _content(path).splitlines():
-        row = _parsed(line)
-        if row is not None:
-            yield row
-
-
-def _content(path: Path, last: int | None = None) -> bytes:
-    """Return what a file holds, or only so many of its last bytes; nothing if there is none."""
-    try:
-        with open_regular(str(path)) as file:
-            if last is not None:
-                file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        files.refuse_broken_link(path)
-        return b""
-    except OSError as error:
-        if files.is_unavailable(error):
-            raise files.unreadable(path, error) from error
-        raise StepctlError(f"{path}: cannot be read: {error.strerror}; {remedy_of(error)}") from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -18,7 +18,15 @@ from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
 from stepctl.checkpoint.store import Store
-from stepctl.errors import NonFiniteError, NumericsError, StepctlError, StoppedAtOnce, TornUpdate, UnreadableError
+from stepctl.errors import (
+    NonFiniteError,
+    NumericsError,
+    RunMovedError,
+    StepctlError,
+    StoppedAtOnce,
+    TornUpdate,
+    UnreadableError,
+)
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.histograms import histograms_of
 from stepctl.hooks.samples import Samples
@@ -27,7 +35,7 @@ from stepctl.hooks.signals import Signals
 from stepctl.hooks.stop import StopAtStep, StopFile
 from stepctl.problems import in_one_line
 from stepctl.ranks import leader, muster
-from stepctl.rundir import RunDirectory, publish
+from stepctl.rundir import RunDirectory
 from stepctl.shell import command
 from stepctl.state import TrainState
 from stepctl.trainer import StopRule, Trainer
@@ -68,14 +76,15 @@ class Segment:
     """An assembly, its run directory (locked), and its target."""
 
     def __init__(
-        self, directory: RunDirectory, assembly: Assembly, say: Say, *, target: int, restored: str | None
+        self, directory: RunDirectory, assembly: Assembly, say: Say, *, run_id: str, target: int, restored: str | None
     ) -> None:
         self.directory, self.assembly, self.say, self.target = directory, assembly, say, target
         self.config, self.state = assembly.config, assembly.state
         self.start = assembly.state.counters.global_step
-        self.store = Store(directory.checkpoints)
+        self.store = Store(directory.checkpoint_folder)
         self.restored = restored
-        self.rules: list[StopRule] = [StopAtStep(target), StopFile(directory.stop), *assembly.stop_rules()]
+        stop_file = StopFile(directory.stop, shown=directory.shown(directory.stop))
+        self.rules: list[StopRule] = [StopAtStep(target), stop_file, *assembly.stop_rules()]
         self.facts: dict[str, Any] = {}  # for the ledger
         self.strict = False  # whether other last bits than the checkpoint's are refused
         self.goes_back = False  # whether later checkpoints are set aside as it begins
@@ -87,6 +96,7 @@ class Segment:
         self._forked: Collection[int] = ()  # steps that forks began at
         self._texts = {
             "run": directory.name,
+            "run_id": run_id,
             "config": self.config.text,
             "numerics": json.dumps(assembly.numerics),
         }
@@ -166,7 +176,7 @@ class Segment:
         evaluations = Evaluations(self.directory.read_metrics())
         beside = self._writers_beside()
         rows = self.assembly.rows
-        rows.open([JSONLines(self.directory.metrics), evaluations, *beside, *writers])
+        rows.open([JSONLines(self.directory), evaluations, *beside, *writers])
         signals = signals or Signals()
         self.saver = self._save_hook(evaluations, signals)
         asked = [*histograms_of(self.config.log, beside), *self._samples()]
@@ -202,6 +212,8 @@ class Segment:
                 rows.close()
 
     def _failed(self, trainer: Trainer, save: Save, error: BaseException) -> None:
+        if isinstance(error, RunMovedError):
+            return  # there is nothing left to write in
         if isinstance(error, TornUpdate):
             with contextlib.suppress(Exception):  # of a save in flight
                 save.finish()
@@ -261,8 +273,9 @@ class Segment:
             assert made is not None
             return made
 
-        folder, shape = self.directory.samples, self.assembly.sources[0].sample_shape
-        return [Samples(self.config.samples, generate, folder, publish, sample_shape=shape)]
+        folder = self.directory.folder.subfolder(self.directory.samples.name)
+        shape = self.assembly.sources[0].sample_shape
+        return [Samples(self.config.samples, generate, folder, sample_shape=shape)]
 
     def _save_hook(self, evaluations: Evaluations, signals: Signals) -> Save:
         def save(state: TrainState) -> None:
@@ -332,6 +345,8 @@ class Segment:
         ledger = self.directory.read_ledger()
         self._number = 1 + sum(row["event"] == "start" for row in ledger)
         self._forked = rundir.forks(ledger).keys()  # none can come while this process holds the run
+        if self.directory.records().run_id is None:
+            self.facts["run_id"] = self._texts["run_id"]
         holder = {"host": os.uname().nodename, "pid": os.getpid(), "argv": sys.argv, "version": __version__}
         self.directory.append_ledger(
             "start",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from stepctl import files, yamlio
 from stepctl.checkpoint import names
 from stepctl.checkpoint.expected import expected_checkpoints, missing_checkpoints
+from stepctl.checkpoint.store import refuse_other_run
 from stepctl.config import Config
 from stepctl.errors import CheckpointError, ConfigError, StepctlError, UnreadableError
 from stepctl.run import check_same_run, excused_keys
@@ -38,6 +39,7 @@ class Found(NamedTuple):
     sha256: str
     file: str
     config: str  # as text
+    run_id: str | None
 
 
 def verify(path: str) -> tuple[list[Found], list[Problem]]:
@@ -87,7 +89,7 @@ def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
     Of a run that is being trained the newest file may still have to be acknowledged.
     """
     holder = directory.holder()  # looked for first: whoever lets go has written the ledger's line
-    expected, digests = expected_checkpoints(directory.read_ledger()), directory.acknowledged()
+    expected, records = expected_checkpoints(directory.read_ledger()), directory.records()
     for step in missing_checkpoints(directory.read_ledger, lambda: _steps(directory)):
         file = names.file_name(step)
         yield Problem("lost", file, f"{file}: acknowledged in ledger.jsonl, but it is not there")
@@ -95,8 +97,13 @@ def check_ledger(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
         if expected.get(good.step, good.sha256) != good.sha256:
             yield Problem("other", good.file, f"{good.file}: whole, but not the file that ledger.jsonl acknowledges")
     for good in found:
+        try:
+            refuse_other_run(good.file, good.run_id, good.sha256, records)
+        except CheckpointError as error:
+            yield Problem(error.code, good.file, str(error))
+            continue
         is_new = holder is not None and good.step > max(expected, default=-1)
-        if good.sha256 not in digests and not is_new:
+        if good.sha256 not in records.acknowledged and not is_new:
             hint = "; if a kill came before its line, the next resume writes that" if good.step not in expected else ""
             yield Problem("unknown", good.file, f"{good.file}: whole, but ledger.jsonl does not know it{hint}")
 
@@ -115,7 +122,11 @@ def check_config(directory: RunDirectory, found: list[Found]) -> Iterator[Proble
         if newest is not None:
             check_same_run(newest.file, newest.config, plain, excused_keys(directory.read_ledger(), []))
     except StepctlError as error:
-        yield Problem("config", file, f"{file}: {str(error).splitlines()[0].removeprefix(f'{directory.config}: ')}")
+        yield Problem(
+            "config",
+            file,
+            f"{file}: {str(error).splitlines()[0].removeprefix(f'{directory.shown(directory.config)}: ')}",
+        )
 
 
 def check_metrics(directory: RunDirectory) -> Iterator[Problem]:

@@ -93,9 +93,12 @@ class Document:
         self.key_places |= {path: name} | {path + below: place for below, place in key_places.items()}
 
 
-def load(path: str) -> Document:
-    """Read a YAML file whose top is a mapping; ConfigError with every problem, one a line."""
-    name = in_one_line(path, _LONGEST_NAME)
+def load(path: str, shown: str | None = None) -> Document:
+    """Read a YAML file whose top is a mapping; ConfigError with every problem, one a line.
+
+    Messages call the file `shown`.
+    """
+    name = in_one_line(shown or path, _LONGEST_NAME)
     try:
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)

@@ -8,6 +8,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import h5py
+
 from stepctl import config as configs
 from stepctl import run, yamlio
 from stepctl.checkpoint import codec, userblock
@@ -16,6 +18,8 @@ from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.state import TrainState
 from stepctl.trainer import Trainer
+
+RUN_ID = "0123456789abcdef" * 2
 
 BASE: dict[str, Any] = {
     "seed": 1,
@@ -62,6 +66,20 @@ def file_bytes(image: codec.Image) -> bytes:
     """Return a whole checkpoint file, user block first."""
     body = b"".join(image)
     return userblock.make(hashlib.sha256(body).hexdigest(), len(body)) + body
+
+
+def content(path: Path) -> dict[str, Any]:
+    """Return all that a checkpoint holds but the id of its run: bytes of each dataset, and the root's attributes."""
+    found: dict[str, Any] = {}
+
+    def add(name: str, item: h5py.HLObject) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = (item.shape, item.dtype.str, item[()].tobytes())
+
+    with h5py.File(path, "r") as file:
+        file.visititems(add)
+        attributes = {f"@{name}": value for name, value in file.attrs.items() if name != "run_id"}
+    return found | attributes
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import file_bytes
+from helpers import RUN_ID, file_bytes
 from stepctl.arena import Arena, Array
 from stepctl.checkpoint import codec
 from stepctl.errors import CheckpointError
@@ -52,7 +52,9 @@ def full_state(dtype: str = "float32", seed: int = 0, step: int = STEP) -> Train
 
 
 def encoded(state: TrainState) -> bytes:
-    return file_bytes(codec.encode(state, run="moon", config="seed: 0  # é\n", numerics='{"threads": 1}'))
+    return file_bytes(
+        codec.encode(state, run="moon", run_id=RUN_ID, config="seed: 0  # é\n", numerics='{"threads": 1}')
+    )
 
 
 def written(folder: Path, state: TrainState, name: str = NAME) -> Path:

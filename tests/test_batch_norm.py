@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from helpers import BASE, make_config, resume, rows, train
+from helpers import BASE, content, make_config, resume, rows, train
 from jobs import job, needs_mpi
 from stepctl import yamlio
 from stepctl.arena import Arena, Array, Workspace, same_bits, update_target, update_views
@@ -331,5 +331,5 @@ def test_two_ranks_give_the_bits_of_one_process(unbroken: dict[int, Path], tmp_p
     done = job(2, "train", "-q", "--config", "config.yaml", "--run-dir", "run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     for path in (unbroken[4] / "checkpoints").iterdir():
-        assert (tmp_path / "run" / "checkpoints" / path.name).read_bytes() == path.read_bytes(), path.name
+        assert content(tmp_path / "run" / "checkpoints" / path.name) == content(path), path.name
     assert rows(tmp_path / "run") == rows(unbroken[4])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from h5py import h5d, h5s, h5t
 
+from helpers import RUN_ID
 from states import NAME, STEP, encoded, full_state, refused, small_state, written
 from stepctl.arena import Arena, Array, aligned_empty
 from stepctl.checkpoint import codec
@@ -39,7 +40,7 @@ def nothing_hangs() -> Iterator[None]:
 def test_the_user_block_is_text_with_digest_and_length() -> None:
     data = encoded(full_state())
     body = data[512:]
-    text = f"stepctl-checkpoint 1\nsha256: {hashlib.sha256(body).hexdigest()}\nlength: {len(body)}\n"
+    text = f"stepctl-checkpoint 2\nsha256: {hashlib.sha256(body).hexdigest()}\nlength: {len(body)}\n"
     assert data[:512] == text.encode() + bytes(512 - len(text))
 
 
@@ -121,9 +122,10 @@ def test_the_header_says_what_was_written(tmp_path: Path) -> None:
 def test_plain_h5py_reads_it(tmp_path: Path) -> None:
     state = full_state()
     with h5py.File(written(tmp_path, state)) as file:
-        assert set(file.attrs) == {"format", "format_version", "global_step", "created_by", "run"}
+        assert set(file.attrs) == {"format", "format_version", "global_step", "created_by", "run", "run_id"}
         assert file.attrs["format"] == b"stepctl-checkpoint"
-        assert (file.attrs["format_version"], file.attrs["global_step"]) == (1, STEP)
+        assert (file.attrs["format_version"], file.attrs["global_step"]) == (2, STEP)
+        assert file.attrs["run_id"] == RUN_ID.encode()
         for name, value in state.counters.items():
             assert file[f"counters/{name}"][()] == value
         for path, array in state.arrays().items():
@@ -183,7 +185,8 @@ def test_every_flipped_byte_is_refused(tmp_path: Path) -> None:
             for mask in (0xFF, 0x01, 0x20) if position < 512 else (0xFF,):
                 os.pwrite(file.fileno(), bytes([byte ^ mask]), position)
                 code = refused(path).code
-                assert code in ({"foreign", "version", "length", "digest"} if position < 512 else {"digest"}), position
+                accepted = {"foreign", "version", "newer", "length", "digest"} if position < 512 else {"digest"}
+                assert code in accepted, position
             os.pwrite(file.fileno(), bytes([byte]), position)
     codec.Reader(path).close()  # and whole again, it is good
 
@@ -214,10 +217,10 @@ def test_the_message_of_damage_says_what_differs(tmp_path: Path) -> None:
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / NAME
-    path.write_bytes(encoded(small_state()).replace(b"stepctl-checkpoint 1\n", b"stepctl-checkpoint 0\n", 1))
+    path.write_bytes(encoded(small_state()).replace(b"stepctl-checkpoint 2\n", b"stepctl-checkpoint 0\n", 1))
     error = refused(path)
     assert error.code == "version"
-    assert str(error) == f"{NAME}: format version 0; this stepctl reads 1"
+    assert str(error) == f"{NAME}: format version 0; this stepctl reads 1 and 2"
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:

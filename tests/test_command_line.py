@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 import stepctl
-from helpers import file_bytes, make_config, rows, train
+from helpers import RUN_ID, file_bytes, make_config, rows, train
 from stepctl import numerics, yamlio
 from stepctl.arena import Arena
 from stepctl.checkpoint import codec, names
@@ -296,7 +296,7 @@ def odd_checkpoint() -> dict[str, Any]:
     hooks = {"best": {"steps": np.array([5, 2**40]), "flags": np.array([0, 255], np.uint8), "none": np.array([np.nan])}}
     counters = Counters({"global_step": 7, "samples_seen": 56, "model": 7})
     state = TrainState(counters, arenas, hooks=hooks)
-    data = file_bytes(codec.encode(state, run="moon", config="seed: 3\n", numerics='{"threads": 1}'))
+    data = file_bytes(codec.encode(state, run="moon", run_id=RUN_ID, config="seed: 3\n", numerics='{"threads": 1}'))
     Path("odd.h5").write_bytes(data)
     return state.arrays()
 
@@ -602,7 +602,9 @@ def test_numerics_that_differ_are_said_recorded_and_refused_if_strict() -> None:
         header = reader.header
     here = json.loads(header.numerics)
     elsewhere = json.dumps(here | {"blas_kernel": "Z80", "numpy": "1.0"})
-    image = codec.encode(state, run=header.run, config=header.config, numerics=elsewhere)
+    image = codec.encode(
+        state, run=header.run, run_id=header.run_id or RUN_ID, config=header.config, numerics=elsewhere
+    )
     path.write_bytes(file_bytes(image))
 
     refusal = call("resume", "run", "--last-step", 9, "--strict-numerics", expect=3)

@@ -17,7 +17,7 @@ PACKAGE = Path(stepctl.__file__).parent
 LEVELS = [
     {"errors", "arena", "extras", "files", "sandbox", "launcher", "interrupt", "process_signals", "shell"},
     {"state", "rng", "ema", "elementary", "problems", "registry", "schedules", "losses", "optimizers"}
-    | {"yamlio", "config", "schema", "numerics", "rundir", "comm", "exchange", "shared", "window"},
+    | {"yamlio", "config", "schema", "numerics", "rundir", "folder", "comm", "exchange", "shared", "window"},
     {"layers", "models", "data", "writers", "checkpoint"},
     {"tasks", "hooks"},
     {"trainer"},
@@ -61,6 +61,7 @@ ALLOWED = {
     ("config", "registry"),
     ("config", "yamlio"),
     ("rundir", "yamlio"),
+    ("rundir", "folder"),
     ("schema", "config"),
     ("schema", "registry"),
     ("yamlio", "problems"),

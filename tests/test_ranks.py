@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers import BASE, make_config, rows, train
+from helpers import BASE, content, make_config, rows, train
 from jobs import HERE, launcher, needs_mpi, run_python
 from stepctl import shared
 from stepctl.rundir import RunDirectory
@@ -109,9 +108,9 @@ def placed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return config | {"data": config["data"] | {"path": str(path)}}
 
 
-def files(run: Path) -> dict[str, str]:
-    """Return the digest of every checkpoint, whole: state, config, numerics."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (run / "checkpoints").iterdir()}
+def files(run: Path) -> dict[str, dict[str, Any]]:
+    """Return what every checkpoint holds: state, config, numerics."""
+    return {path.name: content(path) for path in (run / "checkpoints").iterdir()}
 
 
 def training(run: Path, config: dict[str, Any] | None, stop: int | None = None, slow: float = 0.0) -> dict[str, Any]:

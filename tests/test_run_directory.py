@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 from helpers import make_config, resume, rows, train
-from stepctl import rundir, yamlio
+from stepctl import yamlio
 from stepctl.checkpoint import userblock
 from stepctl.config import Config
 from stepctl.errors import CheckpointError, ConfigError, Exit, RunInUseError, StepctlError
+from stepctl.folder import publish
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.state import TrainState
@@ -301,7 +302,7 @@ def test_metrics_are_cut_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = "".join(f'{{"step": {step}, "kind": "train"}}\n' for step in range(10))
     directory.metrics.write_text(text)
 
-    def no_rename(*_: object) -> None:
+    def no_rename(*_: object, **__: object) -> None:
         assert directory.metrics.read_text() == text
         raise Power
 
@@ -475,7 +476,7 @@ def test_a_resume_passes_over_a_damaged_checkpoint_and_ends_with_the_same_bits(s
 
 def test_a_file_is_published_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
-    rundir.publish(path, [b"one ", memoryview(b"two")])
+    publish(path, [b"one ", memoryview(b"two")])
     assert path.read_bytes() == b"one two"
 
     def cut_short() -> Iterator[bytes]:
@@ -483,6 +484,6 @@ def test_a_file_is_published_whole_or_not_at_all(tmp_path: Path) -> None:
         raise Power
 
     with pytest.raises(Power):
-        rundir.publish(path, cut_short())
+        publish(path, cut_short())
     assert path.read_bytes() == b"one two"
     assert os.listdir(tmp_path) == ["notes.txt"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers import make_config, resume, rows, train
+from helpers import RUN_ID, make_config, resume, rows, train
 from stepctl.arena import Arena
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.background import Background
@@ -179,7 +179,7 @@ def test_the_file_is_streamed(tmp_path: Path) -> None:
     """No part of it is a copy of a large array."""
     params = Arena({"w": (3 << 20,)}, "float32")
     state = TrainState(Counters({"global_step": 0, "samples_seen": 0}), {"params": params})
-    image = codec.encode(state, run="moon", config="seed: 0\n", numerics="{}")
+    image = codec.encode(state, run="moon", run_id=RUN_ID, config="seed: 0\n", numerics="{}")
     large = [chunk for chunk in image if len(chunk) > 1 << 20]
     assert sum(map(len, large)) == params.n_bytes
     assert all(np.shares_memory(np.frombuffer(chunk, np.uint8), params.flat) for chunk in large)

@@ -10,7 +10,7 @@ import click
 import numpy as np
 import pytest
 
-from helpers import file_bytes, make_config, resume, rows, silent, train
+from helpers import RUN_ID, file_bytes, make_config, resume, rows, silent, train
 from stepctl import config as configs
 from stepctl import run
 from stepctl.arena import same_bits
@@ -217,7 +217,9 @@ def test_counters_that_disagree_are_refused(small: Any, tmp_path: Path) -> None:
         codec.restore(reader, state)
         state.counters = Counters(dict(state.counters) | {"model": 2})
         header = reader.header
-    image = codec.encode(state, run=header.run, config=header.config, numerics=header.numerics)
+    image = codec.encode(
+        state, run=header.run, run_id=header.run_id or RUN_ID, config=header.config, numerics=header.numerics
+    )
     (path / "checkpoints" / "step-00000003.h5").write_bytes(file_bytes(image))
     with pytest.raises(CheckpointError, match="2 updates of the model, but global step 3") as caught:
         resume(path, last_step=5, from_step=3)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers import file_bytes
+from helpers import RUN_ID, file_bytes
 from stepctl.arena import Arena
 from stepctl.checkpoint import codec, retention, userblock
 from stepctl.checkpoint.names import step_of
@@ -27,7 +27,7 @@ def parts(step: int) -> codec.Image:
     params["weight"][:] = step
     counters = Counters({"global_step": step, "samples_seen": 8 * step})
     state = TrainState(counters, {"params": params})
-    return codec.encode(state, run="moon", config="seed: 0\n", numerics="{}")
+    return codec.encode(state, run="moon", run_id=RUN_ID, config="seed: 0\n", numerics="{}")
 
 
 def make_store(folder: Path, *steps: int) -> Store:
@@ -241,7 +241,7 @@ def bad_files(store: Store) -> dict[int, str]:
     damage(store, 11)
     store.file(12).write_bytes(file_bytes(parts(12))[:-100])
     store.file(13).write_bytes(b"")
-    store.file(14).write_bytes(file_bytes(parts(14)).replace(b"checkpoint 1", b"checkpoint 0", 1))
+    store.file(14).write_bytes(file_bytes(parts(14)).replace(b"checkpoint 2", b"checkpoint 0", 1))
     store.file(15).symlink_to(store.file(10))
     store.file(16).mkdir()
     os.mkfifo(store.file(17))
@@ -251,7 +251,7 @@ def bad_files(store: Store) -> dict[int, str]:
         11: "damaged (sha256 differs)",
         12: f"damaged ({size - 100} bytes instead of {size})",
         13: "not a stepctl checkpoint, or its first 512 bytes are damaged",
-        14: "format version 0; this stepctl reads 1",
+        14: "format version 0; this stepctl reads 1 and 2",
         15: "cannot be opened (it is a symbolic link)",
         16: "not a regular file",
         17: "not a regular file",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from helpers import file_bytes, make_config, resume, train
+from helpers import RUN_ID, file_bytes, make_config, resume, train
 from stepctl import compare, verify, yamlio
 from stepctl.checkpoint import codec, names
 from stepctl.cli.main import cli
@@ -81,7 +81,9 @@ def altered(run: Path, step: int, path: str, index: int, change: Callable[[Any],
         hooks.setdefault(hook, {})[key] = arrays[name].reshape(shapes[name][0])
     remembered = [Remembered(name, values) for name, values in hooks.items()]
     state = TrainState(Counters(header.counters), {folder: arena(f"{folder}/") for folder in folders}, hooks=remembered)
-    image = codec.encode(state, run=header.run, config=header.config, numerics=header.numerics)
+    image = codec.encode(
+        state, run=header.run, run_id=header.run_id or RUN_ID, config=header.config, numerics=header.numerics
+    )
     file(run, step).write_bytes(data := file_bytes(image))
     digest = data.split(b"sha256: ")[1][:64].decode()
     edit(run / "ledger.jsonl", lambda row: row | {"sha256": digest} if row.get("file") == file(run, step).name else row)
@@ -160,7 +162,7 @@ WRONG: dict[Callable[[Path], None], set[tuple[str, str]]] = {
     cut: {("length", "step-00000020.h5")},
     removed: {("lost", "step-00000020.h5")},
     renamed: {("step", "step-00000021.h5"), ("lost", "step-00000020.h5")},
-    of_another_run: {("other", "step-00000020.h5"), ("unknown", "step-00000020.h5")},
+    of_another_run: {("other", "step-00000020.h5"), ("run", "step-00000020.h5")},
     unknown: {("unknown", "step-00000020.h5")},
     row_twice: {("twice", "metrics.jsonl")},
     row_missing: {("row", "metrics.jsonl")},
@@ -405,5 +407,5 @@ def test_the_ledger_of_nobody_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text('[]\n{"event": "prune", "steps": ["x", null]}\n{"event": "checkpoint"}\n')
     found, problems = verify.verify(str(tmp_path))
     assert (found, [problem.code for problem in problems]) == ([], ["config"])
-    assert RunDirectory(tmp_path).acknowledged() == {}
+    assert RunDirectory(tmp_path).records() == (None, {})
     assert yamlio.flatten({}) == {}

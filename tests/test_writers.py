@@ -18,6 +18,7 @@ from helpers import make_config, resume, train
 from stepctl import extras
 from stepctl.config import Config
 from stepctl.errors import ConfigError, Exit, StepctlError
+from stepctl.folder import Folder
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
 from stepctl.state import TrainState
@@ -139,7 +140,13 @@ def test_a_lost_tail_is_dropped_when_the_run_goes_on(tmp_path: Path) -> None:
 def test_files_of_two_segments_are_read_in_their_order_whatever_the_clocks_say(tmp_path: Path) -> None:
     row = {"step": 7, "kind": "train", "loss": 1.0}
     for segment, (start, loss, now) in enumerate([(0, 1.0, 2e9), (5, 2.0, 1e9), (5, 3.0, 1e9)]):
-        writer = TensorBoard(tmp_path / "tensorboard", segment=1, start=start, batch_size=1, clock=lambda now=now: now)  # type: ignore[misc]
+        writer = TensorBoard(
+            Folder(tmp_path / "tensorboard"),
+            segment=1,
+            start=start,
+            batch_size=1,
+            clock=lambda now=now: now,  # type: ignore[misc]
+        )
         writer.write([{**row, "loss": loss}])
         writer.close()
         assert len(list((tmp_path / "tensorboard").iterdir())) == segment + 1
@@ -148,8 +155,8 @@ def test_files_of_two_segments_are_read_in_their_order_whatever_the_clocks_say(t
 
 def test_a_value_that_is_no_number_is_kept_as_one(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    jsonl, lines = JSONLines(directory.metrics), CSV(directory)
-    board = TensorBoard(directory.tensorboard, segment=1, start=0, batch_size=1)
+    jsonl, lines = JSONLines(directory), CSV(directory)
+    board = TensorBoard(directory.folder.subfolder("tensorboard"), segment=1, start=0, batch_size=1)
     rows = [
         {"step": 1, "kind": "train", "loss": float("nan"), "samples_per_second": 0.0},
         {"step": 2, "kind": "train", "loss": -float("inf"), 'odd, "name"': 0.1},
@@ -236,7 +243,7 @@ def test_a_table_is_made_anew_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     train(small(20), path)
     before = table(path)
 
-    def cut(*arguments: object) -> None:
+    def cut(*arguments: object, **options: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:

@@ -1,9 +1,10 @@
-"""TrainState <-> the bytes of one HDF5 file, format version 1.
+"""TrainState <-> the bytes of one HDF5 file, format version 2.
 
     /counters/<name>   /params/<path>   /optimizers/<name>/<slot>/<path>   /buffers/<path>
     /hooks/<name>/<key>   /config (YAML)   /numerics (JSON)
 
-Root attributes: format, format_version, global_step, created_by, run. Same state, same bytes.
+Root attributes: format, format_version, global_step, created_by, run, run_id. Same state of one run, same bytes.
+Version 1, which is still read, has no run_id.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 from stepctl import files, yamlio
 from stepctl.arena import Array, check_names, update_views
 from stepctl.checkpoint import layout, names, userblock
-from stepctl.checkpoint.layout import FORMAT, FORMAT_VERSION
+from stepctl.checkpoint.layout import FORMAT
 from stepctl.checkpoint.metadata import Metadata
 from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_string
 from stepctl.errors import CheckpointError, ConfigError, StepctlError
@@ -37,17 +38,19 @@ _PART = 1 << 20  # elements read together
 _SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03\x08\x08\x00"
 _MAX_ATTRIBUTE = 4096  # bytes
 _UNDEFINED = 2**64 - 1
-_ROOT_ATTRIBUTES = {"format", "format_version", "global_step", "created_by", "run"}
+_ROOT_ATTRIBUTES = {"format", "format_version", "global_step", "created_by", "run"}  # of version 1
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says beside its arrays."""
+    """What a checkpoint says beside its arrays; `run_id` is None in one of format version 1."""
 
     global_step: int
     counters: dict[str, int]
     created_by: str
     run: str
+    run_id: str | None
     config: str
     numerics: str
     sha256: str
@@ -80,12 +83,12 @@ class Image:
         yield memoryview(small)
 
 
-def encode(state: TrainState, *, run: str, config: str, numerics: str) -> Image:
-    """Return the image of a checkpoint."""
+def encode(state: TrainState, *, run: str, run_id: str, config: str, numerics: str) -> Image:
+    """Return the image of a checkpoint; `run_id` is the run's 32 hexadecimal digits."""
     arrays = {f"counters/{name}": np.array(value) for name, value in state.counters.items()}
     arrays |= state.arrays() | {"config": layout.text(config), "numerics": layout.text(numerics)}
     arrays = {path: _little(array) for path, array in arrays.items()}
-    laid_out = layout.lay_out(arrays, run=run, step=state.counters.global_step)
+    laid_out = layout.lay_out(arrays, run=run, run_id=run_id, step=state.counters.global_step)
     return Image(laid_out.metadata, {offset: arrays[path] for path, offset in laid_out.offsets.items()})
 
 
@@ -123,10 +126,16 @@ class Reader:
     read now.
     """
 
-    def __init__(self, path: str | os.PathLike[str], vet: Callable[[str], None] = lambda digest: None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        vet: Callable[[str], None] = lambda digest: None,
+        *,
+        dir_fd: int | None = None,
+    ) -> None:
         self.name = os.path.basename(path)
         self._path = path
-        self._verified = userblock.open_verified(path)
+        self._verified = userblock.open_verified(path, dir_fd)
         self._raw, digest = self._verified.file, self._verified.digest
         try:
             vet(digest)
@@ -198,23 +207,35 @@ class Reader:
             yield part
 
     def _read_header(self, digest: str) -> Header:
-        attributes = self._attributes()
+        version = self._verified.version
+        attributes = self._attributes(_ROOT_ATTRIBUTES if version == 1 else _ROOT_ATTRIBUTES | {"run_id"})
         counters = {
             path.removeprefix("counters/"): int(dataset[()])
             for path, dataset in self.datasets.items()
             if path.startswith("counters/")
         }
-        if attributes["format"] != FORMAT or attributes["format_version"] != FORMAT_VERSION:
+        if attributes["format"] != FORMAT or attributes["format_version"] != version:
             raise CheckpointError(
                 "version",
-                f"{self.name}: says {attributes['format']} {attributes['format_version']}; "
-                f"this stepctl reads {FORMAT} {FORMAT_VERSION}",
+                f"{self.name}: says {attributes['format']} {attributes['format_version']} inside, "
+                f"and {FORMAT} {version} in its first bytes",
             )
+        run_id = attributes.get("run_id")
+        if run_id is not None and not _RUN_ID.fullmatch(run_id):
+            raise CheckpointError("attribute", f"{self.name}: root attribute 'run_id' is not 32 hexadecimal digits")
         self._check_steps(attributes["global_step"], counters)
         texts = {name: self._string(self.datasets[name][()], name) for name in TEXTS}
         self._check_texts(texts)
-        return Header(attributes["global_step"], counters, attributes["created_by"], attributes["run"],
-                      texts["config"], texts["numerics"], digest)  # fmt: skip
+        return Header(
+            global_step=attributes["global_step"],
+            counters=counters,
+            created_by=attributes["created_by"],
+            run=attributes["run"],
+            run_id=run_id,
+            config=texts["config"],
+            numerics=texts["numerics"],
+            sha256=digest,
+        )
 
     def _check_texts(self, texts: dict[str, str]) -> None:
         try:
@@ -227,10 +248,10 @@ class Reader:
         except (ValueError, RecursionError) as error:
             raise CheckpointError("text", f"{self.name}: /numerics: {' '.join(str(error).split())}") from error
 
-    def _attributes(self) -> dict[str, Any]:
+    def _attributes(self, expected: set[str]) -> dict[str, Any]:
         found = set(self._file.attrs)
-        if found != _ROOT_ATTRIBUTES:
-            odd = sorted(found ^ _ROOT_ATTRIBUTES)[0]
+        if found != expected:
+            odd = sorted(found ^ expected)[0]
             raise CheckpointError("attribute", f"{self.name}: root attribute {odd!r} is missing or unknown")
         values: dict[str, Any] = {}
         for name in sorted(found):
@@ -268,10 +289,15 @@ class Reader:
 
 
 def check(path: str) -> dict[str, Any]:
-    """Open a checkpoint, and return its step, digest and config; CheckpointError if it is refused."""
+    """Open a checkpoint, and return its step, digest, config and run_id; CheckpointError if it is refused."""
     with Reader(path) as reader:
         header = reader.header
-        return {"step": header.global_step, "sha256": header.sha256, "config": header.config}
+        return {
+            "step": header.global_step,
+            "sha256": header.sha256,
+            "config": header.config,
+            "run_id": header.run_id,
+        }
 
 
 def _open_hdf5(raw: BufferedReader, name: str) -> h5py.File:

@@ -16,7 +16,6 @@ from stepctl.checkpoint import userblock
 from stepctl.checkpoint.metadata import Metadata
 
 FORMAT = "stepctl-checkpoint"
-FORMAT_VERSION = 1
 _GROUPS = ("counters", "params", "optimizers", "buffers", "hooks")
 Key = tuple[tuple[str, tuple[int, ...], str], ...]  # (path, shape, dtype) of each array
 
@@ -28,9 +27,10 @@ class Layout(NamedTuple):
     offsets: dict[str, int]
 
 
-def lay_out(arrays: Mapping[str, Array], *, run: str, step: int) -> Layout:
+def lay_out(arrays: Mapping[str, Array], *, run: str, run_id: str, step: int) -> Layout:
     """Return the layout of a file of these arrays. What does not change from step to step is made once."""
-    template = _template(tuple((path, array.shape, array.dtype.str) for path, array in arrays.items()), run)
+    key = tuple((path, array.shape, array.dtype.str) for path, array in arrays.items())
+    template = _template(key, run, run_id)
     metadata = template.metadata.copy()
     file = h5py.h5f.open(b"checkpoint", h5py.h5f.ACC_RDWR, _access(metadata))
     try:
@@ -41,15 +41,16 @@ def lay_out(arrays: Mapping[str, Array], *, run: str, step: int) -> Layout:
 
 
 @functools.lru_cache(maxsize=4)
-def _template(key: Key, run: str) -> Layout:
+def _template(key: Key, run: str, run_id: str) -> Layout:
     layout = Layout(Metadata(), {})
     with _create(layout.metadata) as file:
         root = file.attrs
         root.create("format", text(FORMAT))
-        root.create("format_version", np.int64(FORMAT_VERSION))
+        root.create("format_version", np.int64(userblock.VERSION))
         root.create("global_step", np.int64(0))
         root.create("created_by", text(f"stepctl {__version__}"))
         root.create("run", text(run.encode("utf-8", "replace").decode()))
+        root.create("run_id", text(run_id))
         groups = {"": file.id}
         for group in _GROUPS:
             _group(groups, group)

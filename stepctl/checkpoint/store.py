@@ -13,15 +13,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepctl import files, rundir
 from stepctl.checkpoint import codec, names, retention, userblock
 from stepctl.errors import CheckpointError, StepctlError, UnreadableError
+from stepctl.folder import Folder, write_all, writing
+from stepctl.rundir import Records
 
 if TYPE_CHECKING:
     from stepctl.config import Checkpoint
 
 Accept = Callable[[codec.Reader], None]  # raises CheckpointError at a checkpoint that it cannot use
-Digests = Collection[str] | Callable[[], Collection[str]]
 Body = Iterable[bytes | memoryview]  # all that follows the user block
 _LOOKS = 10  # at a directory from which files go while it is looked through
 _UNFIT = {"mismatch", "config"}  # codes of whole checkpoints that belong to another config
@@ -34,13 +34,15 @@ class Abandoned(Exception):
 class Store:
     """A directory of `step-%08d.h5` files."""
 
-    def __init__(self, path: Path, acknowledged: Digests | None = None) -> None:
-        """Files whose sha256 is not among the `acknowledged` ones are first opened in a sandbox (None: not so).
+    def __init__(self, folder: Folder | Path, records: Callable[[], Records] | None = None) -> None:
+        """With a run's `records`, only checkpoints of that run are opened; None: any.
 
-        A function is asked for them anew at each file: the run may be going on.
+        Files whose sha256 is not acknowledged there are first opened in a sandbox. `records` is called anew for each
+        file: the run may be going on.
         """
-        self.path = path
-        self._acknowledged = acknowledged
+        self._folder = folder if isinstance(folder, Folder) else Folder(folder)
+        self._records = records
+        self.path, self._shown = self._folder.path, self._folder.shown
 
     def file(self, step: int) -> Path:
         """Return the path of a step's checkpoint."""
@@ -51,7 +53,7 @@ class Store:
 
         UnreadableError if the directory cannot be listed now.
         """
-        return names.steps(files.list_directory(self.path))
+        return names.steps(self._folder.names())
 
     def publish(self, step: int, image: Body, abandoned: Callable[[], bool] = lambda: False) -> str:
         """Make a checkpoint durable, read it back, and only then acknowledge it: return its sha256.
@@ -59,27 +61,27 @@ class Store:
         A file that stands under the name already (one that was damaged, and so skipped) is set aside first, unless
         it cannot be read now, and so may be good: UnreadableError.
         """
-        path = self.file(step)
-        with rundir.writing(path):
-            in_the_way = files.is_there(path)
+        path = self._shown / names.file_name(step)
+        with writing(path):
+            in_the_way = self._folder.stat(path.name) is not None
         if in_the_way:
             with contextlib.suppress(CheckpointError):
-                userblock.open_verified(path).file.close()
+                self.verified(step).file.close()
             self.set_aside(step)
         sha256, length = hashlib.sha256(), 0
-        with rundir.publishing(path) as descriptor:
+        with self._folder.publishing(path.name) as descriptor:
             os.lseek(descriptor, userblock.SIZE, os.SEEK_SET)
             for chunk in image:
                 if abandoned():
                     raise Abandoned
                 sha256.update(chunk)
-                rundir.write_all(descriptor, chunk)
+                write_all(descriptor, chunk)
                 length += len(chunk)
             head = userblock.make(sha256.hexdigest(), length)
             os.lseek(descriptor, 0, os.SEEK_SET)
-            rundir.write_all(descriptor, head)
+            write_all(descriptor, head)
         try:
-            userblock.check_content(path, itertools.chain([head], image))
+            userblock.check_content(self.file(step), itertools.chain([head], image), self._folder.dir_fd)
         except (CheckpointError, UnreadableError, OSError) as error:
             raise StepctlError(f"{path}: written, but it does not read back: {error}; mend the disk") from error
         return sha256.hexdigest()
@@ -96,7 +98,7 @@ class Store:
                 try:
                     reader = self.open(step, accept)
                 except CheckpointError as error:
-                    if look + 1 < _LOOKS and not files.is_there(self.file(step)):
+                    if look + 1 < _LOOKS and self._folder.stat(names.file_name(step)) is None:
                         break  # pruned since, so a newer one is there
                     refused.append(error)
                     continue
@@ -111,37 +113,38 @@ class Store:
         if refused and all(error.code in _UNFIT for error in refused):
             return refused[0]  # all are whole, and none fits: the newest says why
         reasons = "; ".join(str(error).splitlines()[0] for error in refused)
-        if not refused and not self._digests():
-            return CheckpointError("none", f"{self.path}: no checkpoint is there; start the run with: stepctl train")
+        if not refused and not (self._records and self._records().acknowledged):
+            return CheckpointError("none", f"{self._shown}: no checkpoint is there; start the run with: stepctl train")
         if any(error.code == "newer" for error in refused):
-            return CheckpointError("newer", f"{self.path}: no checkpoint that this stepctl can read ({reasons})")
+            return CheckpointError("newer", f"{self._shown}: no checkpoint that this stepctl can read ({reasons})")
         if refused:
             detail, remedy = f"{len(refused)} files, none good: {reasons}", ""
         else:
             detail = "ledger.jsonl acknowledges some, and all are gone"
             remedy = "if they are on another disk, mount it; else "
         remedy += "start again in a new --run-dir"
-        return CheckpointError("none", f"{self.path}: no usable checkpoint ({detail}); {remedy}")
+        return CheckpointError("none", f"{self._shown}: no usable checkpoint ({detail}); {remedy}")
 
     def open(self, step: int, accept: Accept = lambda reader: None) -> codec.Reader:
         """Open the checkpoint of one step, if `accept` takes it; CheckpointError names the steps that there are."""
         if step not in self.steps():
             have = ", ".join(str(known) for known in self.steps()) or "none"
-            raise CheckpointError("none", f"{self.path}: no checkpoint of step {step}; there are: {have}")
-        reader = codec.Reader(self.file(step), lambda digest: self._vet(step, digest))
+            raise CheckpointError("none", f"{self._shown}: no checkpoint of step {step}; there are: {have}")
+        reader = codec.Reader(self.file(step), lambda digest: self._vet(step, digest), dir_fd=self._folder.dir_fd)
         try:
+            self._refuse_other_run(reader)
             accept(reader)
         except BaseException:
             reader.close()
             raise
         return reader
 
-    def _digests(self) -> Collection[str] | None:
-        return self._acknowledged() if callable(self._acknowledged) else self._acknowledged
+    def _refuse_other_run(self, reader: codec.Reader) -> None:
+        if self._records is not None:
+            refuse_other_run(reader.name, reader.header.run_id, reader.header.sha256, self._records())
 
     def _vet(self, step: int, digest: str) -> None:
-        known = self._digests()
-        if known is not None and digest not in known:
+        if self._records is not None and digest not in self._records().acknowledged:
             from stepctl.sandbox import Sandbox  # rarely needed, and not light
 
             with Sandbox() as sandbox:
@@ -151,13 +154,12 @@ class Store:
 
     def set_aside(self, step: int) -> Path:
         """Rename a step's file, so that it is kept but never loaded; return its new path."""
-        path = self.file(step)
-        with rundir.writing(path):
-            asides = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
-            aside = next(free for free in asides if not files.is_there(free))
-            os.rename(path, aside)
-            rundir.sync_directory(self.path)
-        return aside
+        name = names.file_name(step)
+        with writing(self._shown / name):
+            asides = (f"{name}.aside-{number}" for number in itertools.count(1))
+            aside = next(free for free in asides if self._folder.stat(free) is None)
+            self._folder.rename(name, aside)
+        return self.path / aside
 
     def to_prune(
         self,
@@ -180,4 +182,19 @@ class Store:
         """Remove checkpoints that retention does not keep."""
         for step in steps:
             with contextlib.suppress(OSError):  # what cannot be removed is no reason to stop training
-                self.file(step).unlink()
+                self._folder.remove(names.file_name(step))
+
+    def verified(self, step: int) -> userblock.Verified:
+        """Open a step's file whose digest is right; errors as `userblock.open_verified` has them."""
+        return userblock.open_verified(self.file(step), self._folder.dir_fd)
+
+
+def refuse_other_run(name: str, run_id: str | None, sha256: str, records: Records) -> None:
+    """Raise CheckpointError if a checkpoint is not one of the run whose ledger says `records`."""
+    if records.owns(run_id, sha256):
+        return
+    if run_id is None:
+        reason = "of format version 1, and its sha256 is not acknowledged in ledger.jsonl"
+    else:
+        reason = f"of another run (run_id {run_id}, this run's is {records.run_id or 'not known'})"
+    raise CheckpointError("run", f"{name}: {reason}")

@@ -1,6 +1,6 @@
 """Bytes 0..511 of a checkpoint: plain text that says what follows, and its digest.
 
-    stepctl-checkpoint 1
+    stepctl-checkpoint 2
     sha256: <64 hexadecimal digits>
     length: <bytes from 512 on>
 
@@ -9,6 +9,7 @@ padded with NUL. It is checked before the HDF5 library sees a byte.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 SIZE = 512
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)  # 1: without a run_id
 MAX_BYTES = 1 << 40  # a file above this is not read at all
 _SLICE = 1 << 18  # bytes compared together: what a second-level cache holds
 _WRITTEN = ("st_size", "st_mtime_ns", "st_ctime_ns")
@@ -52,9 +54,10 @@ class _RawFile(FileIO):
 
 
 class Verified(NamedTuple):
-    """An open file whose digest is right, and its status from before it was read."""
+    """An open file whose digest is right, its format version, and its status from before it was read."""
 
     file: BufferedReader
+    version: int
     digest: str
     status: os.stat_result
 
@@ -69,9 +72,11 @@ class Verified(NamedTuple):
         return all(getattr(now, field) == getattr(self.status, field) for field in _WRITTEN)
 
 
-def check_content(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> None:
+def check_content(
+    path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview], dir_fd: int | None = None
+) -> None:
     """Raise CheckpointError unless the file holds exactly these bytes; cheaper than its digest, and says as much."""
-    file, _ = _open(path)
+    file, _ = _open(path, dir_fd)
     buffer = bytearray(_SLICE)  # compared as bytes are: in one pass that makes no array of answers
     with file:
         for expected in _slices(chunks):
@@ -88,16 +93,17 @@ def _slices(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
         yield from (view[start : start + _SLICE] for start in range(0, len(view), _SLICE))
 
 
-def open_verified(path: str | os.PathLike[str]) -> Verified:
-    """Open a checkpoint whose digest is right.
+def open_verified(path: str | os.PathLike[str], dir_fd: int | None = None) -> Verified:
+    """Open a checkpoint whose digest is right; with the `dir_fd` of an open directory, the file of that name in it.
 
     CheckpointError, with the reason as its code, if it is not a regular file, too large, not a checkpoint, of
     another version, cut short, too long, or damaged. UnreadableError if it cannot be read now.
     """
     name = os.path.basename(path)
-    file, status = _open(path)
+    file, status = _open(path, dir_fd)
     try:
-        return Verified(file, _verify(file, name, status.st_size), status)
+        version, digest = _verify(file, name, status.st_size)
+        return Verified(file, version, digest, status)
     except OSError as error:
         file.close()
         raise files.unreadable(path, error) from error
@@ -106,14 +112,15 @@ def open_verified(path: str | os.PathLike[str]) -> Verified:
         raise
 
 
-def _open(path: str | os.PathLike[str]) -> tuple[BufferedReader, os.stat_result]:
+def _open(path: str | os.PathLike[str], dir_fd: int | None) -> tuple[BufferedReader, os.stat_result]:
     name = os.path.basename(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        where = path if dir_fd is None else name
+        descriptor = os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
         if files.is_unavailable(error):
             raise files.unreadable(path, error) from error
-        reason = "it is a symbolic link" if os.path.islink(path) else error.strerror
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise CheckpointError("open", f"{name}: cannot be opened ({reason})") from error
     try:
         status = os.fstat(descriptor)
@@ -128,7 +135,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[BufferedReader, os.stat_result]
         raise
 
 
-def _verify(file: BufferedReader, name: str, size: int) -> str:
+def _verify(file: BufferedReader, name: str, size: int) -> tuple[int, str]:
     if size > MAX_BYTES:
         raise CheckpointError("size", f"{name}: {size:,} bytes; at most {MAX_BYTES:,} are read")
     head = file.read(SIZE)
@@ -140,10 +147,11 @@ def _verify(file: BufferedReader, name: str, size: int) -> str:
     if match is None or len(head) != SIZE:
         raise CheckpointError("foreign", f"{name}: not a stepctl checkpoint, or its first {SIZE} bytes are damaged")
     version, digest, length = int(match[1]), match[2].decode(), int(match[3])
-    if version != VERSION:
-        raise CheckpointError("version", f"{name}: format version {version}; this stepctl reads {VERSION}")
+    if version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise CheckpointError("version", f"{name}: format version {version}; this stepctl reads {known}")
     if size != SIZE + length:
         raise CheckpointError("length", f"{name}: damaged ({size} bytes instead of {SIZE + length})")
     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
         raise CheckpointError("digest", f"{name}: damaged (sha256 differs)")
-    return digest
+    return version, digest

@@ -1,4 +1,4 @@
-"""The one walk over a checkpoint's objects that admits only what format version 1 lists."""
+"""The one walk over a checkpoint's objects that admits only what the format lists."""
 
 from __future__ import annotations
 

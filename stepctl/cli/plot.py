@@ -29,7 +29,7 @@ _MOST_LINES = 30
 def plot(paths: tuple[str, ...], metric: str | None, output: str | None, as_json: bool) -> None:
     """Draw training and evaluation rows of one or more runs on the global step, and where segments began."""
     from stepctl import curves
-    from stepctl.rundir import publish
+    from stepctl.folder import publish
 
     kind = Path(output or "").suffix.removeprefix(".").lower()
     if output is not None and kind not in curves.FORMATS:

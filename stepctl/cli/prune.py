@@ -59,7 +59,7 @@ def prune(
     try:
         keep = configs.Checkpoint(**merged)
     except ValueError as error:
-        raise ConfigError(f"{directory.config}: checkpoint: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{directory.shown(directory.config)}: checkpoint: {' '.join(str(error).split())}") from error
     pruned = prune_run(directory, keep, say, dry_run=dry_run)
     if as_json:
         echo(json.dumps({"pruned": pruned, "dry_run": dry_run}, indent=2))

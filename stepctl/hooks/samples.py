@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from stepctl.arena import Array, Shape
 from stepctl.config import Samples as SamplesConfig
 from stepctl.errors import ConfigError
 from stepctl.extras import require
+from stepctl.folder import Folder, writing
 from stepctl.hooks.base import Hook
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics
@@ -33,19 +33,20 @@ class Samples(Hook):
         self,
         config: SamplesConfig,
         generate: Callable[[TrainState, int], Array],
-        folder: Path,
-        publish: Callable[[Path, list[bytes]], None],
+        folder: Folder,
         *,
         sample_shape: Shape,
     ) -> None:
-        self._config, self._generate, self._folder, self._publish = config, generate, folder, publish
+        self._config, self._generate, self._folder = config, generate, folder
         self.trigger = config.trigger()
         self._shape = picture_shape(config, sample_shape)
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         samples = self._generate(state, self._config.n).reshape(-1, *self._shape)
-        self._folder.mkdir(exist_ok=True)
-        self._publish(self._folder / f"step-{state.counters.global_step:08d}.png", [png(grid(samples))])
+        picture = png(grid(samples))
+        with writing(self._folder.shown):
+            self._folder.make()
+        self._folder.publish(f"step-{state.counters.global_step:08d}.png", [picture])
 
 
 def picture_shape(config: SamplesConfig, sample_shape: Shape) -> Shape:

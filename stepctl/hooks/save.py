@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from stepctl.checkpoint.background import Background
 from stepctl.config import Checkpoint as CheckpointConfig
-from stepctl.errors import NonFiniteError, StepctlError
+from stepctl.errors import NonFiniteError, RunMovedError, StepctlError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.state import TrainState
 from stepctl.tasks.base import Metrics
@@ -101,7 +101,7 @@ class Save(Hook):
         try:
             self._look(look)
         except StepctlError as error:
-            if self._stop_on_error or isinstance(error, NonFiniteError):
+            if self._stop_on_error or isinstance(error, NonFiniteError | RunMovedError):
                 raise
             self._say(f"warning: {error}; the next save tries again")
 

@@ -51,10 +51,14 @@ class TimeLimit:
 
 
 class StopFile:
-    """Asked before a step: while a file stands at `path`, none is made; looked for at once, then once a second."""
+    """Asked before a step: while a file stands at `path`, none is made; looked for at once, then once a second.
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    Messages call it `shown`, which may be relative.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic, shown: Path | None = None) -> None:
         self.path, self._clock = path, clock
+        self._shown = shown or path
         self._next, self._stands = float("-inf"), False
 
     def reason(self, counters: Counters) -> StopReason | None:
@@ -65,4 +69,4 @@ class StopFile:
             self._next, self._stands = now + _LOOK, os.path.lexists(self.path)
         if not self._stands:
             return None
-        return StopReason(f"file {self.path.name}", done=True, remedy=f"remove {self.path} to go on")
+        return StopReason(f"file {self.path.name}", done=True, remedy=f"remove {self._shown} to go on")

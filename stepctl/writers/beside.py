@@ -24,5 +24,6 @@ def open_beside(
     if config.csv:
         writers.append(CSV(directory))
     if config.tensorboard:
-        writers.append(TensorBoard(directory.tensorboard, segment=segment, start=start, batch_size=batch_size))
+        folder = directory.folder.subfolder(directory.tensorboard.name)
+        writers.append(TensorBoard(folder, segment=segment, start=start, batch_size=batch_size))
     return writers

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
-from stepctl import rundir
 from stepctl.files import fsync
-from stepctl.rundir import RunDirectory, write_all, writing
+from stepctl.folder import write_all, writing
+from stepctl.rundir import RunDirectory
 from stepctl.writers.base import Row, Writer
 from stepctl.writers.jsonl import json_value
 
@@ -27,7 +27,7 @@ class CSV(Writer):
     """
 
     def __init__(self, directory: RunDirectory) -> None:
-        self._directory, self._path = directory, directory.csv
+        self._directory, self._path = directory, directory.shown(directory.csv)
         self._columns: list[str] = []
         self._lock = threading.Lock()  # `sync` comes from another thread
         self._descriptor = -1
@@ -39,6 +39,7 @@ class CSV(Writer):
             self._make_anew()
             return
         with writing(self._path):
+            self._directory.folder.check()
             write_all(self._descriptor, as_text(self._columns, rows))
 
     def sync(self) -> None:
@@ -54,11 +55,11 @@ class CSV(Writer):
         self._columns = list(dict.fromkeys([*_FIRST, *(name for row in rows for name in row)]))
         head: Row = dict(zip(self._columns, self._columns, strict=True))
         with self._lock:
-            rundir.publish(self._path, [as_text(self._columns, [head, *rows])])
+            self._directory.folder.publish(self._path.name, [as_text(self._columns, [head, *rows])])
             with writing(self._path):
-                if self._descriptor >= 0:
-                    os.close(self._descriptor)
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                before, self._descriptor = self._descriptor, self._directory.folder.open_to_append(self._path.name)
+                if before >= 0:
+                    os.close(before)
 
 
 def as_text(columns: Sequence[str], rows: Iterable[Row]) -> bytes:

@@ -4,11 +4,11 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, final
 
 from stepctl.files import fsync
-from stepctl.rundir import write_all, writing
+from stepctl.folder import write_all, writing
+from stepctl.rundir import RunDirectory
 from stepctl.writers.base import Row, Writer
 
 _encoder = json.JSONEncoder(allow_nan=False)
@@ -17,16 +17,17 @@ _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 @final
 class JSONLines(Writer):
-    """Appends to a file, a line a row. A float that JSON does not have is a string: "NaN", "Infinity"."""
+    """Appends to metrics.jsonl, a line a row. A float that JSON does not have is a string: "NaN", "Infinity"."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with writing(path):
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def __init__(self, directory: RunDirectory) -> None:
+        self._folder, self._path = directory.folder, directory.shown(directory.metrics)
+        with writing(self._path):
+            self._descriptor = self._folder.open_to_append(self._path.name)
 
     def write(self, rows: Sequence[Row]) -> None:
         text = "".join([f"{_as_text(row)}\n" for row in rows])
         with writing(self._path):
+            self._folder.check()
             write_all(self._descriptor, text.encode())
 
     def sync(self) -> None:

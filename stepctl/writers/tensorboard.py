@@ -8,7 +8,6 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from stepctl.arena import Array, all_finite
 from stepctl.extras import require
 from stepctl.files import fsync
-from stepctl.rundir import sync_directory, write_all, writing
+from stepctl.folder import Folder, write_all, writing
 from stepctl.writers.base import Row, Writer
 
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\..*")
@@ -52,16 +51,15 @@ class TensorBoard(Writer):
     """
 
     def __init__(
-        self, folder: Path, *, segment: int, start: int, batch_size: int, clock: Callable[[], float] = time.time
+        self, folder: Folder, *, segment: int, start: int, batch_size: int, clock: Callable[[], float] = time.time
     ) -> None:
         self._package, self._batch_size, self._clock = load(), batch_size, clock
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            self._path = folder / _file_name(os.listdir(folder), segment)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-            self._descriptor = os.open(self._path, flags, 0o666)
-            sync_directory(folder)
-            sync_directory(folder.parent)
+        self._folder = folder
+        with writing(folder.shown):
+            folder.make()
+            self._path = folder.shown / _file_name(folder.names(), segment)
+            self._descriptor = folder.open(self._path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+            folder.sync()
         self._records = self._package.records.RecordWriter(_Whole(self._descriptor))
         self._add(file_version="brain.Event:2")
         log = self._package.event.SessionLog
@@ -121,6 +119,7 @@ class TensorBoard(Writer):
     def _add(self, **content: Any) -> None:
         event = self._package.event.Event(wall_time=self._clock(), **content)
         with writing(self._path):
+            self._folder.check()
             self._records.write(event.SerializeToString())
 
 

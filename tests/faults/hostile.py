@@ -27,6 +27,7 @@ from hostile_parts import (
     many_groups,
     noted,
     of_committed_type,
+    of_version_1,
     real_number,
     replaced,
     root_typed,
@@ -215,7 +216,7 @@ ROOT: dict[str, tuple[str, str, Change]] = {
     "strange root attribute": ("attribute", "stranger", lambda file: file.attrs.__setitem__("stranger", 1)),
     "root attribute missing": ("attribute", "run", rooted("run", None)),
     "no root attributes": ("attribute", "created_by", both(*(rooted(name, None) for name in (
-        "format", "format_version", "global_step", "created_by", "run")))),
+        "format", "format_version", "global_step", "created_by", "run", "run_id")))),
     "root attribute of variable length": ("attribute", "run", rooted("run", "moon")),
     "root attribute of a megabyte": ("attribute", "run", rooted("run", text(b"x" * (1 << 20)))),
     "root attribute of four bytes": ("attribute", "global_step", rooted("global_step", np.int32(STEP))),
@@ -231,7 +232,14 @@ ROOT: dict[str, tuple[str, str, Change]] = {
     "another format": ("version", "tar", rooted("format", text(b"tar"))),
     "another format for the terminal": ("version", "", rooted("format", text(b"\x1b[2J"))),
     "strange root attribute for the terminal": ("attribute", "", lambda file: file.attrs.__setitem__("\x1b[2J", 1)),
-    "another version inside": ("version", "stepctl-checkpoint 2", rooted("format_version", np.int64(2))),
+    "another version inside": ("version", "stepctl-checkpoint 3", rooted("format_version", np.int64(3))),
+    "an older version inside": ("version", "stepctl-checkpoint 1", rooted("format_version", np.int64(1))),
+    "no run_id": ("attribute", "run_id", rooted("run_id", None)),
+    "a run_id of other letters": ("attribute", "run_id", rooted("run_id", text(b"g" * 32))),
+    "a run_id of 31 digits": ("attribute", "run_id", rooted("run_id", text(b"0" * 31))),
+    "a run_id of 33 digits": ("attribute", "run_id", rooted("run_id", text(b"0" * 33))),
+    "a run_id for the terminal": ("attribute", "run_id", rooted("run_id", text(b"\x1b[2J"))),
+    "a run_id as a number": ("attribute", "run_id", rooted("run_id", np.int64(0))),
     "version zero inside": ("version", "stepctl-checkpoint 0", rooted("format_version", np.int64(0))),
     "attribute of another step": ("step", "attribute 8", stepped(STEP + 1, STEP)),
     "counter of another step": ("step", "counter 8", stepped(STEP, STEP + 1)),
@@ -250,6 +258,14 @@ ROOT: dict[str, tuple[str, str, Change]] = {
     "counter as a list": ("dtype", "/counters/model", replaced("counters/model", np.array([STEP]))),
 }  # fmt: skip
 
+# --- in files of version 1: name -> (code, what the message names, change)
+
+VERSION_1: dict[str, tuple[str, str, Change]] = {
+    "with a run_id": ("attribute", "run_id", rooted("run_id", text(b"0" * 32))),
+    "of version 2 inside": ("version", "stepctl-checkpoint 2", rooted("format_version", np.int64(2))),
+    "without its run": ("attribute", "'run'", rooted("run", None)),
+}
+
 
 def _all() -> Iterator[tuple[str, Hostile]]:
     for table in (LINKS, OBJECTS, ROOT):
@@ -263,6 +279,8 @@ def _all() -> Iterator[tuple[str, Hostile]]:
         yield f"name: {name}", Hostile("name", "/params/", tampered(stored(letters)))
     for name, (code, where, value) in TEXTS.items():
         yield name, Hostile(code, f"/{where}", tampered(replaced(where, value)))
+    for name, (code, about, change) in VERSION_1.items():
+        yield f"version 1: {name}", Hostile(code, about, of_version_1(change))
     for table in (BYTES, FILES):
         for name, (code, about, build) in table.items():
             yield name, Hostile(code, about, build)
@@ -293,6 +311,7 @@ UNFIT: dict[str, tuple[str, Change]] = {
 
 GOOD: dict[str, Build] = {
     "unchanged": tampered(lambda file: None),
+    "of version 1": of_version_1(lambda file: None),
     "under a free name": lambda folder: written(folder, small_state(), "best.h5"),
     "an empty group more": tampered(lambda file: file.create_group("params/empty")),
 }  # fmt: skip

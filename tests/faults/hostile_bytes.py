@@ -211,7 +211,7 @@ def holding(change: Callable[[bytes], bytes]) -> Build:
 
 def head(length: int) -> bytes:
     """Return a user block with a digest of nothing in particular."""
-    return f"stepctl-checkpoint 1\nsha256: {'0' * 64}\nlength: {length}\n".encode().ljust(512, b"\0")
+    return f"stepctl-checkpoint 2\nsha256: {'0' * 64}\nlength: {length}\n".encode().ljust(512, b"\0")
 
 
 FILES: dict[str, tuple[str, str, Build]] = {
@@ -233,7 +233,7 @@ FILES: dict[str, tuple[str, str, Build]] = {
     "more than is ever read": ("size", "", sparse((1 << 40) + 1, head((1 << 40) + 1 - 512))),
     "a length of 15 digits": ("length", "", holding(lambda data: head(10**15 - 1) + data[512:])),
     "a length of 20 digits": ("foreign", "", holding(lambda data: head(10**20 - 1) + data[512:])),
-    "another format version": ("newer", "2", holding(lambda data: data.replace(b"checkpoint 1", b"checkpoint 2", 1))),
+    "another format version": ("newer", "3", holding(lambda data: data.replace(b"checkpoint 2", b"checkpoint 3", 1))),
     "a file cut short": ("length", "", holding(lambda data: data[:-1])),
     "a file that is longer": ("length", "", holding(lambda data: data + b"\0")),
     "one flipped bit": ("digest", "", holding(lambda data: data[:-1] + bytes([data[-1] ^ 1]))),

@@ -49,6 +49,17 @@ def tampered(change: Change, name: str = NAME, libver: tuple[str, str] = LATEST)
     return lambda folder: sealed(folder / name, changed_body(folder, change, libver))
 
 
+def of_version_1(change: Change) -> Build:
+    """A good checkpoint of format version 1, its HDF5 part changed afterwards, behind a right digest."""
+
+    def build(folder: Path) -> Path:
+        path = tampered(both(rooted("run_id", None), rooted("format_version", np.int64(1)), change))(folder)
+        path.write_bytes(path.read_bytes().replace(b"stepctl-checkpoint 2\n", b"stepctl-checkpoint 1\n", 1))
+        return path
+
+    return build
+
+
 def both(*changes: Change) -> Change:
     return lambda file: [change(file) for change in changes]
 
@@ -167,7 +178,8 @@ def stepped(attribute: int, counter: int) -> Change:
 
 def rooted(name: str, value: Any) -> Change:
     def change(file: h5py.File) -> None:
-        del file.attrs[name]
+        if name in file.attrs:
+            del file.attrs[name]
         if value is not None:
             file.attrs.create(name, value)
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from apart import warm_up
 
+from stepctl import rundir
+
 CONFIG = """\
 seed: 3
 data: {name: arrays, path: data.npz, batch_size: 16, validation_fraction: 0.25}
@@ -26,7 +28,7 @@ evaluate: {every: 3}
 checkpoint: {every: EVERY, keep_last: KEEP, on_error: ERROR}
 numerics: {threads: 1}
 """
-_HEAD = re.compile(rb"stepctl-checkpoint 1\nsha256: ([0-9a-f]{64})\nlength: ([0-9]+)\n\0*")
+_HEAD = re.compile(rb"stepctl-checkpoint 2\nsha256: ([0-9a-f]{64})\nlength: ([0-9]+)\n\0*")
 _NAME = re.compile(r"step-([0-9]{8,})\.h5")
 
 
@@ -43,6 +45,7 @@ class Unbroken:
         self.config, self.last, self.keep_last = folder / "small.yaml", last, keep_last
         self.config.write_text(text)
         self.path = folder / "unbroken" / "run"  # a checkpoint holds the run's name
+        rundir.new_run_id = lambda: "0" * 32  # and its id: that of all runs that this process and its forks begin
         warm_up(["train", "--config", self.config, "--run-dir", self.path, "-q"])
         self.digests = {step: {digest} for step, digest in acknowledged(self.path).items()}
         self.rows = rows(self.path)

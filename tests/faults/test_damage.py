@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from processes import start
 
-from helpers import make_config, rows, train
+from helpers import content, make_config, rows, train
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.errors import CheckpointError
@@ -69,7 +69,9 @@ def store(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A copy of the killed run's checkpoints to do harm to; the older one stays whole, and is read once."""
     real = codec.Reader
     once = functools.cache(real)
-    monkeypatch.setattr(codec, "Reader", lambda path, *vet: once(path) if path.name == OLDER else real(path, *vet))
+    monkeypatch.setattr(
+        codec, "Reader", lambda path, *vet, **at: once(path) if path.name == OLDER else real(path, *vet, **at)
+    )
     return Store(Path(shutil.copytree(runs["killed"] / "checkpoints", tmp_path / "checkpoints")))
 
 
@@ -262,7 +264,7 @@ def test_a_resume_past_a_damaged_checkpoint_ends_exactly(
     assert notice.endswith(f"; using {OLDER}")
     assert f"global step 4 to 12, from {OLDER}" in child.said()
     for name in (OLDER, NEWEST, LAST):
-        assert (run / "checkpoints" / name).read_bytes() == (runs["whole"] / "checkpoints" / name).read_bytes()
+        assert content(run / "checkpoints" / name) == content(runs["whole"] / "checkpoints" / name)
     assert (run / "checkpoints" / f"{NEWEST}.aside-1").read_bytes() == damaged
     assert rows(run) == rows(runs["whole"])
     figure("resumes past a damaged checkpoint", 1)

@@ -75,7 +75,9 @@ def by_assembly(bench: Bench, run: Path) -> None:
     with directory.lock():
         directory.clear_temporaries()
         with Store(directory.checkpoints).newest(print, lambda reader: codec.restore(reader, assembly.state)) as reader:
-            segment = Segment(directory, assembly, print, target=LAST, restored=reader.name)
+            segment = Segment(
+                directory, assembly, print, run_id=reader.header.run_id, target=LAST, restored=reader.name
+            )
         segment.report = lambda message: print(message, flush=True)
         print("global step", flush=True)
         if segment.start < LAST:

@@ -36,7 +36,9 @@ def saver(unbroken: Unbroken, run: Path, step: int) -> Callable[[], None]:
     with Store(unbroken.path / "checkpoints").open(
         step, lambda reader: codec.restore(reader, assembly.state)
     ) as reader:
-        texts = {"run": reader.header.run, "config": reader.header.config, "numerics": reader.header.numerics}
+        header = reader.header
+    assert header.run_id is not None
+    texts = {"run": header.run, "run_id": header.run_id, "config": header.config, "numerics": header.numerics}
     image = codec.encode(assembly.state, **texts)
     return lambda: Store(run / "checkpoints").publish(step, image)
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 from processes import start
 
+import helpers
 from helpers import rows
 
 _NAME = re.compile(r"step-(\d{8,})\.h5")
-_HEAD = re.compile(rb"stepctl-checkpoint 1\nsha256: ([0-9a-f]{64})\nlength: (\d+)\n\0*")
+_HEAD = re.compile(rb"stepctl-checkpoint 2\nsha256: ([0-9a-f]{64})\nlength: (\d+)\n\0*")
 _BLOCK = 512
 _RATES = (0.01, {"name": "cosine", "peak": 0.02, "decay_steps": 50, "warmup_steps": 8})
 _OPTIMIZERS: tuple[dict[str, Any], ...] = (
@@ -179,18 +179,9 @@ def digest(path: Path) -> str:
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Return all that a whole checkpoint holds: bytes of every dataset by its path, and root attributes."""
+    """Return all that a whole checkpoint holds but the id of its run."""
     digest(path)
-    found: dict[str, Any] = {}
-
-    def take(name: str, item: h5py.HLObject) -> None:
-        if isinstance(item, h5py.Dataset):
-            found[name] = (item.shape, item.dtype.str, item[()].tobytes())
-
-    with h5py.File(path, "r") as file:
-        file.visititems(take)
-        found |= {f"@{name}": value for name, value in file.attrs.items()}
-    return found
+    return helpers.content(path)
 
 
 def assert_nothing_lost(run: Path, keep_last: int | None) -> None:
