@@ -18,7 +18,7 @@ from stepctl.arena import Shape
 from stepctl.checkpoint import codec
 from stepctl.comm import ALONE, Comm
 from stepctl.config import Config, Samples
-from stepctl.data.base import Source, Targets, count_classes
+from stepctl.data.base import Source, Sources, Targets, count_classes
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
 from stepctl.ema import MovingAverage
 from stepctl.errors import ConfigError, NonFiniteError, StepctlError
@@ -106,25 +106,33 @@ class Assembly:
             return fingerprint == "; ".join(source.former_fingerprint() for source in self.sources)
 
 
-def assemble(config: Config, hooks: Sequence[Hook] = (), *, target: int | None = None, comm: Comm = ALONE) -> Assembly:
+def assemble(
+    config: Config,
+    hooks: Sequence[Hook] = (),
+    *,
+    target: int | None = None,
+    comm: Comm = ALONE,
+    sources: Sources | None = None,
+) -> Assembly:
     """Build data, model, optimizer, task and initial state. ConfigError or DataError if they do not fit.
 
     `hooks` are the caller's own; what they remember becomes part of the state. A decay's horizon that was left open
     becomes `target`, a global step (None: the config's own, from the initial step). `comm` are the processes that
-    share each step.
+    share each step. `sources` are the data if they are read already.
     """
+    target = config.target(config.initial_step) if target is None else target
     try:
-        return _assemble(config, hooks, config.target(config.initial_step) if target is None else target, comm)
+        return _assemble(config, hooks, target, comm, sources)
     except (MemoryError, OverflowError) as error:
         raise ConfigError(f"model and batch do not fit in memory ({error}); make them smaller") from error
 
 
-def _assemble(config: Config, hooks: Sequence[Hook], target: int, comm: Comm) -> Assembly:
+def _assemble(config: Config, hooks: Sequence[Hook], target: int, comm: Comm, read: Sources | None) -> Assembly:
     beside.check(config.log)
     task = _task(config)
     _share_out(config, task, comm)
     with ended_by_signals(is_rank=comm.rank > 0):
-        train, validation = _build("data", config.data.spec(), targets=task.targets, dtype=config.dtype)
+        train, validation = read or _build("data", config.data.spec(), targets=task.targets, dtype=config.dtype)
     sources = [train, validation] if validation is not None else [train]
     if task.targets != "classes" and config.data.n_classes is not None:
         raise ConfigError(f"data.n_classes: the targets of {config.task.name} are numbers, not classes; leave it out")

@@ -236,6 +236,12 @@ class Config(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="what to do with a batch whose loss or gradient is not finite", json_schema_extra=LIVE
     )
+    check_determinism: bool = Field(
+        True,
+        description="whether train computes the first step several times, if code of your own takes part, and warns "
+        "where the bits differ",
+        json_schema_extra=LIVE,
+    )
     numerics: Numerics = Field(default_factory=Numerics, json_schema_extra=LOCKED)
     distributed: Distributed = Field(default_factory=Distributed, json_schema_extra=LOCKED)
 

@@ -18,6 +18,7 @@ from stepctl.checkpoint.expected import missing_checkpoints, newer_missing
 from stepctl.checkpoint.store import Accept, Store
 from stepctl.comm import ALONE, Comm
 from stepctl.config import Config, Stop
+from stepctl.determinism import find_difference
 from stepctl.errors import CheckpointError, ConfigError, UnreadableError
 from stepctl.hooks.base import Hook
 from stepctl.rundir import RunDirectory
@@ -37,6 +38,8 @@ def create(
     _ = assembly.data_fingerprint  # it may read all data: now, while a signal still ends the command at once
     config = assembly.config
     target = config.target(config.initial_step)
+    if (difference := find_difference(assembly)) is not None:
+        say(f"warning: {difference}")
     with founded(directory, config, say) as run_id:
         for note in horizon_notes(assembly, target, locked=False):
             say(f"note: {note}")

@@ -70,7 +70,7 @@ class FailsToUpdate(SGD):
 
     def coefficients(self, tick: Tick) -> tuple[float, ...]:
         if not self.fault:
-            self.fault.append(Fault(self.rank, self.time + 4, self.error))  # four are a trial's
+            self.fault.append(Fault(self.rank, self.time + 1, self.error))  # the first is a trial's
         self.fault[0]()
         return super().coefficients(tick)
 

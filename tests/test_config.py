@@ -43,7 +43,7 @@ numerics: {threads: some}
 sed: 1
 """
 SECTIONS = "seed, dtype, initial_step, data, model, task, optimizer, ema, stop, log, evaluate, samples, checkpoint, "
-SECTIONS += "on_nonfinite, numerics, distributed"
+SECTIONS += "on_nonfinite, check_determinism, numerics, distributed"
 SHARED = "batch_size, n_classes, shards, validation_fraction"
 COSINE = "warmup_steps, counter, peak, end, decay_steps"
 SCHEDULES = "constant, exponential, inverse_time, polynomial, piecewise_constant, cosine"
@@ -240,6 +240,7 @@ POLICIES = {
     "checkpoint.keep_best": "live",
     "checkpoint.on_error": "live",
     "on_nonfinite": "live",
+    "check_determinism": "live",
     "numerics.threads": "locked",
     "numerics.blas_kernel": "locked",
     "distributed.mode": "locked",
@@ -408,6 +409,7 @@ def test_defaults_are_written_out() -> None:
             "on_error": "stop",
         },
         "on_nonfinite": "stop",
+        "check_determinism": True,
         "numerics": {"threads": "auto", "blas_kernel": "auto"},
         "distributed": {"mode": "sync"},
     }
@@ -450,7 +452,7 @@ def test_a_section_that_is_null_is_the_default(section: str) -> None:
 
 def test_every_section_that_may_be_left_out_may_be_null() -> None:
     sections = {name for name, key in Config.model_fields.items() if not key.is_required()}
-    assert sections - set(OPTIONAL) == {"seed", "dtype", "initial_step", "on_nonfinite"}
+    assert sections - set(OPTIONAL) == {"seed", "dtype", "initial_step", "on_nonfinite", "check_determinism"}
 
 
 @pytest.mark.parametrize("key", ["seed", "dtype", "data", "model", "task", "optimizer", "stop", "data.batch_size"])

@@ -23,6 +23,7 @@ LEVELS = [
     {"trainer"},
     {
         "assembly",
+        "determinism",
         "ranks",
         "asynchronous",
         "segment",
@@ -67,6 +68,7 @@ ALLOWED = {
     ("yamlio", "problems"),
     ("models", "layers"),
     ("hooks", "tasks"),
+    ("determinism", "assembly"),
     ("fork", "assembly"),
     ("fork", "run"),
     ("fork", "segment"),
@@ -82,6 +84,7 @@ ALLOWED = {
     ("replay", "compare"),
     ("replay", "run"),
     ("run", "assembly"),
+    ("run", "determinism"),
     ("run", "segment"),
     ("ranks", "assembly"),
     ("ranks", "asynchronous"),

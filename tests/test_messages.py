@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
 NO_NPZ = "cannot be read as a NumPy archive (.npz): it is not a zip archive; save x and y together with np.savez"
 EITHER = "give either last_step (absolute) or num_steps (from the segment's start)"
 SECTIONS = "seed, dtype, initial_step, data, model, task, optimizer, ema, stop, log, evaluate, samples, checkpoint, "
-SECTIONS += "on_nonfinite, numerics, distributed"
+SECTIONS += "on_nonfinite, check_determinism, numerics, distributed"
 
 
 class Answer(NamedTuple):
