@@ -11,6 +11,7 @@ it works by path, for reading a run that another process trains, and for files t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from stepctl.files import fsync, open_regular, remedy_of
 
 TEMPORARY = ".tmp-"  # in the name of a file that is not published yet; the writer's pid follows
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _OPEN: weakref.WeakSet[Descriptor] = weakref.WeakSet()
 
@@ -179,6 +180,16 @@ class Folder:
             if files.is_unavailable(error):
                 raise files.unreadable(self.shown / name, error) from error
             return None
+
+    def names_open_file(self, name: str, descriptor: int) -> bool:
+        """Tell whether a name is that of an open file, and not of one that replaced it."""
+        named = self.stat(name)
+        return named is not None and os.path.samestat(os.fstat(descriptor), named)
+
+    def free_name(self, name: str) -> str:
+        """Return `name.aside-N` with the first N that is free."""
+        asides = (f"{name}.aside-{number}" for number in itertools.count(1))
+        return next(aside for aside in asides if self.stat(aside) is None)
 
     def open_regular(self, name: str) -> BinaryIO:
         """Open a file to read its bytes; OSError if it is not a regular one."""

@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import errno
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -265,8 +264,7 @@ class RunDirectory:
             elif text.strip() and line.endswith((b"\r", b"\n")):
                 unreadable += 1
         if unreadable:
-            asides = (f"{path.name}.aside-{number}" for number in itertools.count(1))
-            aside = next(name for name in asides if self.folder.stat(name) is None)
+            aside = self.folder.free_name(path.name)
             self.folder.publish(aside, [content])
             rows = "line cannot be read as a row" if unreadable == 1 else "lines cannot be read as rows"
             say(f"{self.shown(path)}: {unreadable:,} {rows}; the file as it was is kept as {aside}")
@@ -364,7 +362,7 @@ class _Lock:
                 except OSError as error:
                     remedy = "keep runs on a file system that has flock"
                     raise StepctlError(f"{self._shown}: cannot be locked: {error.strerror}; {remedy}") from error
-                if self._is_named(file):  # not removed since it was opened
+                if self.folder.names_open_file(self._path.name, file.number):  # not removed since it was opened
                     self._file = file
                     return
             finally:
@@ -387,10 +385,6 @@ class _Lock:
         if holder and holder.get("pid") == os.getpid() and _may_live(holder):
             remedy = "this program opened it before, and has to close it: run.close()"
         raise RunInUseError(f"{self._shown}: in use by {_described(holder or {})}; {remedy}")
-
-    def _is_named(self, file: Descriptor) -> bool:
-        named = self.folder.stat(self._path.name)
-        return named is not None and os.path.samestat(os.fstat(file.number), named)
 
     def _check(self) -> None:
         """Raise RunMovedError if another process may hold the run by now."""

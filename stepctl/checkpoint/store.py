@@ -156,8 +156,7 @@ class Store:
         """Rename a step's file, so that it is kept but never loaded; return its new path."""
         name = names.file_name(step)
         with writing(self._shown / name):
-            asides = (f"{name}.aside-{number}" for number in itertools.count(1))
-            aside = next(free for free in asides if self._folder.stat(free) is None)
+            aside = self._folder.free_name(name)
             self._folder.rename(name, aside)
         return self.path / aside
 

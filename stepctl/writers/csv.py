@@ -35,7 +35,8 @@ class CSV(Writer):
 
     def write(self, rows: Sequence[Row]) -> None:
         known = set(self._columns)
-        if not all(row.keys() <= known for row in rows):
+        is_ours = self._directory.folder.names_open_file(self._path.name, self._descriptor)
+        if not is_ours or not all(row.keys() <= known for row in rows):
             self._make_anew()
             return
         with writing(self._path):

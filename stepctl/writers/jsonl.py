@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any, final
 
+from stepctl.errors import StepctlError
 from stepctl.files import fsync
 from stepctl.folder import write_all, writing
 from stepctl.rundir import RunDirectory
@@ -21,6 +23,7 @@ class JSONLines(Writer):
 
     def __init__(self, directory: RunDirectory) -> None:
         self._folder, self._path = directory.folder, directory.shown(directory.metrics)
+        self._lock = threading.Lock()  # `sync` comes from another thread
         with writing(self._path):
             self._descriptor = self._folder.open_to_append(self._path.name)
 
@@ -28,15 +31,46 @@ class JSONLines(Writer):
         text = "".join([f"{_as_text(row)}\n" for row in rows])
         with writing(self._path):
             self._folder.check()
+            if not self._folder.names_open_file(self._path.name, self._descriptor):
+                self._follow_replacement()
             write_all(self._descriptor, text.encode())
 
     def sync(self) -> None:
-        with writing(self._path):
+        with self._lock, writing(self._path):
             fsync(self._descriptor)
+
+    def _follow_replacement(self) -> None:
+        """Go on in the file that took the place of the open one, as an editor's does, if it begins with all rows.
+
+        A file that is only gone is written again. StepctlError if rows are missing or changed; they are kept aside.
+        """
+        name = self._path.name
+        written = _content(self._descriptor)
+        if self._folder.stat(name) is None:
+            self._folder.publish(name, [written])
+        replacement = self._folder.open_to_append(name)
+        found = _content(replacement)
+        if not found.startswith(written) or (found and not found.endswith(b"\n")):
+            os.close(replacement)
+            aside = self._folder.free_name(name)
+            self._folder.publish(aside, [written])
+            raise StepctlError(
+                f"{self._path}: was replaced, while it was written, by a file that lacks rows or has other ones; "
+                f"what it held is kept as {aside}: put the right file there, then resume the run"
+            )
+        with self._lock:
+            os.close(self._descriptor)
+            self._descriptor = replacement
 
     def close(self) -> None:
         with writing(self._path):
             os.close(self._descriptor)
+
+
+def _content(descriptor: int) -> bytes:
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        return file.read()
 
 
 def _as_text(row: Row) -> str:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, final
@@ -54,18 +55,27 @@ class TensorBoard(Writer):
         self, folder: Folder, *, segment: int, start: int, batch_size: int, clock: Callable[[], float] = time.time
     ) -> None:
         self._package, self._batch_size, self._clock = load(), batch_size, clock
-        self._folder = folder
+        self._folder, self._segment = folder, segment
+        self._lock = threading.Lock()  # `sync` comes from another thread
+        self._begin_file(start + 1)
+
+    def _begin_file(self, step: int) -> None:
+        folder = self._folder
         with writing(folder.shown):
             folder.make()
-            self._path = folder.shown / _file_name(folder.names(), segment)
+            self._path = folder.shown / _file_name(folder.names(), self._segment)
             self._descriptor = folder.open(self._path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
             folder.sync()
         self._records = self._package.records.RecordWriter(_Whole(self._descriptor))
         self._add(file_version="brain.Event:2")
         log = self._package.event.SessionLog
-        self._add(step=start + 1, session_log=log(status=log.START))
+        self._add(step=step, session_log=log(status=log.START))
 
     def write(self, rows: Sequence[Row]) -> None:
+        if rows and not self._folder.names_open_file(self._path.name, self._descriptor):  # somebody removed it
+            with self._lock:
+                os.close(self._descriptor)
+                self._begin_file(rows[0]["step"])
         for row in rows:
             if not row.get("extra"):
                 scalars = self._scalars(row).items()
@@ -77,7 +87,7 @@ class TensorBoard(Writer):
         self._add_values(step, [{"tag": name, "histo": made} for name, made in found.items() if made is not None])
 
     def sync(self) -> None:
-        with writing(self._path):
+        with self._lock, writing(self._path):
             fsync(self._descriptor)
 
     def close(self) -> None:
