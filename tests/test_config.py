@@ -602,6 +602,22 @@ def test_the_schema_admits_what_the_loader_admits() -> None:
         assert list(faults(schema, value, schema)) == [], value
 
 
+def references(schema: Any) -> Iterator[str]:
+    """Yield every $ref in a schema."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for item in schema:
+            yield from references(item)
+
+
+def test_every_reference_of_the_schema_has_its_definition() -> None:
+    schema = schemas.schema()
+    assert {f"#/$defs/{name}" for name in schema["$defs"]} == set(references(schema))
+
+
 SCHEMA_FAULTS = {
     "seed=-1": "$.seed minimum",
     "dtype=float16": "$.dtype enum",

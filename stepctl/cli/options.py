@@ -50,7 +50,7 @@ class Steps(click.IntRange):
         return super().convert(value, param, ctx)
 
 
-class Place(click.ParamType[str]):
+class Place(click.ParamType):  # type: ignore[type-arg]  # it takes no type argument before click 8.4
     """A path that the system can have, be something there or not; shells complete it to files, or to folders alone."""
 
     name = "path"
@@ -90,7 +90,7 @@ _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", re.ASCII)
 _LONGEST_TIME = 10**9  # seconds
 
 
-class Duration(click.ParamType[float]):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # as above
     """A time such as 90s, 55m, 1.5h, 1h30m or 2d, or 1:30:00 and 2-00:00:00 as Slurm has it; a number is seconds."""
 
     name = "duration"
