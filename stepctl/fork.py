@@ -12,6 +12,7 @@ from stepctl import config as configs
 from stepctl import rundir
 from stepctl.assembly import Assembly, assemble, check_size, settle_numerics
 from stepctl.checkpoint import codec, names
+from stepctl.checkpoint.expected import pending_set_aside
 from stepctl.checkpoint.store import Store
 from stepctl.config import Config
 from stepctl.errors import CheckpointError, ConfigError
@@ -51,6 +52,7 @@ def fork(
     child.refuse_strangers()
     with parent.lock(say):
         store = Store(parent.checkpoint_folder, parent.records)
+        store.set_aside_all(pending_set_aside(parent.read_ledger()))
         base, asked = _configs(parent, options)
         with store.newest(say) if options.at is None else _open(store, options.at) as reader:
             assembly = _assemble(base, asked, reader.header.global_step, hooks)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from stepctl import rundir
 from stepctl.checkpoint import names, retention
-from stepctl.checkpoint.expected import missing_checkpoints
+from stepctl.checkpoint.expected import missing_checkpoints, pending_set_aside
 from stepctl.checkpoint.store import Store
 from stepctl.config import Checkpoint
 from stepctl.errors import CheckpointError, ConfigError, StepctlError, printable
@@ -24,6 +24,8 @@ def prune(directory: RunDirectory, keep: Checkpoint, say: Callable[[str], None],
     """
     with contextlib.nullcontext() if dry_run else directory.lock(say):
         store = Store(directory.checkpoint_folder, directory.records)
+        if not dry_run:
+            store.set_aside_all(pending_set_aside(directory.read_ledger()))
         evaluations = Evaluations(directory.read_metrics())
         if (best := keep.keep_best) and not any(best.metric in row for row in evaluations.rows.values()):
             raise ConfigError(f"keep_best: {directory.shown(directory.metrics)} has no evaluation with {best.metric!r}")

@@ -14,7 +14,7 @@ from stepctl import config as configs
 from stepctl import numerics, rundir, shell, yamlio
 from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec, names
-from stepctl.checkpoint.expected import missing_checkpoints, newer_missing
+from stepctl.checkpoint.expected import missing_checkpoints, newer_missing, pending_set_aside
 from stepctl.checkpoint.store import Accept, Store
 from stepctl.comm import ALONE, Comm
 from stepctl.config import Config, Stop
@@ -98,6 +98,7 @@ def resume(
             paths = ", ".join(f"{change['key']}: {change['old']} -> {change['new']}" for change in moved)
             say(f"note: the data are the same under another path ({paths})")
         store = Store(directory.checkpoint_folder, directory.records)
+        store.set_aside_all(pending_set_aside(ledger))
         data_files = config.data_files()
         excused = excused_keys(ledger, changed) | set(options.allow_change) | data_files
 

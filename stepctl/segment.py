@@ -161,9 +161,6 @@ class Segment:
         """
         self._background = Background()
         self._newest = None if self.restored is None else self.start
-        if self.goes_back:
-            self._set_aside_later()
-        self.directory.cut_metrics(self.start, self.say)
         if differences := muster(self.assembly):
             self.facts |= inexact(differences, self.strict, self.say)
         if self.assembly.comm.size > 1:
@@ -172,7 +169,14 @@ class Segment:
             if mode == "async":
                 self.note("note: asynchronous: the ranks' updates come in another order each time, and so do the bits")
                 self.facts |= {"exact": False, "inexact_because": ["asynchronous"]}
+        asides = {step: self.store.aside_name(step) for step in self.store.steps() if step > self.start}
+        if self.goes_back:
+            self.facts["set_aside"] = list(asides.values())
         self._record_start()
+        if self.goes_back and asides:  # recorded first: a resume after a kill sets aside what is left of them
+            self.store.set_aside_all(asides)
+            self.say(f"going back to step {self.start}: later checkpoints are kept as {', '.join(asides.values())}")
+        self.directory.cut_metrics(self.start, self.say)
         evaluations = Evaluations(self.directory.read_metrics())
         beside = self._writers_beside()
         rows = self.assembly.rows
@@ -334,12 +338,6 @@ class Segment:
 
     def _skip(self, why: str) -> None:
         self.say(f"{why}; this batch is skipped")
-
-    def _set_aside_later(self) -> None:
-        aside = [self.store.set_aside(later).name for later in self.store.steps() if later > self.start]
-        self.facts["set_aside"] = aside
-        if aside:
-            self.say(f"going back to step {self.start}: later checkpoints are kept as {', '.join(aside)}")
 
     def _record_start(self) -> None:
         ledger = self.directory.read_ledger()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from stepctl.checkpoint import names
 
 Ledger = list[dict[str, Any]]
+_ASIDE = re.compile(r"step-[0-9]{8,19}\.h5\.aside-[0-9]{1,9}")
 
 
 def expected_checkpoints(ledger: Ledger) -> dict[int, str]:
@@ -20,11 +22,26 @@ def expected_checkpoints(ledger: Ledger) -> dict[int, str]:
         if row["event"] == "prune":
             removed += _steps(row.get("steps"))
         for name in _listed(row.get("set_aside")):
-            step = names.step_of(str(name).partition(".aside-")[0])
+            step = _step_of_aside(str(name))
             removed += [] if step is None else [step]
         for step in removed:
             expected.pop(step, None)
     return expected
+
+
+def pending_set_aside(ledger: Ledger) -> dict[int, str]:
+    """Return step -> new name of what the newest segment recorded to set aside and has not published anew."""
+    pending: dict[int, str] = {}
+    for row in ledger:
+        if row["event"] == "start":
+            pending = {}
+            for name in _listed(row.get("set_aside")):
+                step = _step_of_aside(str(name))
+                if step is not None and _ASIDE.fullmatch(str(name)):
+                    pending[step] = name
+        elif row["event"] == "checkpoint":
+            pending.pop(row["step"], None)
+    return pending
 
 
 def missing_checkpoints(read_ledger: Callable[[], Ledger], list_steps: Callable[[], list[int]]) -> list[int]:
@@ -46,6 +63,10 @@ def newer_missing(missing: list[int], step: int) -> str | None:
     newest = names.file_name(newer[-1])
     others = f", and {len(newer) - 1} before it" if len(newer) > 1 else ""
     return f"{newest}: acknowledged in ledger.jsonl, but it is not there{others}; using {names.file_name(step)}"
+
+
+def _step_of_aside(name: str) -> int | None:
+    return names.step_of(name.partition(".aside-")[0])
 
 
 def _steps(values: Any) -> list[int]:

@@ -152,13 +152,26 @@ class Store:
             if answer["sha256"] != digest:
                 raise CheckpointError("changed", f"{self.file(step).name}: changed while it was read")
 
-    def set_aside(self, step: int) -> Path:
-        """Rename a step's file, so that it is kept but never loaded; return its new path."""
+    def aside_name(self, step: int) -> str:
+        """Return the name that a step's file gets when it is set aside."""
         name = names.file_name(step)
         with writing(self._shown / name):
-            aside = self._folder.free_name(name)
-            self._folder.rename(name, aside)
-        return self.path / aside
+            return self._folder.free_name(name)
+
+    def set_aside(self, step: int, aside: str | None = None) -> None:
+        """Rename a step's file, so that it is kept but never loaded."""
+        name = names.file_name(step)
+        with writing(self._shown / name):
+            self._folder.rename(name, aside or self.aside_name(step))
+
+    def set_aside_all(self, asides: Mapping[int, str]) -> None:
+        """Rename the files of several steps, those that still have their names; `asides` is step -> new name.
+
+        The newest comes first: after a kill the newest that is left is still none that training goes on from.
+        """
+        for step, aside in sorted(asides.items(), reverse=True):
+            if self._folder.stat(names.file_name(step)) is not None and self._folder.stat(aside) is None:
+                self.set_aside(step, aside)
 
     def to_prune(
         self,

@@ -1,0 +1,106 @@
+"""`--from-step` is carried out wholly, whenever a kill comes: by the resume that is killed, or by the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import make_config, resume, rows, silent, train
+from stepctl.fork import ForkOptions, fork
+from stepctl.rundir import RunDirectory
+from stepctl.verify import verify
+
+LAST = 12
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def config() -> Any:
+    return make_config(
+        model={"name": "linear"}, stop={"last_step": LAST}, checkpoint={"every": 2, "keep_last": None}, log={"every": 1}
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("unbroken") / "run"
+    train(config(), path)
+    return path
+
+
+def killed_going_back(run: Path, renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go back to step 4; a kill comes after so many files were set aside."""
+    real, done = os.rename, []
+
+    def rename(source: Any, target: Any, **options: Any) -> None:
+        if ".aside-" in str(target):
+            if len(done) == renames:
+                raise Killed
+            done.append(target)
+        real(source, target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(Killed):
+            resume(run, from_step=4, last_step=LAST)
+    assert len(done) == renames
+
+
+@pytest.mark.parametrize("renames", range(4))  # of steps 12, 10, 8 and 6
+def test_a_kill_between_the_renames_does_not_revert_it(
+    renames: int, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    killed_going_back(run, renames, monkeypatch)
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    newest = LAST - 2 * renames
+    assert f"step-{newest:08d}.h5" in left
+    assert not [name for name in left if name.endswith(".h5") and name > f"step-{newest:08d}.h5"], "the newest go first"
+    assert verify(str(run))[1] == []
+    resume(run, last_step=5)
+    assert json.loads((run / "ledger.jsonl").read_text().splitlines()[-1])["step"] == 5
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert {f"step-{step:08d}.h5.aside-1" for step in (6, 8, 10, 12)} < names
+    assert not {f"step-{step:08d}.h5" for step in (6, 8, 10, 12)} & names
+    assert verify(str(run))[1] == []
+    resume(run, last_step=LAST)
+    assert rows(run) == rows(unbroken)
+    assert verify(str(run))[1] == []
+
+
+def test_what_is_trained_anew_is_not_set_aside_again(unbroken: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    resume(run, from_step=4, last_step=8)
+    for path in (run / "checkpoints").glob("*.aside-*"):
+        path.unlink()  # by the user
+    resume(run, last_step=9)
+    assert not list((run / "checkpoints").glob("*.aside-*"))
+    assert json.loads((run / "ledger.jsonl").read_text().splitlines()[-1])["local_step"] == 1
+
+
+def test_a_fork_begins_where_the_run_went_back_to(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    killed_going_back(run, 1, monkeypatch)
+    assert fork(RunDirectory(run), RunDirectory(tmp_path / "child"), ForkOptions(), silent).step == 4
+
+
+@pytest.mark.parametrize("name", ["step-00000006.h5.aside-../../x", "x", "step-00000006.h5", 7, None])
+def test_a_name_in_the_ledger_that_is_none_of_a_file_set_aside_is_passed_over(
+    name: Any, unbroken: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    start = json.loads((run / "ledger.jsonl").read_text().splitlines()[0])
+    with open(run / "ledger.jsonl", "a") as file:
+        file.write(json.dumps({**start, "segment": 2, "step": 4, "set_aside": [name]}) + "\n")
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    resume(run, last_step=LAST)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
