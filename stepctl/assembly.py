@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from stepctl import config as configs
 from stepctl import extras, numerics, registry, yamlio
@@ -18,7 +19,7 @@ from stepctl.arena import Shape
 from stepctl.checkpoint import codec
 from stepctl.comm import ALONE, Comm
 from stepctl.config import Config, Samples
-from stepctl.data.base import Source, Sources, Targets, count_classes
+from stepctl.data.base import Source, Sources, Targets, check_labels, check_rows, count_classes, label_warnings
 from stepctl.data.batches import EvaluationBatches, Part, TrainingBatches, split_parts
 from stepctl.ema import MovingAverage
 from stepctl.errors import ConfigError, NonFiniteError, StepctlError
@@ -60,7 +61,10 @@ class Assembly:
         """Try the first step without taking it, so that a model that breaks its protocol is refused before it."""
         # whether what is not finite stops the run is for the first step to say
         with contextlib.suppress(NonFiniteError), explained(self.state):
-            self.task.trial(self.state, self.training.batch(self.state.counters.samples_seen))
+            batch = self.training.batch(self.state.counters.samples_seen)
+            if self.config.data.n_classes is not None:  # a source may read other labels than it showed
+                check_labels(f"{self.sources[0].origin}: the first batch", 0, batch.y, self.config.data.n_classes)
+            self.task.trial(self.state, batch)
 
     def stop_rules(self) -> list[EarlyStopping | TargetMetric]:
         """Return what stops a run on account of its evaluations."""
@@ -81,11 +85,33 @@ class Assembly:
         known = {"initial_step": start, "batch_size": self.config.data.batch_size}
         return self.task.count_at(counter, step - start, **known)
 
-    def check_data(self) -> None:
-        """Look through all data once; DataError if they are not what the task can learn from."""
+    def check_data(self, say: Callable[[str], None]) -> None:
+        """Look through all data once; warn of what is suspect.
+
+        DataError if they are not what the task can learn from.
+        """
+        n_classes = self.config.data.n_classes
+        occurs = []
         with ended_by_signals(is_rank=self.comm.rank > 0):
             for source in self.sources:
-                source.check(self.config.data.n_classes)
+                if type(source).check is not Source.check:
+                    source.check(n_classes)
+                occurs.append(check_rows(source, n_classes))
+        for warning in self._data_warnings(occurs):
+            say(f"warning: {warning}")
+
+    def _data_warnings(self, occurs: list[npt.NDArray[np.bool_]]) -> Iterator[str]:
+        if self.config.data.n_classes is not None and self.task.learns_labels:
+            yield from label_warnings(self.sources, occurs)
+        if len(self.sources) == 2:
+            # "<training>; <validation>", which the ledger needs anyway
+            fingerprints = self.data_fingerprint
+            half = fingerprints[: len(fingerprints) // 2 - 1]
+            if fingerprints == f"{half}; {half}":
+                yield f"{self.sources[1].origin}: the validation data are the training data; name others"
+        batch_size, n = self.config.data.batch_size, self.training.part.n
+        if batch_size > n:
+            yield f"data.batch_size: {batch_size} is more than the {n} training rows, so a batch repeats some; lower it"
 
     @property
     def origins(self) -> str:
@@ -389,7 +415,9 @@ def _parts(config: Config, train: Source, validation: Source | None) -> tuple[Pa
     return Part(train, train.n), Part(validation, validation.n)
 
 
-def prepare(config: Config, hooks: Sequence[Hook] = (), comm: Comm = ALONE) -> Assembly:
+def prepare(
+    config: Config, hooks: Sequence[Hook] = (), comm: Comm = ALONE, say: Callable[[str], None] = lambda line: None
+) -> Assembly:
     """Assemble a fresh run: check the data, and write into the config what this machine and the target decide."""
     target = config.target(config.initial_step)
     if target < config.initial_step:
@@ -399,7 +427,7 @@ def prepare(config: Config, hooks: Sequence[Hook] = (), comm: Comm = ALONE) -> A
     assembly = assemble(config, hooks, comm=comm)
     settle_numerics(assembly)
     check_size(assembly.config)
-    assembly.check_data()
+    assembly.check_data(say)
     assembly.trial()
     return assembly
 

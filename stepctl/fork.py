@@ -120,7 +120,7 @@ def _check_data(assembly: Assembly, parent: RunDirectory, changes: list[dict[str
     recorded = rundir.newest_data(parent.read_ledger())
     same = recorded is None or assembly.has_data(recorded)
     if asked or not same:
-        assembly.check_data()
+        assembly.check_data(say)
     if not asked and not same:
         say(f"warning: {assembly.origins}: not the data that {parent.path} was trained on; the fork goes on with these")
 

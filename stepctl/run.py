@@ -34,7 +34,7 @@ def create(
 ) -> Iterator[Segment]:
     """Make a fresh run, and hold it. ConfigError if one is there already; nothing is left behind on an error."""
     directory.refuse_run()
-    assembly = prepare(config, hooks, comm)
+    assembly = prepare(config, hooks, comm, say)
     _ = assembly.data_fingerprint  # it may read all data: now, while a signal still ends the command at once
     config = assembly.config
     target = config.target(config.initial_step)
@@ -93,7 +93,7 @@ def resume(
         moved = moved_files(changed, config, ledger)
         configs.refuse_locked([change for change in changed if change not in moved], options.allow_change)
         assembly = assemble(config, hooks, comm=comm)
-        _check_data(assembly, ledger, options, moved)
+        _check_data(assembly, ledger, options, moved, say)
         if moved:
             paths = ", ".join(f"{change['key']}: {change['old']} -> {change['new']}" for change in moved)
             say(f"note: the data are the same under another path ({paths})")
@@ -274,13 +274,13 @@ def moved_files(changed: list[dict[str, Any]], config: Config, ledger: list[dict
 
 
 def _check_data(
-    assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions, moved: list[dict[str, Any]]
+    assembly: Assembly, ledger: list[dict[str, Any]], options: ResumeOptions, moved: list[dict[str, Any]], say: Say
 ) -> None:
     recorded = rundir.newest_data(ledger)
     if recorded is None or assembly.has_data(recorded):
         return
     if "data" in options.allow_change:
-        assembly.check_data()
+        assembly.check_data(say)
         return
     paths = "".join(f"{change['key']}: {change['old']} -> {change['new']}: " for change in moved[:1])
     raise ConfigError(

@@ -214,7 +214,8 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "binary with three classes": (
         nothing,
         {"task": {"name": "binary_classification"}},
-        "task.name: binary_classification needs labels 0 and 1; the data have 3 classes: use classification",
+        "task.name: binary_classification needs labels 0 and 1, but the largest label, or data.n_classes - 1, is 2; "
+        "subtract 1 from labels 1 and 2; for more than two classes use classification",
     ),
     "npz without y": (
         npz(x=X, labels=Y),

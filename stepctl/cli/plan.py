@@ -62,7 +62,7 @@ def _of_config(path: str, assignments: tuple[str, ...]) -> tuple[dict[str, Any],
     from stepctl.assembly import prepare
     from stepctl.plan import plan as plan_fresh
 
-    assembly = prepare(configs.parse(document))
+    assembly = prepare(configs.parse(document), say=say)
     return plan_fresh(assembly, RunDirectory(Path("runs") / Path(path).stem)), assembly
 
 

@@ -93,7 +93,7 @@ def train(
     config = configs.parse(document)
     if dry_run:
         directory.refuse_strangers()
-        print_plan(plan(prepare(config, comm=comm), directory), as_json)
+        print_plan(plan(prepare(config, comm=comm, say=say), directory), as_json)
         return
     try:
         with run.create(config, directory, say, comm=comm) as segment:

@@ -47,17 +47,54 @@ class Source(ABC):
 
     def check(self, n_classes: int | None) -> None:
         """Raise DataError at the first row with a non-finite value or a label outside 0..n_classes-1."""
-        for first, x, y in self.slices():
-            _check_finite(self.origin, "x", first, x)
-            if n_classes is None:
-                _check_finite(self.origin, "y", first, y)
-                continue
-            wrong = np.flatnonzero(y >= n_classes)
-            if wrong.size:
-                raise DataError(
-                    f"{self.origin}: row {first + wrong[0]}: label {y[wrong[0]]} is outside 0..{n_classes - 1}; "
-                    "mend the row, or raise data.n_classes"
-                )
+        check_rows(self, n_classes)
+
+
+def check_rows(source: Source, n_classes: int | None) -> npt.NDArray[np.bool_]:
+    """Look through all rows, and return which labels occur: (n_classes,); nothing if the targets are numbers.
+
+    Raises DataError at the first row with a non-finite value or a label that is no whole number in 0..n_classes-1.
+    """
+    occurs = np.zeros(n_classes or 0, np.bool_)
+    for first, x, y in source.slices():
+        _check_finite(source.origin, "x", first, x)
+        if n_classes is None:
+            _check_finite(source.origin, "y", first, y)
+        else:
+            check_labels(source.origin, first, y, n_classes)
+            occurs[y.astype(np.int64)] = True
+    return occurs
+
+
+def check_labels(origin: str, first_row: int, labels: Array, n_classes: int) -> None:
+    """Raise DataError at the first label that is not one of 0..n_classes-1."""
+    valid = (labels >= 0) & (labels < n_classes) & (labels == np.floor(labels))
+    if valid.all():
+        return
+    wrong = int(np.flatnonzero(~valid)[0])
+    label = labels[wrong]
+    if label < 0 or label != np.floor(label):
+        remedy = "labels are 0, 1, 2, ...: number the classes from 0 (-1 and +1 become 0 and 1)"
+    else:
+        remedy = "mend the row, or raise data.n_classes"
+    raise DataError(f"{origin}: row {first_row + wrong}: label {label} is outside 0..{n_classes - 1}; {remedy}")
+
+
+def label_warnings(sources: list[Source], occurs: list[npt.NDArray[np.bool_]]) -> Iterator[str]:
+    """Yield what is suspect about the labels of the training rows, and of validation rows kept apart."""
+    origin, trained = sources[0].origin, occurs[0]
+    labels = np.flatnonzero(trained)
+    if len(labels) == 1:
+        yield f"{origin}: every label is {labels[0]}; a model can only learn to tell two or more classes apart"
+    elif len(labels) and labels[0] > 0:
+        yield (
+            f"{origin}: the labels are {labels[0]}..{labels[-1]}, but classes are numbered from 0; "
+            f"subtract {labels[0]}, or the model gets classes that never occur"
+        )
+    for source, there in zip(sources[1:], occurs[1:], strict=True):
+        new = np.flatnonzero(there & ~trained)
+        if len(new):
+            yield f"{source.origin}: label {new[0]} does not occur in the training data"
 
 
 def ranges(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -68,13 +105,25 @@ def ranges(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 def count_classes(sources: list[Source]) -> int:
     """Return the largest label of all sources + 1; DataError if that is more than there are rows."""
-    n_classes, n_rows = max(source.n_classes() for source in sources), sum(source.n for source in sources)
+    n_rows = sum(source.n for source in sources)
+    n_classes = max(_classes_of(source) for source in sources)
     if n_classes > n_rows:
         raise DataError(
             f"{sources[0].origin}: label {n_classes - 1} makes more classes than the {n_rows} rows there are; "
             "choose the right column, or set data.n_classes"
         )
     return n_classes
+
+
+def _classes_of(source: Source) -> int:
+    n_classes: object = source.n_classes()
+    if not isinstance(n_classes, int | np.integer):
+        raise DataError(f"{source.origin}: n_classes() returned {n_classes!r}; a whole number is needed")
+    if n_classes < 1:
+        raise DataError(
+            f"{source.origin}: the largest label is {n_classes - 1}; labels are 0, 1, 2, ...: number the classes from 0"
+        )
+    return int(n_classes)
 
 
 class Sources(NamedTuple):

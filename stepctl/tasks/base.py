@@ -110,6 +110,7 @@ class Task(ABC):
     clock: str = MODEL  # the counter that the global step follows
     batches_per_step: int = 1
     learners: dict[str, Learner]
+    learns_labels: ClassVar[bool] = True  # whether labels, if those are its targets, decide what it learns
     divisible: ClassVar[bool] = False  # whether `step` computes only `comm.mine` of the shards
     # whether it sums gradients by ShardSum and changes arenas by learners' updates alone: each process may then update
     # its part of arenas that all have in common

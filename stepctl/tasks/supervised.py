@@ -138,8 +138,13 @@ class BinaryClassification(Supervised):
     @staticmethod
     def n_outputs(n_classes: int | None, target_shape: Shape) -> int:
         if n_classes != 2:
-            raise ConfigError(f"task.name: binary_classification needs labels 0 and 1; the data have {n_classes} "
-                              "classes: use classification")  # fmt: skip
+            assert n_classes is not None
+            if n_classes == 1:
+                found, remedy = "every label is 0", "bring data with both"
+            else:
+                found = f"the largest label, or data.n_classes - 1, is {n_classes - 1}"
+                remedy = "subtract 1 from labels 1 and 2; for more than two classes use classification"
+            raise ConfigError(f"task.name: binary_classification needs labels 0 and 1, but {found}; {remedy}")
         return 1
 
     @staticmethod

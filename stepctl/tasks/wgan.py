@@ -42,6 +42,7 @@ class WGAN(Task):
     metrics: ClassVar[dict[str, Mode]] = {"wasserstein": "min"}
     training_metrics = ("critic_loss", "wasserstein", "generator_loss")
     divisible = sliced = True
+    learns_labels = False
 
     def __init__(
         self,
