@@ -99,7 +99,12 @@ def own_components() -> str:
 
 def is_builtin(component: object) -> bool:
     """Tell whether a component's class is one of stepctl's own, and no user's."""
-    return type(component).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return _is_of_stepctl(type(component).__module__)
+
+
+@functools.cache
+def _is_of_stepctl(module: str) -> bool:
+    return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _check_kind(family: str, found: object) -> None:

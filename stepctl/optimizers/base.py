@@ -132,8 +132,9 @@ class Optimizer(ABC):
         thread = threading.get_ident()
         scratch = _scratch(thread, params.dtype)
         # a user's code gets no view of the state that it could write later
-        numbers = range(0) if is_builtin(self) else range(1, 1 + len(new))
-        copied = [_scratch(thread, params.dtype, number) for number in numbers]
+        copied: list[Array] = []
+        if not is_builtin(self):
+            copied = [_scratch(thread, params.dtype, number) for number in range(1, 1 + len(new))]
         for first in range(start, end, BLOCK):
             at = slice(first, min(first + BLOCK, end))
             g = grads[at]
