@@ -220,6 +220,15 @@ def test_all_is_said_before_a_command_ends() -> None:
     )
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_line_is_written_when_it_is_said(unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONUNBUFFERED", unbuffered)
+    with training("train", "--config", write_config(log={"every": FOREVER}), stderr=subprocess.PIPE) as child:
+        assert child.stderr is not None
+        assert child.stderr.readline() == b"run: global step 0 to 1000000000, from a fresh start\n"
+        assert child.poll() is None
+
+
 def test_a_traceback_that_python_prints_at_the_very_end_is_said_too() -> None:
     name = write_config(data={"name": "arrays", "path": "nowhere.npz", "batch_size": 8})
     command = [*COMMAND, "--debug", "train", "--config", name]

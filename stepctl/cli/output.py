@@ -7,6 +7,7 @@ in front of stdout and stderr; `drain_output` waits, for a bounded time, until t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import os
 import select
@@ -158,8 +159,8 @@ def queue_output() -> None:
             _queues.append(OutputQueue(descriptor))
         file = _QueuedFile(_queues[-1], descriptor, f"<{name}>")
         buffer: Any = file  # all that a text stream for writing asks of it
-        queued = io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
-        setattr(sys, name, queued)
+        by_line = stream.line_buffering or stream.write_through  # the latter under PYTHONUNBUFFERED
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=by_line))
     atexit.register(drain_output)  # a traceback is printed after `main`
 
 
@@ -175,5 +176,9 @@ def _descriptor(stream: TextIO | None) -> int | None:
 
 def drain_output() -> None:
     """Wait until what was printed is written, or its reader is given up."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
     for queue in _queues:
         queue.drain()
