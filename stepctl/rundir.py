@@ -39,6 +39,8 @@ _TOLERATED = re.compile(
     r"\..*|lost\+found|(.*\.)?(log|logs|out|err|stdout|stderr)(\.txt|\.gz|\.[0-9]+)?|.*\.aside-[0-9]+"
 )
 _LARGEST = 2**63 - 1  # a step beyond it is nobody's
+_LARGEST_FILE = 1 << 30  # bytes of records: some ten million rows
+_LONGEST_ROW = 1 << 24
 _TRIES = 100  # at a lock whose holder has not written its name
 
 Row = dict[str, Any]  # of the ledger, or of the metrics
@@ -272,7 +274,10 @@ class RunDirectory:
             self.folder.publish(path.name, kept)
 
     def _rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        for line in self._content(path.name).splitlines():
+        for number, line in enumerate(self._content(path.name).splitlines(), start=1):
+            if len(line) > _LONGEST_ROW:
+                what = f"line {number} has {len(line):,} bytes, and no row has more than {_LONGEST_ROW:,}"
+                raise StepctlError(f"{self.shown(path)}: {what}; remove it, or move the file away")
             row = _parsed(line)
             if row is not None:
                 yield row
@@ -281,8 +286,12 @@ class RunDirectory:
         """Return what a file holds, or only so many of its last bytes; nothing if there is none."""
         try:
             with self.folder.open_regular(name) as file:
+                size = os.fstat(file.fileno()).st_size
                 if last is not None:
-                    file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
+                    file.seek(max(size - last, 0))
+                elif size > _LARGEST_FILE:
+                    what = f"{size:,} bytes, and at most {_LARGEST_FILE:,} are read"
+                    raise StepctlError(f"{self.path / name}: {what}; move the file away, or cut what is no row")
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             files.refuse_broken_link(self.folder.path / name)

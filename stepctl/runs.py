@@ -75,6 +75,9 @@ def look(directory: RunDirectory, now: datetime.datetime) -> Run | None:
         return _look(directory, holder, now) if holder or directory.holds_run() else None
     except UnreadableError as error:
         return Run(directory.name, 0, None, None, None, None, "unreadable", str(error), None)
+    except MemoryError:
+        reason = "its records need more memory than there is"
+        return Run(directory.name, 0, None, None, None, None, "damaged", reason, None)
     except (StepctlError, OSError) as error:
         return Run(directory.name, 0, None, None, None, None, "damaged", str(error), None)
 

@@ -283,3 +283,28 @@ def test_no_folder_is_a_mistake_and_no_run_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [True, None, "text", [1], {"a": 1}, 10**400])
 def test_what_is_no_number_is_none(value: object) -> None:
     assert as_number(value) is None
+
+
+def sparse(path: Path) -> None:
+    os.truncate(path, 1 << 40)
+
+
+def one_long_line(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + (1 << 25))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(sparse, "at most 1,073,741,824 are read"), (one_long_line, "no row has more")]
+)
+def test_huge_records_of_one_run_are_its_own_affair(
+    spoil: Callable[[Path], None], words: str, name: str, tmp_path: Path
+) -> None:
+    for run in ("good", "huge"):
+        train(small(), tmp_path / run)
+    spoil(tmp_path / "huge" / name)
+    good, huge = runs_in(str(tmp_path), NOW)
+    assert (good.name, good.state, good.step) == ("good", "finished", 12)
+    assert (huge.name, huge.state) == ("huge", "damaged")
+    assert f"{name}: " in huge.reason
+    assert words in huge.reason
