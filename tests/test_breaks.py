@@ -68,7 +68,7 @@ def test_another_runs_checkpoint_is_passed_over(stranger: dict[str, Any], tmp_pa
     state = resume(tmp_path / "run", last_step=40, say=said.append)
     assert state.same_bits(expected)
     assert len(said) == 1
-    assert said[0].startswith("step-00000030.h5: made with another config")
+    assert said[0].startswith("step-00000030.h5: of another run (run_id ")
     assert said[0].endswith("using step-00000020.h5")
 
 
