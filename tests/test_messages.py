@@ -247,7 +247,7 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "csv with names, not said": (
         file("a.csv", b"a,b,label\n" + ROWS),
         csv(),
-        "HERE/a.csv: cannot be read as CSV: could not convert string 'a' to float64 at row 0, column 1.; "
+        "HERE/a.csv: cannot be read as CSV: line 1: column 1: 'a' is not a number; "
         "if the first line holds names, set data.header: true",
     ),
     "csv, no such column name": (
@@ -268,12 +268,12 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "csv with a short row": (
         file("a.csv", ROWS + b"1,2\n"),
         csv(),
-        "HERE/a.csv: cannot be read as CSV: the number of columns changed from 3 to 2 at row 11",
+        "HERE/a.csv: cannot be read as CSV: line 11: 2 columns, but 3 in the rows before",
     ),
     "csv with a word": (
         file("a.csv", ROWS + b"1,two,2\n"),
         csv(),
-        "HERE/a.csv: cannot be read as CSV: could not convert string 'two' to float64 at row 10, column 2.",
+        "HERE/a.csv: cannot be read as CSV: line 11: column 2: 'two' is not a number",
     ),
     "csv of nothing": (file("a.csv", b""), csv(), "HERE/a.csv: cannot be read as CSV: it holds no rows"),
     "csv of a header alone": (
