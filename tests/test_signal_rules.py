@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +58,49 @@ class Signalled(TwoLayers):
         if workspace.rng is not None:
             os.kill(os.getpid(), next(self.numbers))
         return super().forward(params, x, workspace)
+
+
+# --- a terminal that goes
+
+
+class Tells(TwoLayers):
+    """Says on stderr that it is in a training pass."""
+
+    def forward(self, params: Any, x: Any, workspace: Any) -> Any:
+        if workspace.rng is not None:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"[in a pass]")
+        return super().forward(params, x, workspace)
+
+
+def take_the_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_terminal_that_is_closed_stops_with_a_durable_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, model={"name": "test_signal_rules:Tells"}, stop={"last_step": 10**9})
+    terminal, inside = pty.openpty()
+    ends = {"stdin": inside, "stdout": inside, "stderr": inside}
+    with subprocess.Popen(
+        command("train"),
+        cwd=tmp_path,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=take_the_terminal,
+        **ends,
+    ) as process:
+        try:
+            os.close(inside)
+            said = b""
+            while said.count(b"[in a pass]") < 5:
+                said += os.read(terminal, 1 << 16)
+            os.close(terminal)
+            assert process.wait(60) == 75
+        finally:
+            process.kill()
+    end = RunDirectory(tmp_path / "run").read_ledger()[-1]
+    assert end["reason"] == "signal SIGHUP"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{end['step']:08d}.h5").exists()
 
 
 # --- ignored at the start

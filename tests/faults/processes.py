@@ -27,7 +27,7 @@ import stepctl
 
 DEADLINE = 120.0  # seconds: only a hang comes near it
 ROOT = Path(stepctl.__file__).parents[1]
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
 _MODULES = [found.name for found in pkgutil.walk_packages(stepctl.__path__, "stepctl.") if "__main__" not in found.name]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload([__name__, *_MODULES, "threadpoolctl", "rich.console", "rich.progress", "warm"])

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2, Signals
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, Signals
 
 import pytest
 from moments import some_moment, when_there_are
@@ -17,7 +17,8 @@ from processes import Process, rows_at_once, start, start_cold
 from trials import Trial, acknowledged, assert_nothing_lost, checkpoints, content, ledger, make_trial, random_config
 
 Figure = Callable[[str, int], None]
-STOPS = {SIGTERM, SIGINT, SIGUSR1}
+STOPS = {SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGXCPU}
+ALL = (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU)
 STOPPED, INTERRUPTED = 75, 130
 COLD = 0.1  # the share of processes that are not forked off a warm server: they take longer to end, too
 
@@ -114,8 +115,8 @@ def shoot(child: Process, run: Path, trial: Trial, before: Before, chance: rando
 
     Return those that it was there for. Where it holds rows back, so that they are not `told`, any step may be meant.
     """
-    first = chance.choice((SIGTERM, SIGINT, SIGUSR1, SIGUSR2))
-    second = chance.choice((first, SIGTERM, SIGINT, SIGUSR1, SIGUSR2))
+    first = chance.choice(ALL)
+    second = chance.choice((first, *ALL))
     plans: tuple[Iterable[Signals], ...] = ([first], [first, second], itertools.repeat(first))
     pause, shots = chance.choice((0, 0.002, 0.02)), []
     for number in chance.choices(plans, weights=(3, 2, 1))[0]:
