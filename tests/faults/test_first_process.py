@@ -119,6 +119,7 @@ def test_a_process_1_that_is_signalled_all_the_time_stops_with_a_durable_checkpo
 ) -> None:
     run = gated.trial.new_run(tmp_path.name)
     with First(gated, run, *gated.trial.begin(run)) as first:
+        until(lambda: list(acknowledged(run)))  # before training begins, a signal ends it at once
         while first.outer.running(after=0.001):
             first.kill(SIGTERM)
         assert first.wait() == STOPPED, first.said()
