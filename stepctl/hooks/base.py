@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import numpy as np
 
@@ -76,8 +76,9 @@ class HookState:
     def __init__(self, hook: Hook) -> None:
         """ConfigError if the arrays cannot be saved, or if `load_state` is the default and could not fill them."""
         self.name, self._hook = hook.name, hook
+        self._kinds: dict[str, tuple[Any, ...]] = {}
         arrays = self._arrays()
-        self._layout = _layout(arrays)
+        self._kinds = _kinds(arrays)
         if type(hook).load_state is Hook.load_state:
             again = hook.state()
             for key, array in arrays.items():
@@ -86,10 +87,10 @@ class HookState:
     def state(self) -> dict[str, Array]:
         """Return the hook's arrays, read-only; ConfigError if they are not of the kinds they were."""
         arrays = self._arrays()
-        found = _layout(arrays)
-        if found != self._layout:
-            key = next(key for key in [*self._layout, *found] if found.get(key) != self._layout.get(key))
-            now, before = found.get(key, "nothing"), self._layout.get(key, "nothing")
+        found = _kinds(arrays)
+        if found != self._kinds:
+            key = next(key for key in [*self._kinds, *found] if found.get(key) != self._kinds.get(key))
+            now, before = (" ".join(map(str, kinds.get(key, ("nothing",)))) for kinds in (found, self._kinds))
             raise ConfigError(
                 f"hook {self.name}: state()[{key!r}] is {now}, and was {before} when the run was opened; names, shapes "
                 "and dtypes must stay the same"
@@ -109,6 +110,9 @@ class HookState:
         return {key: self._array(key, value) for key, value in values.items()}
 
     def _array(self, key: object, value: object) -> Array:
+        # most often, and at once: a save asks all hooks
+        if isinstance(value, np.ndarray) and self._kinds.get(cast(str, key)) == (value.dtype, value.shape):
+            return value
         where = f"hook {self.name}: state()[{key!r}]"
         if not isinstance(key, str):
             raise ConfigError(f"{where}: names must be strings")
@@ -129,5 +133,5 @@ class HookState:
             )
 
 
-def _layout(arrays: Mapping[str, Array]) -> dict[str, str]:
-    return {key: f"{array.dtype} {array.shape}" for key, array in arrays.items()}
+def _kinds(arrays: Mapping[str, Array]) -> dict[str, tuple[Any, ...]]:
+    return {key: (array.dtype, array.shape) for key, array in arrays.items()}
