@@ -30,7 +30,7 @@ from stepctl.cli.options import Duration
 from stepctl.config import Config
 from stepctl.errors import ConfigError
 from stepctl.rundir import RunDirectory
-from stepctl.state import Counters, TrainState
+from stepctl.state import Counters, Remembered, TrainState
 
 ROOT = Path(stepctl.__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -293,9 +293,9 @@ def odd_checkpoint() -> dict[str, Any]:
     for view in (view for arena in arenas.values() for view in arena.values()):
         view[...] = generator.normal(100, 3, view.shape)
     params["wide/bias"][:2] = np.nan, -np.inf
-    hooks = {"best": {"steps": np.array([5, 2**40]), "flags": np.array([0, 255], np.uint8), "none": np.array([np.nan])}}
+    best = {"steps": np.array([5, 2**40]), "flags": np.array([0, 255], np.uint8), "none": np.array([np.nan])}
     counters = Counters({"global_step": 7, "samples_seen": 56, "model": 7})
-    state = TrainState(counters, arenas, hooks=hooks)
+    state = TrainState(counters, arenas, hooks=[Remembered("best", best)])
     data = file_bytes(codec.encode(state, run="moon", run_id=RUN_ID, config="seed: 3\n", numerics='{"threads": 1}'))
     Path("odd.h5").write_bytes(data)
     return state.arrays()
