@@ -35,18 +35,23 @@ cores of one host there is nothing to gain: the exchange is 5 % of the step, and
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import math
 import os
+import platform
+import signal
 import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import IntEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from stepctl import extras, launcher, process_signals
+from stepctl import __version__, extras, launcher, process_signals
 from stepctl.errors import ConfigError, NonFiniteError
-from stepctl.launcher import Launcher, RankError
+from stepctl.launcher import Launcher, NoAnswer, RankError
 from stepctl.problems import in_user_code
 
 if TYPE_CHECKING:
@@ -58,6 +63,11 @@ _EAGER, _REST = 300, 5e-5  # looks at a request before sleeping, and seconds of 
 _AT_ONCE = 1 << 28  # elements that are sent together
 _LAST_WORDS = 1.0  # seconds from the last message of a job that fails to its end
 _LOST, _ENDING = 1, 2  # the tags of what a rank tells rank 0: that it cannot go on, that it ends as it was told to
+_PING, _PONG = 3, 4  # the tags of rank 0's question whether a rank is there, and of the answer
+
+# Seconds that rank 0 waits for the other ranks before it asks who is there, and then for their answers.
+ASK_AFTER = 30.0
+ANSWER_WITHIN = 2.0
 
 Row = dict[str, float]
 
@@ -182,7 +192,44 @@ def _loaded(started: int, started_by: Launcher) -> Comm:
             f"{started} processes were started together, but to mpi4py's MPI ({library}) each is alone: start them "
             "with the mpiexec of that MPI, or install mpi4py for the MPI of your mpiexec"
         )
-    return World(mpi, started_by) if mpi.COMM_WORLD.size > 1 else ALONE
+    if mpi.COMM_WORLD.size == 1:
+        return ALONE
+    _refuse_other_software(mpi.COMM_WORLD.allgather(_software()))
+    return World(mpi, started_by)
+
+
+def _software() -> dict[str, str]:
+    """Return the versions that must be the same in all ranks, and where this rank runs."""
+    from importlib import metadata
+
+    return {
+        "stepctl": f"{__version__} (sources {_digest_of_sources()})",
+        "Python": platform.python_version(),
+        "NumPy": metadata.version("numpy"),
+        "host": os.uname().nodename,
+    }
+
+
+def _digest_of_sources() -> str:
+    """Return a digest of this package's modules: two copies of one version may differ."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _refuse_other_software(ranks: Sequence[Mapping[str, str]]) -> None:
+    """Raise ConfigError if a rank runs another version than rank 0."""
+    first = ranks[0]
+    for rank, software in enumerate(ranks):
+        for name in ("stepctl", "Python", "NumPy"):
+            if software[name] != first[name]:
+                raise ConfigError(
+                    f"rank {rank} on {software['host']} runs {name} {software[name]}, but rank 0 on {first['host']} "
+                    f"runs {name} {first[name]}; install the same versions for all ranks"
+                )
 
 
 class World(Comm):
@@ -197,6 +244,9 @@ class World(Comm):
         self.agreed: Exception | None = None  # the newest error that every rank knows of
         self._signals: set[int] = set()
         self._windows: list[Any] = []  # every rank's, open
+        self._places = self._comm.allgather((os.uname().nodename, os.getpid()))
+        self._roll_calls = 0
+        self._stop_asked: Callable[[], bool] | None = None
         here = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
         cores = here.allgather(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None)
         self._neighbours: int = cores.count(cores[here.rank])
@@ -259,7 +309,7 @@ class World(Comm):
         self._lost = self._comm.isend(why, 0, _LOST)
 
     def lead(self, order: Order, value: int = 0) -> None:
-        self._hear()
+        self.hear()
         # not NumPy's: it may not be loaded yet
         self._wait(self._orders.Ibcast(array("q", [order, value])))
 
@@ -332,10 +382,49 @@ class World(Comm):
 
         RankError in rank 0 if another gave up; in any if the launcher is gone, and with it whoever could end this job.
         """
-        until(request.Test, self._hear)
+        if self.rank == 0:
+            until(request.Test, RollCall(self).check)
+        else:
+            until(request.Test, self.hear)
 
-    def _hear(self) -> None:
+    def stop_waiting_when(self, asked: Callable[[], bool] | None) -> None:
+        """In rank 0, end the job if a stop is `asked` for while another rank does not answer."""
+        self._stop_asked = asked
+
+    def ask_who_is_there(self) -> int:
+        """Send a question to all other ranks; return its number."""
+        self._roll_calls += 1
+        self._questions = [self._comm.isend(self._roll_calls, rank, _PING) for rank in range(1, self.size)]
+        return self._roll_calls
+
+    def answers(self, number: int) -> Iterator[int]:
+        """Yield the ranks whose answer to a question has come since the last look."""
+        status = self._mpi.Status()
+        while self._comm.Iprobe(tag=_PONG, status=status):
+            rank = status.Get_source()
+            if self._comm.recv(source=rank, tag=_PONG) == number:
+                yield rank
+
+    def place(self, rank: int) -> str:
+        """Return where a rank runs, in words."""
+        host, pid = self._places[rank]
+        return f"rank {rank} on {host} (pid {pid})"
+
+    def stop_if_asked(self, missing: str) -> None:
+        """Raise NoAnswer if a stop was asked for; RankError if that was before training began."""
+        if self._stop_asked is not None and self._stop_asked():
+            self._torn = True
+            raise NoAnswer(f"stopped while {missing} did not answer; start the job again, with resume")
+        if signal.SIGTERM in signal.sigpending():
+            self._torn = True
+            raise RankError(f"stopped while {missing} did not answer; start the job again")
+
+    def hear(self) -> None:
+        """Answer rank 0, or in it take what others have sent; RankError if one gave up or the launcher is gone."""
         self.launcher.check()
+        if self.rank and self._comm.Iprobe(source=0, tag=_PING):
+            number = self._comm.recv(source=0, tag=_PING)
+            self._answer = self._comm.isend(number, 0, _PONG)
         if self.rank == 0 and self._comm.Iprobe(tag=_LOST):
             self._torn = True
             raise RankError(self._comm.recv(tag=_LOST))
@@ -345,6 +434,9 @@ class World(Comm):
             return
         self._ended = True
         self.launcher.end_together()
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                sys.stderr.flush()  # now: the launcher needs a moment to pass it on before an abort
         all_end = self._all_end(code, failed)
         if self.launcher.is_gone():
             os._exit(code)  # MPI would wait for it
@@ -381,6 +473,46 @@ class World(Comm):
                 return True
             time.sleep(_REST)
         return False
+
+
+class RollCall:
+    """One wait of rank 0 for the other ranks: where it takes long, the ranks that do not answer are named.
+
+    A rank that waits too answers; one that is stopped, hangs or still computes does not.
+    """
+
+    def __init__(self, world: World, clock: Callable[[], float] = time.monotonic) -> None:
+        self._world, self._clock = world, clock
+        self._began = clock()
+        self._asked_at = math.inf
+        self._number = 0
+        self._silent: set[int] = set()
+        self._said = False
+
+    def check(self) -> None:
+        """Take what the other ranks have sent; ask them, or name those that do not answer, where it is time."""
+        self._world.hear()
+        now = self._clock()
+        if self._silent:
+            self._silent.difference_update(self._world.answers(self._number))
+        if not self._silent:
+            if now - self._began >= ASK_AFTER:
+                self._began = self._asked_at = now
+                self._number = self._world.ask_who_is_there()
+                self._silent = set(range(1, self._world.size))
+            return
+        if now - self._asked_at < ANSWER_WITHIN:
+            return
+        missing = ", ".join(self._world.place(rank) for rank in sorted(self._silent))
+        if not self._said:
+            self._said = True
+            with contextlib.suppress(OSError):
+                sys.stderr.write(
+                    f"waiting for {missing}: no answer for {ASK_AFTER:.0f} s; let it go on, or end the job with "
+                    f"SIGTERM to pid {os.getpid()}\n"
+                )
+                sys.stderr.flush()
+        self._world.stop_if_asked(missing)
 
 
 def until(ready: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:

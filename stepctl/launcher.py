@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from stepctl.errors import StepctlError
+from stepctl.errors import Exit, StepctlError
 
 # What launchers tell each process: Hydra (MPICH, Intel MPI) and Slurm's pmi2; Open MPI; Slurm's pmix.
 _HYDRA = "PMI_RANK"
@@ -20,6 +20,12 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 class RankError(StepctlError):
     """What others have to do in a job was not done; rank 0 has the state of the last whole step."""
+
+
+class NoAnswer(RankError):
+    """A stop was asked for while a rank did not answer; rank 0 has the state of the last whole step."""
+
+    exit_code = Exit.STOPPED
 
 
 def is_rank() -> bool:

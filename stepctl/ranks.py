@@ -53,7 +53,10 @@ def leader(
     """Return rank 0's trainer, which the others follow; they must have been mustered."""
     comm, config = assembly.comm, assembly.config
     task, parts = assembly.task, (assembly.training, assembly.state)
-    stop = [Lead(comm, assembly.state, rules, signals)] if isinstance(comm, World) else rules
+    stop: Sequence[StopRule] = rules
+    if isinstance(comm, World):
+        stop = [Lead(comm, assembly.state, rules, signals)]
+        comm.stop_waiting_when(lambda: signals.reason(assembly.state.counters) is not None)
     if not (isinstance(comm, World) and isinstance(task, OneUpdate) and config.distributed.mode == "async"):
         return Trainer(task, *parts, stop=stop, hooks=hooks, skip=skip)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from stepctl import __version__, numerics, rundir, shell, yamlio
 from stepctl import config as configs
-from stepctl import numerics, rundir, shell, yamlio
 from stepctl.assembly import Assembly, assemble, prepare
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.expected import missing_checkpoints, newer_missing, pending_set_aside
@@ -130,6 +130,10 @@ def resume(
         for note in horizon_notes(assembly, segment.target, locked=True):
             say(f"note: {note}")
         segment.facts = _numerics_facts(header.numerics, assembly.numerics, options.strict_numerics, say)
+        if header.created_by != f"stepctl {__version__}":
+            here = f"stepctl {__version__}"
+            say(f"note: {name} was written by {header.created_by}, this is {here}; the ledger records it")
+            segment.facts["version_before"] = header.created_by
         if changed:
             segment.facts |= {"changes": changed, "config": config.plain()}
         segment.goes_back, segment.strict = options.from_step is not None, options.strict_numerics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -30,7 +31,7 @@ ERRORS: dict[str, Callable[[str], BaseException]] = {
 
 
 class Fault:
-    """Raises at the so-manieth time it is asked, in one rank; `hard` ends the process without a word."""
+    """Raises at the so-manieth time it is asked, in one rank; `hard` ends the process, `stop` stops it."""
 
     def __init__(self, rank: int, time: int, error: str) -> None:
         self._left = time if os.environ.get("PMI_RANK", "0") == str(rank) else -1
@@ -41,6 +42,9 @@ class Fault:
         if self._left == 0:
             if self._error == "hard":
                 os._exit(3)
+            if self._error == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+                return
             raise ERRORS[self._error]("this node has had enough")
 
 
