@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import faulthandler
 import json
 import os
@@ -114,8 +115,8 @@ def test_a_hostile_file_is_refused_by_name_at_once_and_no_other_is_opened(
 
 def passed_over(folder: Path) -> str:
     """Load the newest checkpoint of a folder that has an older good one; return what is said of the newest."""
-    state, said = small_state(), []
-    state.counters = Counters(dict(state.counters) | {"global_step": 5})
+    said = list[str]()
+    state = dataclasses.replace(small_state(), counters=Counters(dict(small_state().counters) | {"global_step": 5}))
     written(folder, state, OLDER)
     with Store(folder).newest(said.append) as reader:
         assert reader.name == OLDER
