@@ -10,9 +10,12 @@ import hashlib
 import math
 import os
 import platform
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+from stepctl.errors import StepctlError
 
 AUTO: Literal["auto"] = "auto"
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -129,6 +132,25 @@ def give_again(threads: int) -> None:
 def _give(blas: Any, threads: int) -> None:
     blas.limit(limits=threads)
     _given[0] = threads
+
+
+def load_numpy() -> None:
+    """Import NumPy; StepctlError if OpenBLAS cannot start its threads: it then sends its own process a SIGINT."""
+    if not hasattr(signal, "sigtimedwait"):
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        import numpy as np  # noqa: F401
+    finally:
+        interrupt = signal.sigtimedwait([signal.SIGINT], 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if interrupt is None:
+        return
+    if interrupt.si_pid != os.getpid():  # a user's Ctrl-C
+        signal.raise_signal(signal.SIGINT)
+        return
+    remedy = "raise the limits (ulimit -v, ulimit -u), or start with --set numerics.threads=1"
+    raise StepctlError(f"OpenBLAS cannot start its threads: no memory or processes are left for them; {remedy}")
 
 
 def loaded_blas() -> Any:

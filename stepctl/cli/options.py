@@ -182,6 +182,7 @@ def _follow(comm: World) -> int:
     from stepctl import numerics
 
     numerics.pin(value, comm.share())
+    numerics.load_numpy()
     from stepctl import ranks
 
     return ranks.follow(comm)
@@ -195,6 +196,7 @@ def pin(comm: Comm, asked: tuple[object, object]) -> None:
     count = numerics.pin(threads, kernel, neighbours=comm.neighbours())
     comm.lead(Order.PIN, count)
     comm.share(kernel if isinstance(kernel, str) else None)
+    numerics.load_numpy()
 
 
 def say(message: str) -> None:
