@@ -12,7 +12,8 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from stepctl.errors import StepctlError
@@ -104,7 +105,65 @@ def default_threads(neighbours: int = 1) -> int:
     if asked is not None:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_quota()
+    if quota is not None:
+        cores = min(cores, max(1, int(quota)))
     return max(1, cores // neighbours)
+
+
+def cgroup_quota(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> float | None:
+    """Return the cores that this process's cgroup, or one above it, allows (versions 1 and 2); None without a limit."""
+    quotas = []
+    for line in _text(membership).splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = os.path.join(root, "cpu") if controllers else root
+        parts = [part for part in path.split("/") if part and part != ".."]
+        for depth in range(len(parts) + 1):
+            folder = os.path.join(base, *parts[:depth])
+            if controllers:
+                words = [_text(f"{folder}/cpu.cfs_quota_us"), _text(f"{folder}/cpu.cfs_period_us")]
+            else:
+                words = _text(f"{folder}/cpu.max").split()
+            numbers = [word.strip() for word in words]
+            if len(numbers) == 2 and all(number.isdecimal() and int(number) for number in numbers):
+                quotas.append(int(numbers[0]) / int(numbers[1]))
+    return min(quotas, default=None)
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def slowdown(threads: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return how many times longer a product takes with so many BLAS threads than with one, about 10 ms in all.
+
+    On a machine whose cores are busy, BLAS waits for a thread that does not get a core. The results are discarded.
+    """
+    import numpy as np
+
+    left = np.ones((256, 256), np.float32)
+    out = np.empty_like(left)
+    blas = loaded_blas()
+    times: dict[int, list[float]] = {1: [], threads: []}
+    try:
+        for _ in range(7):
+            for count, found in times.items():
+                blas.limit(limits=count)
+                began = clock()
+                np.dot(left, left, out=out)
+                np.dot(left, left, out=out)
+                found.append(clock() - began)
+    finally:
+        _give(blas, threads)
+    alone, together = (sorted(times[count])[len(times[count]) // 2] for count in (1, threads))
+    return together / alone
 
 
 def threads_asked() -> int | None:

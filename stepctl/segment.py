@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepctl import __version__, rundir
+from stepctl import __version__, numerics, rundir, shell
 from stepctl.arena import Array
 from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
@@ -45,6 +45,7 @@ from stepctl.writers.evaluations import Evaluations
 from stepctl.writers.jsonl import JSONLines
 
 Say = Callable[[str], None]
+SLOW_THREADS = 2.5  # times slower than one thread, from which a warning is given
 
 
 def silent(message: str) -> None:
@@ -177,6 +178,7 @@ class Segment:
             self.store.set_aside_all(asides)
             self.say(f"going back to step {self.start}: later checkpoints are kept as {', '.join(asides.values())}")
         self.directory.cut_metrics(self.start, self.say)
+        self._warn_of_slow_threads()
         evaluations = Evaluations(self.directory.read_metrics())
         beside = self._writers_beside()
         rows = self.assembly.rows
@@ -262,6 +264,22 @@ class Segment:
         self.record_end(reason.text, done=reason.done, **waits, **trainer.facts)
         step = self.state.counters.global_step
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
+
+    def _warn_of_slow_threads(self) -> None:
+        """Say so, once, where BLAS threads slow training down: the machine is busy. Changes nothing."""
+        threads = self.assembly.numerics["threads"]
+        if threads == 1 or self.assembly.comm.size > 1:
+            return
+        ratio = numerics.slowdown(threads)
+        if ratio > SLOW_THREADS:  # asked again: the first products also start the threads
+            ratio = min(ratio, numerics.slowdown(threads))
+        if ratio > SLOW_THREADS:
+            remedy = shell.command("resume", self.directory.path, "--set", "numerics.threads=1")
+            self.say(
+                f"warning: {threads} BLAS threads are {ratio:.1f} times slower than one on this busy machine: start "
+                f"new runs with --set numerics.threads=1; on this run, no longer exact: {remedy} "
+                "--allow-change numerics.threads"
+            )
 
     def _writers_beside(self) -> list[Writer]:
         log, samples = self.config.log, self.assembly.training.samples
