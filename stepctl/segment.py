@@ -173,13 +173,14 @@ class Segment:
         asides = {step: self.store.aside_name(step) for step in self.store.steps() if step > self.start}
         if self.goes_back:
             self.facts["set_aside"] = list(asides.values())
+        earlier_rows = self.directory.read_metrics()  # what cannot be read is found before anything is written
         self._record_start()
         if self.goes_back and asides:  # recorded first: a resume after a kill sets aside what is left of them
             self.store.set_aside_all(asides)
             self.say(f"going back to step {self.start}: later checkpoints are kept as {', '.join(asides.values())}")
         self.directory.cut_metrics(self.start, self.say)
         self._warn_of_slow_threads()
-        evaluations = Evaluations(self.directory.read_metrics())
+        evaluations = Evaluations(row for row in earlier_rows if row["step"] <= self.start)
         beside = self._writers_beside()
         rows = self.assembly.rows
         rows.open([JSONLines(self.directory), evaluations, *beside, *writers])

@@ -627,7 +627,9 @@ def test_a_run_from_before_random_streams_were_recorded_goes_on_but_is_not_exact
         header = reader.header
     recorded = json.loads(header.numerics)
     assert recorded.pop("streams") == numerics.STREAMS == 2
-    image = codec.encode(state, run=header.run, config=header.config, numerics=json.dumps(recorded))
+    image = codec.encode(
+        state, run=header.run, run_id=header.run_id, config=header.config, numerics=json.dumps(recorded)
+    )
     path.write_bytes(file_bytes(image))
 
     refusal = call("resume", "run", "--last-step", 9, "--strict-numerics", expect=3)

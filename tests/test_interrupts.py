@@ -17,13 +17,14 @@ INTERRUPTED = "stepctl: interrupted before training began; nothing was changed\n
 
 # Sends SIGINT where a module is looked for, so that it surfaces in one of several ways.
 PROGRAM = """
-import os, signal, sys, weakref
+import os, subprocess, sys, weakref
 
 module, how = sys.argv[1:3]
 del sys.argv[1:3]
 
 def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
+    # from another process, as a user's: OpenBLAS sends its own process one
+    subprocess.run(["kill", "-INT", str(os.getpid())], check=True)
 
 class Named:
     def __set_name__(self, owner, name):

@@ -97,3 +97,8 @@ def test_metrics_are_a_dict_and_leave_a_row_its_own_names(tmp_path: Path) -> Non
     ):
         with pytest.raises(StepctlError, match=words):
             train(make_config(task=task), tmp_path / task["name"].partition(":")[2])
+
+
+def test_an_evaluation_that_leaves_out_a_declared_metric_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(StepctlError, match=r"LeavesOneOut\.evaluate returned no 'accuracy', which the task's metrics"):
+        train(make_config(task={"name": "measures:LeavesOneOut"}), tmp_path / "run")

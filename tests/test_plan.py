@@ -319,12 +319,12 @@ def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch: pytest.Monk
 
 
 def test_the_rate_of_an_optimizer_of_ones_own_is_shown_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("own.py").write_text(
+    Path("own_optimizer.py").write_text(
         "from stepctl.optimizers.sgd import SGD\nfrom stepctl.schedules import Constant\n"
         "class Own(SGD):\n    def __init__(self):\n        super().__init__(learning_rate=Constant(value=0.5))\n"
     )
     monkeypatch.syspath_prepend(Path().absolute())
-    name = write(optimizer={"name": "own:Own"})
+    name = write(optimizer={"name": "own_optimizer:Own"})
     monkeypatch.delitem(sys.modules, "own")
     assert {at["value"] for at in planned(name)["learning_rate"]["optimizer.learning_rate"]["rates"]} == {0.5}
 

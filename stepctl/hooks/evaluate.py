@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from stepctl.config import Evaluate as EvaluateConfig
 from stepctl.data.batches import EvaluationBatches
+from stepctl.errors import ConfigError
 from stepctl.hooks.base import Hook, StopReason
 from stepctl.hooks.watch import Watch
 from stepctl.state import TrainState
@@ -45,10 +46,24 @@ class Evaluate(Hook):
 
     def _write(self, state: TrainState, **marks: bool) -> Metrics:
         self._rows.flush()  # this may take its time
-        found = as_numbers(self._task.evaluate(state, self._batches), "evaluate")
+        found = self._evaluate(state, average=False)
         if self._config.ema:
-            averaged = as_numbers(self._task.evaluate(state, self._batches, average=True), "evaluate")
+            averaged = self._evaluate(state, average=True)
             found |= {f"ema_{name}": value for name, value in averaged.items()}
         self._last = state.counters.global_step
         self._rows.add({"step": self._last, "kind": "eval", **found, **marks})
+        return found
+
+    def _evaluate(self, state: TrainState, *, average: bool) -> Metrics:
+        if average:
+            measured = self._task.evaluate(state, self._batches, average=True)
+        else:
+            measured = self._task.evaluate(state, self._batches)
+        found = as_numbers(measured, "evaluate")
+        missing = [name for name in self._task.metrics if name not in found]
+        if missing:
+            raise ConfigError(
+                f"{type(self._task).__name__}.evaluate returned no {missing[0]!r}, which the task's metrics declare; "
+                f"it returned {', '.join(found) or 'nothing'}"
+            )
         return found
