@@ -23,6 +23,7 @@ _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS
 # Below it, threads cost more than they give; on a busy machine they then cost a hundred times more.
 _WORTH_THREADS = 1 << 24
 _given = [0]  # threads that BLAS, one for the whole process, was last given
+_PROBE_SECONDS = 0.02  # of timing, after which a probe goes no further
 _KERNEL_VARIABLE = "OPENBLAS_CORETYPE"
 
 # OpenBLAS does not check that the CPU can run a kernel that is asked for by name: a wrong one is a crash.
@@ -142,9 +143,10 @@ def _text(path: str) -> str:
 
 
 def slowdown(threads: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return how many times longer a product takes with so many BLAS threads than with one, about 10 ms in all.
+    """Return how many times longer a matrix product takes with so many BLAS threads than with one.
 
     On a machine whose cores are busy, BLAS waits for a thread that does not get a core. The results are discarded.
+    It takes a few milliseconds, and on a busy machine little more than _PROBE_SECONDS.
     """
     import numpy as np
 
@@ -152,8 +154,11 @@ def slowdown(threads: int, clock: Callable[[], float] = time.perf_counter) -> fl
     out = np.empty_like(left)
     blas = loaded_blas()
     times: dict[int, list[float]] = {1: [], threads: []}
+    end = clock() + _PROBE_SECONDS
     try:
         for _ in range(7):
+            if times[threads] and clock() > end:
+                break
             for count, found in times.items():
                 blas.limit(limits=count)
                 began = clock()
@@ -162,8 +167,8 @@ def slowdown(threads: int, clock: Callable[[], float] = time.perf_counter) -> fl
                 found.append(clock() - began)
     finally:
         _give(blas, threads)
-    alone, together = (sorted(times[count])[len(times[count]) // 2] for count in (1, threads))
-    return together / alone
+    medians = {count: sorted(found)[len(found) // 2] for count, found in times.items()}
+    return medians[threads] / medians[1]
 
 
 def threads_asked() -> int | None:

@@ -32,6 +32,7 @@ from stepctl.hooks.histograms import histograms_of
 from stepctl.hooks.samples import Samples
 from stepctl.hooks.save import Save
 from stepctl.hooks.signals import Signals
+from stepctl.hooks.slow_threads import SlowThreads
 from stepctl.hooks.stop import StopAtStep, StopFile
 from stepctl.problems import in_one_line
 from stepctl.ranks import leader, muster
@@ -45,7 +46,6 @@ from stepctl.writers.evaluations import Evaluations
 from stepctl.writers.jsonl import JSONLines
 
 Say = Callable[[str], None]
-SLOW_THREADS = 2.5  # times slower than one thread, from which a warning is given
 
 
 def silent(message: str) -> None:
@@ -179,14 +179,13 @@ class Segment:
             self.store.set_aside_all(asides)
             self.say(f"going back to step {self.start}: later checkpoints are kept as {', '.join(asides.values())}")
         self.directory.cut_metrics(self.start, self.say)
-        self._warn_of_slow_threads()
         evaluations = Evaluations(row for row in earlier_rows if row["step"] <= self.start)
         beside = self._writers_beside()
         rows = self.assembly.rows
         rows.open([JSONLines(self.directory), evaluations, *beside, *writers])
         signals = signals or Signals()
         self.saver = self._save_hook(evaluations, signals)
-        asked = [*histograms_of(self.config.log, beside), *self._samples()]
+        asked = [*histograms_of(self.config.log, beside), *self._samples(), *self._slow_threads()]
         trainer = leader(
             self.assembly,
             rules=[*self.rules, signals, *stop],
@@ -266,21 +265,20 @@ class Segment:
         step = self.state.counters.global_step
         return Outcome(reason, self.start, step, save.saves, save.waits, save.wait_seconds)
 
-    def _warn_of_slow_threads(self) -> None:
-        """Say so, once, where BLAS threads slow training down: the machine is busy. Changes nothing."""
+    def _slow_threads(self) -> list[Hook]:
         threads = self.assembly.numerics["threads"]
-        if threads == 1 or self.assembly.comm.size > 1:
-            return
-        ratio = numerics.slowdown(threads)
-        if ratio > SLOW_THREADS:  # asked again: the first products also start the threads
-            ratio = min(ratio, numerics.slowdown(threads))
-        if ratio > SLOW_THREADS:
+        if threads == 1:
+            return []
+
+        def warn(ratio: float) -> None:
             remedy = shell.command("resume", self.directory.path, "--set", "numerics.threads=1")
             self.say(
                 f"warning: {threads} BLAS threads are {ratio:.1f} times slower than one on this busy machine: start "
                 f"new runs with --set numerics.threads=1; on this run, no longer exact: {remedy} "
                 "--allow-change numerics.threads"
             )
+
+        return [SlowThreads(lambda: numerics.slowdown(threads), warn)]
 
     def _writers_beside(self) -> list[Writer]:
         log, samples = self.config.log, self.assembly.training.samples

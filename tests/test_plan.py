@@ -325,7 +325,7 @@ def test_the_rate_of_an_optimizer_of_ones_own_is_shown_too(monkeypatch: pytest.M
     )
     monkeypatch.syspath_prepend(Path().absolute())
     name = write(optimizer={"name": "own_optimizer:Own"})
-    monkeypatch.delitem(sys.modules, "own")
+    monkeypatch.delitem(sys.modules, "own_optimizer")
     assert {at["value"] for at in planned(name)["learning_rate"]["optimizer.learning_rate"]["rates"]} == {0.5}
 
 

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from helpers import make_config, resume, train
-from stepctl import numerics
+from helpers import make_config
+from stepctl import numerics, run
+from stepctl.hooks import slow_threads
+from stepctl.hooks.slow_threads import SlowThreads
+from stepctl.rundir import RunDirectory
+from stepctl.state import Counters, TrainState
 
 two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: BLAS runs one thread")
 
@@ -45,17 +49,57 @@ def test_auto_takes_no_more_threads_than_the_quota(
     assert numerics.default_threads() == threads
 
 
+class Probes:
+    """A clock that each step moves on by a second, and a probe that takes 10 ms and finds the given slowdowns."""
+
+    def __init__(self, ratios: list[float]) -> None:
+        self.now, self.ratios, self.calls, self.warnings = 0.0, iter(ratios), 0, list[float]()
+        self.hook = SlowThreads(self.probe, self.warnings.append, lambda: self.now)
+
+    def probe(self) -> float:
+        self.now += 0.01
+        self.calls += 1
+        return next(self.ratios)
+
+    def steps(self, n: int) -> None:
+        state = TrainState(counters=Counters({"global_step": 0, "samples_seen": 0}), arenas={})
+        self.hook.start(state)
+        for _ in range(n):
+            self.hook.after_step(state, {})
+            self.now += 1.0
+
+
+def test_a_machine_that_is_slow_now_and_then_is_warned_of_once() -> None:
+    probes = Probes([0.6, 6.0, 0.6, 0.7, 80.0, 0.6, 5.0, *[6.0] * 100])
+    probes.steps(200)
+    assert probes.warnings == [6.0]
+    assert probes.calls == 7
+
+
+def test_a_hiccup_is_no_warning_and_probing_takes_half_a_percent_at_most() -> None:
+    probes = Probes(([9.0, 9.0] + [0.6] * 10) * 100)
+    probes.steps(1000)
+    assert probes.warnings == []
+    assert 10 < probes.calls * 0.01 / probes.now * 20_000 <= 100
+
+
+def test_a_run_of_less_than_a_second_is_not_probed() -> None:
+    probes = Probes([])
+    probes.steps(1)
+    assert probes.calls == 0
+
+
 @two_cores
-@pytest.mark.parametrize(("ratio", "warnings"), [(6.0, 1), (1.2, 0)])
-def test_slow_threads_are_told(ratio: float, warnings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "slowdown", lambda threads: ratio)
-    train(make_config(stop={"last_step": 2}, numerics={"threads": 2}), tmp_path / "run")
+def test_the_warning_says_what_to_do_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "slowdown", lambda threads: 6.0)
+    monkeypatch.setattr(slow_threads, "_FIRST", 0.0)
+    monkeypatch.setattr(slow_threads, "_INTERVAL", 0.0)
     said: list[str] = []
-    resume(tmp_path / "run", last_step=4, say=said.append)
-    assert len(said) == warnings
-    for line in said:
-        assert "2 BLAS threads are 6.0 times slower than one" in line
-        assert "--set numerics.threads=1 --allow-change numerics.threads" in line
+    with run.create(make_config(numerics={"threads": 2}), RunDirectory(tmp_path / "run"), said.append) as segment:
+        segment.train()
+    assert len(said) == 1
+    assert "2 BLAS threads are 6.0 times slower than one" in said[0]
+    assert "--set numerics.threads=1 --allow-change numerics.threads" in said[0]
 
 
 @two_cores
