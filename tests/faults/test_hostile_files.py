@@ -85,7 +85,12 @@ def decoys(folder: Path) -> None:
             other["x"] = np.ones(2, "<f4")
 
 
-@pytest.mark.parametrize("case", HOSTILE)
+# HDF5 1 writes the new manner into a file that is in it, so that these are as they should be
+NEEDS_HDF5_2 = {"a group in the old manner", "an array in the old manner"}
+CASES = [case for case in HOSTILE if case not in NEEDS_HDF5_2 or h5py.version.hdf5_version_tuple >= (2,)]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_hostile_file_is_refused_by_name_at_once_and_no_other_is_opened(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
 ) -> None:
