@@ -226,7 +226,7 @@ PLACES: dict[str, Attack] = {
 
 RANGE = "is not in the range 0<=x<=4611686018427387903."
 KEY_VALUE = "give KEY=VALUE, such as optimizer.learning_rate=1e-3"
-NO_TIME = "is no time; give one such as "
+NO_TIME = "is no time above 0 and up to 1000000000 s; give one such as "
 ARGUMENTS: dict[str, Attack] = {
     "--set without a value": given("--set", "seed", lines=[f"--set seed: {KEY_VALUE}"]),
     "--set without a key": given("--set", "=1", lines=[f"--set =1: {KEY_VALUE}"]),
@@ -323,7 +323,7 @@ ARGUMENTS: dict[str, Attack] = {
     },
     "a word too many": given("more", "words", lines=usage("train", "Got unexpected extra arguments (more words)")),
     "options after the end of options": Attack(
-        text(), usage("train", "Missing option '--config'."), ("train", "--", "--config", "c.yaml")
+        text(), usage("train", "Got unexpected extra argument (c.yaml)"), ("train", "--", "--config", "c.yaml")
     ),
     "a command that is a terminal's escape": Attack(
         "", ["Usage: stepctl ", "Try 'stepctl ", "", "Error: No such command '\\x1b[2J\\n"], ("\x1b[2J\n",)

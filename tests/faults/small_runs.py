@@ -45,7 +45,7 @@ class Unbroken:
         self.config, self.last, self.keep_last = folder / "small.yaml", last, keep_last
         self.config.write_text(text)
         self.path = folder / "unbroken" / "run"  # a checkpoint holds the run's name
-        rundir.new_run_id = lambda: "0" * 32  # and its id: that of all runs that this process and its forks begin
+        share_run_id()
         warm_up(["train", "--config", self.config, "--run-dir", self.path, "-q"])
         self.digests = {step: {digest} for step, digest in acknowledged(self.path).items()}
         self.rows = rows(self.path)
@@ -89,6 +89,11 @@ class Unbroken:
         texts = [line for name in ("ledger", "metrics") for line in (run / f"{name}.jsonl").read_bytes().splitlines()]
         wrong += [f"a torn line: {line!r}" for line in texts if _parsed(line) is None]
         return wrong + [f"left behind: {name}" for name in temporaries(run)]
+
+
+def share_run_id() -> None:
+    """Give one id to all runs that this process and its forks begin: checkpoints hold it, and are to be equal."""
+    rundir.new_run_id = lambda: "0" * 32
 
 
 def acknowledged(run: Path) -> dict[int, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from apart import apart, command, ended, fork, warm_up
 from places import LOG_LOST, LOG_WRITTEN, Disk, memory_device, mount_memory, own_mounts
-from small_runs import Unbroken, checkpoints
+from small_runs import Unbroken, checkpoints, share_run_id
 
 from stepctl import config as configs
 from stepctl import yamlio
@@ -41,6 +41,7 @@ class Bench:
 
     def __init__(self, kind: str, folder: Path, unbroken: Unbroken, device: Path | None = None) -> None:
         own_mounts()
+        share_run_id()
         memory = folder / "memory"
         mount_memory(memory, 1 << 30)
         self.unbroken = unbroken
@@ -74,7 +75,8 @@ def by_assembly(bench: Bench, run: Path) -> None:
     directory, assembly = RunDirectory(run), bench.assembly
     with directory.lock():
         directory.clear_temporaries()
-        with Store(directory.checkpoints).newest(print, lambda reader: codec.restore(reader, assembly.state)) as reader:
+        store = Store(directory.checkpoint_folder, directory.records)
+        with store.newest(print, lambda reader: codec.restore(reader, assembly.state)) as reader:
             segment = Segment(
                 directory, assembly, print, run_id=reader.header.run_id, target=LAST, restored=reader.name
             )

@@ -15,11 +15,12 @@ from tracer import Blow, Call
 
 PARTS = 2
 WRITES = {"write", "pwrite64"}
-TAKE_ROOM = WRITES | {"openat", "mkdir", "rename", "fsync", "fdatasync"}
-TRIED_AGAIN = WRITES | {"openat", "read", "pread64", "fsync", "fdatasync", "ftruncate"}  # by Python, after EINTR
-OPENDIR = {("openat", "."), ("openat", "checkpoints")}  # not tried again, and never interrupted
+TAKE_ROOM = WRITES | {"open", "mkdir", "rename", "fsync", "fdatasync"}
+TRIED_AGAIN = WRITES | {"open", "read", "pread64", "fsync", "fdatasync", "ftruncate"}  # by Python, after EINTR
+HELD = Call("flock", ".")  # before it, directories are opened by opendir: not tried again, and never interrupted
+DIRECTORIES = {".", "checkpoints"}
 NEEDED = WRITES | {"mkdir", "rename", "fsync", "fdatasync"}  # a save that goes on after one of these failed is a lie
-CHANGING = NEEDED | {"openat", "unlink", "ftruncate"}
+CHANGING = NEEDED | {"open", "unlink", "ftruncate"}
 DISK_ERRORS = (
     "saves on the grid and at the end, with pruning",
     "the first save of a fresh run, and all after it",
@@ -56,8 +57,10 @@ def errors(stage: Stage) -> Iterator[tuple[Call, Blow]]:
 
 def harmless(stage: Stage) -> Iterator[tuple[Call, Blow]]:
     """Yield an interrupted call wherever there can be one, and half a write at every write."""
-    for call in stage.calls:
-        if call.name in TRIED_AGAIN and (call.name, call.file) not in OPENDIR:
+    since = stage.calls.index(HELD) if HELD in stage.calls else 0
+    for position, call in enumerate(stage.calls):
+        by_opendir = call.name == "open" and call.file in DIRECTORIES and position < since
+        if call.name in TRIED_AGAIN and not by_opendir:
             yield call, Blow(error=errno.EINTR)
         if call.name in WRITES:
             yield call, Blow(half=True)
@@ -117,7 +120,7 @@ def struck(stage: Stage, *blows: tuple[Call, Blow]) -> int:
 def _opened_for_fsync(calls: list[Call]) -> set[Call]:
     by_file = sorted(enumerate(calls), key=lambda item: (item[1].file, item[0]))
     pairs = pairwise(call for _, call in by_file)
-    return {call for call, following in pairs if (call.name, following.name) == ("openat", "fsync")}
+    return {call for call, following in pairs if (call.name, following.name) == ("open", "fsync")}
 
 
 def strike(attack: Attack, scene: str, folder: Path, part: slice) -> tuple[int, list[str]]:
