@@ -133,7 +133,7 @@ class RankOwners(Owners):
             self.meet()
         except TornUpdate:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a user's own code may raise anything
             kind = "" if isinstance(error, StepctlError) else f"{type(error).__name__}: "
             raise TornUpdate(f"{kind}{error}") from error
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import stepctl
 from helpers import BASE
 from stepctl import yamlio
 from stepctl.checkpoint import names
+from stepctl.cli import output
 from stepctl.cli.output import OutputQueue
 
 COMMAND = [sys.executable, "-m", "stepctl"]
@@ -117,6 +120,35 @@ def test_a_line_longer_than_the_queue_is_not_dropped(pipe: tuple[int, int]) -> N
     queue = OutputQueue(writer, limit=10)
     queue.put(b"z" * 200_000)
     assert read_exactly(reader, 200_000) == b"z" * 200_000
+
+
+def test_a_reader_that_takes_all_is_waited_for_however_late_the_writing_thread_runs(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = pipe
+    may_write = threading.Event()
+    looks = itertools.count(1)
+    write, look = os.write, select.select
+
+    def write_late(descriptor: int, data: bytes) -> int:
+        may_write.wait(DEADLINE)
+        return write(descriptor, data)
+
+    def look_and_let_write(*arguments: Any) -> Any:
+        if next(looks) == 3:
+            may_write.set()
+        return look(*arguments)
+
+    monkeypatch.setattr(output, "_PATIENCE", 0.01)
+    monkeypatch.setattr(output.os, "write", write_late)
+    monkeypatch.setattr(output.select, "select", look_and_let_write)
+    queue = OutputQueue(writer)
+    queue.put(b"last words\n")
+    queue.drain()
+    monkeypatch.undo()
+    arrived = bool(select.select([reader], [], [], 0)[0])
+    may_write.set()
+    assert arrived
 
 
 def test_a_forked_child_writes_what_it_prints_and_nothing_else(pipe: tuple[int, int]) -> None:

@@ -68,12 +68,16 @@ class OutputQueue:
                 before = self._written
                 # the progress within a chunk notifies nobody: it is looked at when the time is over
                 self._changed.wait_for(lambda: not self._waiting(), self._patience)
-                if self._written == before:
+                # a reader that takes more is not to blame: on a busy machine the writing thread has not run yet
+                if self._written == before and not self._reader_takes_more():
                     self._patience = 0.0  # this reader was waited for: not again at the interpreter's exit
                     return
 
     def _waiting(self) -> bool:
         return not self._direct and bool(self._queued or self._dropped)
+
+    def _reader_takes_more(self) -> bool:
+        return bool(select.select([], [self._descriptor], [], 0)[1])
 
     def _run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
