@@ -234,6 +234,9 @@ FILES: dict[str, tuple[str, str, Build]] = {
     "a length of 15 digits": ("length", "", holding(lambda data: head(10**15 - 1) + data[512:])),
     "a length of 20 digits": ("foreign", "", holding(lambda data: head(10**20 - 1) + data[512:])),
     "another format version": ("newer", "3", holding(lambda data: data.replace(b"checkpoint 2", b"checkpoint 3", 1))),
+    "a format version that never was, and no digest": (
+        "version", "0", holding(lambda data: data[:-1].replace(b"checkpoint 2", b"checkpoint 0", 1) + b"x")
+    ),
     "a file cut short": ("length", "", holding(lambda data: data[:-1])),
     "a file that is longer": ("length", "", holding(lambda data: data + b"\0")),
     "one flipped bit": ("digest", "", holding(lambda data: data[:-1] + bytes([data[-1] ^ 1]))),

@@ -16,7 +16,8 @@ BASE = {
 }
 TRAIN = ("train", "--config", "c.yaml")
 NAMES = "seed, dtype, initial_step, data, model, task, optimizer, ema, stop, log, evaluate, samples, checkpoint, "
-NEEDED = [name for name in NAMES.removesuffix(", ").split(", ") if name not in ("ema", "samples")]  # null is wrong
+NULLABLE = {"ema", "samples", "log", "evaluate", "checkpoint"}  # null: none, or the defaults
+NEEDED = [name for name in NAMES.removesuffix(", ").split(", ") if name not in NULLABLE]
 NOT_ALLOWED = "the character '\\x%02x' is not allowed; save the file as plain UTF-8 text"
 TOO_DEEP = "nested deeper than 20 levels"
 MISSING = [f"c.yaml:1:1: config: {name} is missing" for name in ("data", "model", "task", "optimizer", "stop")]

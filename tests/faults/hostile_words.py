@@ -321,7 +321,7 @@ ARGUMENTS: dict[str, Attack] = {
         )
         for value in ("", "0", "-1", "nan", "inf", "1e400h", "\u0663h", "1h-30m")
     },
-    "a word too many": given("more", "words", lines=usage("train", "Got unexpected extra arguments (more words)")),
+    "a word too many": given("more", "words", lines=usage("train", "Got unexpected extra argument (words)")),
     "options after the end of options": Attack(
         text(), usage("train", "Got unexpected extra argument (c.yaml)"), ("train", "--", "--config", "c.yaml")
     ),
