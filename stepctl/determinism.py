@@ -29,9 +29,10 @@ _REMEDY = (
 def find_difference(assembly: Assembly) -> str | None:
     """Compute the first step of a fresh run several times, and compare every bit; return a warning if one differs.
 
-    Each time data, model, optimizer and task are built anew, start from the state of `assembly`, which stays as it is,
-    and get the same random numbers. Stepctl's own code is not checked: its tests do that. None if no user's code takes
-    part, or the config asks for no check. ConfigError if the code breaks its protocol.
+    Each time model, optimizer and task are built anew, start from the state of `assembly`, which stays as it is, and
+    get the same random numbers. A user's data are loaded a second time, once. Stepctl's own code is not checked: its
+    tests do that. None if no user's code takes part, or the config asks for no check. ConfigError if the code breaks
+    its protocol.
     """
     if not assembly.config.check_determinism or not _has_users_code(assembly):
         return None
@@ -39,7 +40,7 @@ def find_difference(assembly: Assembly) -> str | None:
         found = []
         for number in range(_INSTANCES):
             try:
-                instance = _built_anew(assembly)
+                instance = _built_anew(assembly, share_sources=number == 0)
             except FOREIGN as error:
                 why = in_one_line(reason(error), 200)
                 return f"determinism could not be checked, as the run's parts cannot be built a second time: {why}"
@@ -68,9 +69,10 @@ def _has_users_code(assembly: Assembly) -> bool:
     return not all(is_builtin(part) for part in parts)
 
 
-def _built_anew(assembly: Assembly) -> Assembly:
+def _built_anew(assembly: Assembly, *, share_sources: bool) -> Assembly:
     """Return another assembly of the same config and state; stepctl's own sources, which only read, are shared."""
-    sources = Sources(*assembly.sources) if all(is_builtin(source) for source in assembly.sources) else None
+    share_sources = share_sources or all(is_builtin(source) for source in assembly.sources)
+    sources = Sources(*assembly.sources) if share_sources else None
     instance = assemble(assembly.config, sources=sources)
     for folder, arena in assembly.state.arenas.items():
         instance.state.arenas[folder].copy_from(arena)

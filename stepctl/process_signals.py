@@ -61,7 +61,8 @@ def _reset_in_child() -> None:
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, default)
     _handlers.clear()
-    unblock(_blocked)
+    # all of them: a thread that was started while they were blocked keeps its mask, and forks with it
+    unblock(ALL)
 
 
 os.register_at_fork(after_in_child=_reset_in_child)

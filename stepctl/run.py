@@ -98,7 +98,8 @@ def resume(
             paths = ", ".join(f"{change['key']}: {change['old']} -> {change['new']}" for change in moved)
             say(f"note: the data are the same under another path ({paths})")
         store = Store(directory.checkpoint_folder, directory.records)
-        store.set_aside_all(pending_set_aside(ledger))
+        if options.from_step is None:  # else the newer order replaces one that was broken off
+            store.set_aside_all(pending_set_aside(ledger))
         data_files = config.data_files()
         excused = excused_keys(ledger, changed) | set(options.allow_change) | data_files
 

@@ -116,3 +116,15 @@ def test_a_header_of_another_length_than_the_rows_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(("content", "header"), [("", False), ("\n\n", False), ("a,b\n", True), ("a,b\r", True)])
 def test_a_file_without_rows_is_called_so(content: str, header: bool, tmp_path: Path) -> None:
     assert refusal(tmp_path, content, header=header) == "it holds no rows"
+
+
+def test_a_bad_label_or_number_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    text = "a,y\n1,0\n\n2,1\n3,-1\n"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"a\.csv: line 5: label -1\.0 is not one of 0, 1, 2"):
+        csv(path=str(path), header=True, targets="classes", dtype="float32")
+    path.write_text(text.replace("3,-1", "inf,1"))
+    source = csv(path=str(path), header=True, targets="classes", dtype="float32").train
+    with pytest.raises(DataError, match=r"a\.csv: line 5: x holds a value that is not finite"):
+        source.check(2)

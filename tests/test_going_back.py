@@ -104,3 +104,23 @@ def test_a_name_in_the_ledger_that_is_none_of_a_file_set_aside_is_passed_over(
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
     resume(run, last_step=LAST)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+
+
+def test_a_checkpoint_that_the_user_puts_back_stays(unbroken: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    resume(run, from_step=4, last_step=6)
+    back = run / "checkpoints" / "step-00000012.h5"
+    back.with_name(f"{back.name}.aside-1").rename(back)
+    assert resume(run, from_step=12).counters.global_step == LAST
+    assert back.exists()
+
+
+def test_a_step_that_is_asked_for_after_a_kill_replaces_the_one_before(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    killed_going_back(run, 1, monkeypatch)
+    resume(run, from_step=8, last_step=LAST)
+    assert rows(run) == rows(unbroken)
+    assert (run / "checkpoints" / "step-00000008.h5").exists()
+    assert verify(str(run))[1] == []

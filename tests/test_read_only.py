@@ -149,15 +149,15 @@ WRITES: dict[str, tuple[Callable[[TrainState, Any], object], str]] = {
     ),
     "a buffer": (lambda state, batch: in_place(state.buffers["seen"]), "`x += 1` writes into /buffers/seen; "),
     "an average": (lambda state, batch: in_place(state.arenas["ema"]["w"]), "`x += 1` writes into /ema/w; "),
-    "the batch": (lambda state, batch: in_place(batch.x), "`x += 1` writes into what it may only read; "),
+    "the batch": (lambda state, batch: in_place(batch.x), "`x += 1` writes into what it may only read ("),
     "all": (lambda state, batch: in_place(state.params.flat), "`x += 1` writes into /params/w; "),
-    "an item": (lambda state, batch: operator.setitem(state.params, "w", 1), "may only read; "),
-    "a folder": (lambda state, batch: operator.setitem(state.arenas, "params", None), "may only read; "),
-    "an attribute": (lambda state, batch: setattr(state, "arenas", {}), "may only read; "),
-    "the parameters": (lambda state, batch: setattr(state, "params", None), "may only read; "),
+    "an item": (lambda state, batch: operator.setitem(state.params, "w", 1), "may only read ("),
+    "a folder": (lambda state, batch: operator.setitem(state.arenas, "params", None), "may only read ("),
+    "an attribute": (lambda state, batch: setattr(state, "arenas", {}), "may only read ("),
+    "the parameters": (lambda state, batch: setattr(state, "params", None), "may only read ("),
     "a product": (lambda state, batch: product(state.params["w"]), "writes into /params/w; "),
     "random numbers": (lambda state, batch: drawn(state.params["w"]), "writes into /params/w; "),
-    "a flag": (lambda state, batch: state.params["w"].setflags(write=True), "may only read; "),
+    "a flag": (lambda state, batch: state.params["w"].setflags(write=True), "may only read ("),
 }
 
 

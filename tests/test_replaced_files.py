@@ -164,6 +164,12 @@ def test_a_file_that_lost_rows_stops_the_run_and_the_rows_are_kept(
     assert (path / "metrics.jsonl").read_bytes() == edit(written[0])
 
 
+def test_rows_that_were_cut_off_in_place_stop_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(StepctlError, match=r"metrics\.jsonl: was cut short by another program while it was written"):
+        train_with(path, lambda: os.truncate(path / "metrics.jsonl", 0))
+
+
 def test_a_table_that_was_removed_is_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "run"
     train_with(path, (path / "metrics.csv").unlink)

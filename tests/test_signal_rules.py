@@ -197,6 +197,54 @@ def test_a_pool_of_processes_in_each_of_60_steps(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+POOL_THAT_STAYS = """
+import multiprocessing
+import os
+import signal
+from stepctl.data.digits import digits
+from user_model import TwoLayers
+
+
+def double(n):
+    return 2 * n
+
+
+def source(*, targets: str, dtype: str):
+    global pool
+    pool = multiprocessing.get_context("fork").Pool(2)
+    assert pool.map(double, [1]) == [2]
+    return digits(targets=targets, dtype=dtype)
+
+
+class SignalsItsGroup(TwoLayers):
+    passes = 0
+
+    def forward(self, params, x, workspace):
+        self.passes += workspace.rng is not None
+        if self.passes == 5:  # the first is a trial, before signals are answered
+            os.killpg(0, signal.SIGTERM)
+        return super().forward(params, x, workspace)
+"""
+EXITS_SOON = """
+from stepctl.cli import main
+main.STOPPED_EXIT_SECONDS = 0.2
+main.main()
+"""
+
+
+def test_a_pool_whose_workers_a_signal_ended_does_not_hold_up_the_exit(tmp_path: Path) -> None:
+    (tmp_path / "stays.py").write_text(POOL_THAT_STAYS)
+    data = {"name": "stays:source", "batch_size": 48}
+    stop = {"last_step": 10**9}
+    own = {"data": data, "model": {"name": "stays:SignalsItsGroup"}, "check_determinism": False}
+    write(tmp_path, **own, evaluate={"every": None}, stop=stop)
+    words = [sys.executable, "-c", EXITS_SOON, "train", "-q", "--config", "config.yaml", "--run-dir", "run"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, timeout=60, start_new_session=True
+    )
+    assert done.returncode == 75, done.stderr
+
+
 def test_a_child_that_was_forked_off_does_not_close_the_run(tmp_path: Path) -> None:
     """At its own end it would write into what its parent writes."""
     program = (
@@ -230,7 +278,7 @@ def test_a_job_whose_time_is_over_at_its_first_step_makes_that(tmp_path: Path) -
 # --- schedulers
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 15, 75, 130, 138, 143])
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 15, 75, 129, 130, 138, 140, 143, 152])
 def test_the_script_for_slurm_requeues_what_may_go_on(code: int, tmp_path: Path) -> None:
     found = re.search(r"^```sh\n(#!/bin/bash\n#SBATCH.*?)^```", README, re.M | re.S)
     assert found is not None
@@ -240,7 +288,7 @@ def test_the_script_for_slurm_requeues_what_may_go_on(code: int, tmp_path: Path)
     env = environment({"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"})
     done = subprocess.run(["bash", "-c", found[1]], cwd=tmp_path, env=env, timeout=60)
     assert done.returncode == code
-    assert (tmp_path / "requeued").exists() == (code in (15, 75, 138, 143))
+    assert (tmp_path / "requeued").exists() == (code in (15, 75, 129, 138, 140, 143, 152))
 
 
 def test_the_job_for_kubernetes_runs_again_what_may_go_on() -> None:
@@ -249,3 +297,37 @@ def test_the_job_for_kubernetes_runs_again_what_may_go_on() -> None:
     rules = yaml.safe_load(found[1])["spec"]["podFailurePolicy"]["rules"]
     codes = {rule["action"]: rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule}
     assert codes == {"FailJob": [2, 3], "Ignore": [15, 75, 143]}
+
+
+FORKED_BY_A_THREAD = """
+import os
+import signal
+import threading
+from stepctl import process_signals
+
+go = threading.Event()
+codes = []
+
+
+def fork():
+    go.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(len(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+process_signals.block([signal.SIGTERM])
+thread = threading.Thread(target=fork)
+thread.start()
+process_signals.unblock([signal.SIGTERM])
+go.set()
+thread.join()
+print(codes)
+"""
+
+
+def test_a_child_of_a_thread_that_was_started_while_signals_were_held_has_none_blocked(tmp_path: Path) -> None:
+    """As the workers that a pool starts in the place of others."""
+    done = run([sys.executable, "-c", FORKED_BY_A_THREAD], tmp_path)
+    assert (done.stdout, done.stderr) == ("[0]\n", "")

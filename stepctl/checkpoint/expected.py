@@ -30,17 +30,17 @@ def expected_checkpoints(ledger: Ledger) -> dict[int, str]:
 
 
 def pending_set_aside(ledger: Ledger) -> dict[int, str]:
-    """Return step -> new name of what the newest segment recorded to set aside and has not published anew."""
-    pending: dict[int, str] = {}
-    for row in ledger:
-        if row["event"] == "start":
-            pending = {}
-            for name in _listed(row.get("set_aside")):
-                step = _step_of_aside(str(name))
-                if step is not None and _ASIDE.fullmatch(str(name)):
-                    pending[step] = name
-        elif row["event"] == "checkpoint":
-            pending.pop(row["step"], None)
+    """Return step -> new name of the checkpoints that the newest segment recorded to set aside, if it may not have.
+
+    They are renamed right after the segment's first line is written: any later line tells that it is done.
+    """
+    if not ledger or ledger[-1]["event"] != "start":
+        return {}
+    pending = {}
+    for name in _listed(ledger[-1].get("set_aside")):
+        step = _step_of_aside(str(name))
+        if step is not None and _ASIDE.fullmatch(str(name)):
+            pending[step] = name
     return pending
 
 

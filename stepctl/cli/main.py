@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 import traceback
 from typing import Any, NoReturn, TextIO
 
@@ -26,6 +27,8 @@ from stepctl.cli.train import train
 from stepctl.cli.verify import verify
 from stepctl.errors import Exit, StepctlError
 
+# that threads and pools of a user's module may take to end; less where a scheduler waits for the process
+EXIT_SECONDS, STOPPED_EXIT_SECONDS = 60.0, 10.0
 _SHARED = ("train", "resume")  # by all processes of an MPI job; the first alone does what others do
 
 
@@ -153,7 +156,27 @@ def main() -> None:
             _let_go_of(stream)
         drain_output()
     comm.end(code or Exit.DONE, failed=False)
+    _bound_the_exit(code or Exit.DONE)
     sys.exit(code)
+
+
+def _bound_the_exit(code: int) -> None:
+    """Let what a user's module started hold up the exit for a bounded time.
+
+    Python waits at its exit for threads and for the workers of multiprocessing pools. A signal to the whole process
+    group may have ended a worker that held a lock of its pool: then it waits forever, with signals ignored.
+    """
+
+    def give_up() -> None:
+        multiprocessing = sys.modules.get("multiprocessing")
+        if multiprocessing is not None:
+            for child in multiprocessing.active_children():
+                child.kill()
+        os._exit(code)
+
+    timer = threading.Timer(STOPPED_EXIT_SECONDS if code == Exit.STOPPED else EXIT_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
 
 
 def _let_go_of(stream: TextIO | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,6 +41,10 @@ class Source(ABC):
         """Return the fingerprint as an earlier stepctl recorded it, if it was another."""
         return self.fingerprint()
 
+    def place(self, row: int) -> str:
+        """Return what messages call a row, such as "row 3" or "line 5"."""
+        return row_name(row)
+
     def n_classes(self) -> int:
         """Return the largest label + 1."""
         return max(int(y.max()) for _, _, y in self.slices()) + 1
@@ -50,6 +54,11 @@ class Source(ABC):
         check_rows(self, n_classes)
 
 
+def row_name(row: int) -> str:
+    """Return what messages call a row, numbered from 0, of a source that has no better name for it."""
+    return f"row {row}"
+
+
 def check_rows(source: Source, n_classes: int | None) -> npt.NDArray[np.bool_]:
     """Look through all rows, and return which labels occur: (n_classes,); nothing if the targets are numbers.
 
@@ -57,17 +66,19 @@ def check_rows(source: Source, n_classes: int | None) -> npt.NDArray[np.bool_]:
     """
     occurs = np.zeros(n_classes or 0, np.bool_)
     for first, x, y in source.slices():
-        _check_finite(source.origin, "x", first, x)
+        _check_finite(source, "x", first, x)
         if n_classes is None:
-            _check_finite(source.origin, "y", first, y)
+            _check_finite(source, "y", first, y)
         else:
-            check_labels(source.origin, first, y, n_classes)
+            check_labels(source.origin, first, y, n_classes, source.place)
             occurs[y.astype(np.int64)] = True
     return occurs
 
 
-def check_labels(origin: str, first_row: int, labels: Array, n_classes: int) -> None:
-    """Raise DataError at the first label that is not one of 0..n_classes-1."""
+def check_labels(
+    origin: str, first_row: int, labels: Array, n_classes: int, place: Callable[[int], str] = row_name
+) -> None:
+    """Raise DataError at the first label that is not one of 0..n_classes-1; `place` is what messages call a row."""
     valid = (labels >= 0) & (labels < n_classes) & (labels == np.floor(labels))
     if valid.all():
         return
@@ -77,7 +88,7 @@ def check_labels(origin: str, first_row: int, labels: Array, n_classes: int) -> 
         remedy = "labels are 0, 1, 2, ...: number the classes from 0 (-1 and +1 become 0 and 1)"
     else:
         remedy = "mend the row, or raise data.n_classes"
-    raise DataError(f"{origin}: row {first_row + wrong}: label {label} is outside 0..{n_classes - 1}; {remedy}")
+    raise DataError(f"{origin}: {place(first_row + wrong)}: label {label} is outside 0..{n_classes - 1}; {remedy}")
 
 
 def label_warnings(sources: list[Source], occurs: list[npt.NDArray[np.bool_]]) -> Iterator[str]:
@@ -133,10 +144,11 @@ class Sources(NamedTuple):
     validation: Source | None = None
 
 
-def _check_finite(origin: str, name: str, first: int, values: Array) -> None:
+def _check_finite(source: Source, name: str, first: int, values: Array) -> None:
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return
     row = int(np.argwhere(~np.isfinite(values))[0][0])
+    place = source.place(first + row)
     raise DataError(
-        f"{origin}: row {first + row}: {name} holds a value that is not finite as {values.dtype}; mend or drop the row"
+        f"{source.origin}: {place}: {name} holds a value that is not finite as {values.dtype}; mend or drop the row"
     )

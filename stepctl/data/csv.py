@@ -42,9 +42,34 @@ def csv(
             names, table = _parse(text, header, delimiter)
             column = _column(target, names, table.shape[1])
         features = np.delete(table, column, axis=1)
-        return InMemory(features, table[:, column], origin=file, targets=targets, dtype=dtype, scale=scale)
+        return InMemory(
+            features,
+            table[:, column],
+            origin=file,
+            targets=targets,
+            dtype=dtype,
+            scale=scale,
+            place=lambda row: f"line {_line_of(file, row, header, delimiter)}",
+        )
 
     return Sources(load(path), load(validation_path) if validation_path else None)
+
+
+def _line_of(file: str, row: int, header: bool, delimiter: str) -> int:
+    """Return the line of the file on which a row of numbers begins; it is looked up only for a message."""
+    with open_regular(file) as opened:
+        text = _decode(read_bytes(opened))
+    lines = reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    wanted = row + 1 if header else row
+    number = 0
+    line = 1
+    for values in lines:
+        if values:
+            if number == wanted:
+                return line
+            number += 1
+        line = lines.line_num + 1
+    return line
 
 
 def _decode(data: bytes) -> str:

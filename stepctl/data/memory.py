@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
 from stepctl.arena import Array, aligned_empty
-from stepctl.data.base import Source, Targets
+from stepctl.data.base import Source, Targets, row_name
 from stepctl.errors import DataError
 from stepctl.problems import in_one_line
 
@@ -25,12 +25,27 @@ _LARGEST_LABEL = 2**53  # up to here a float holds every whole number
 class InMemory(Source):
     """Arrays x: (n, ...) and y: (n,) or (n, columns), held in the run's dtype; x is multiplied by `scale`."""
 
-    def __init__(self, x: Array, y: Array, *, origin: str, targets: Targets, dtype: str, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        x: Array,
+        y: Array,
+        *,
+        origin: str,
+        targets: Targets,
+        dtype: str,
+        scale: float = 1.0,
+        place: Callable[[int], str] = row_name,
+    ) -> None:
+        """`place` is what messages call a row."""
         self.origin = origin = in_one_line(origin)
+        self._place = place
         check_arrays(origin, x, y)
         self._x = scaled(x, scale, out=aligned_empty(x.shape, dtype))
-        self._y = as_targets(origin, 0, y, targets, dtype)
+        self._y = as_targets(origin, 0, y, targets, dtype, place)
         self.n, self.sample_shape, self.target_shape = len(x), x.shape[1:], self._y.shape[1:]
+
+    def place(self, row: int) -> str:
+        return self._place(row)
 
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
         # rows are in range by construction; "clip" lets take write straight into out
@@ -71,12 +86,21 @@ def scaled(x: Array, scale: float, *, out: Array) -> Array:
     return out
 
 
-def as_targets(origin: str, first_row: int, y: Array, targets: Targets, dtype: str) -> Array:
+def as_targets(
+    origin: str,
+    first_row: int,
+    y: Array,
+    targets: Targets,
+    dtype: str,
+    place: Callable[[int], str] = row_name,
+) -> Array:
     """Return a part of y as labels: (rows,) int64, or as values: (rows, columns)."""
-    return as_labels(origin, first_row, y) if targets == "classes" else as_values(y, dtype)
+    if targets == "classes":
+        return as_labels(origin, first_row, y, place)
+    return as_values(y, dtype)
 
 
-def as_labels(origin: str, first_row: int, y: Array) -> Array:
+def as_labels(origin: str, first_row: int, y: Array, place: Callable[[int], str] = row_name) -> Array:
     """Return y as (rows,) int64; DataError at a label that is not a whole number from 0 on."""
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
@@ -85,7 +109,7 @@ def as_labels(origin: str, first_row: int, y: Array) -> Array:
     wrong = np.flatnonzero(~((y >= 0) & (y < _LARGEST_LABEL) & (y == np.floor(y))))
     if wrong.size:
         row = int(wrong[0])
-        raise DataError(f"{origin}: row {first_row + row}: label {y[row]} is not one of 0, 1, 2, ...; mend the row")
+        raise DataError(f"{origin}: {place(first_row + row)}: label {y[row]} is not one of 0, 1, 2, ...; mend the row")
     return np.ascontiguousarray(y, np.int64)
 
 

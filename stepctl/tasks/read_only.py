@@ -51,7 +51,9 @@ def _explain(error: BaseException, state: TrainState) -> None:
     path = _path(frame, state)
     at = f"{shortest(line.filename)}:{line.lineno}"
     code = in_one_line(line.line or "", 100)
-    raise ConfigError(f"{at}: `{code}` writes into {path or 'what it may only read'}; {_REMEDY}") from error
+    # the error's own words stay where no array is known: it may be about something of the user's own
+    what = path or f"what it may only read ({in_one_line(str(error), 200)})"
+    raise ConfigError(f"{at}: `{code}` writes into {what}; {_REMEDY}") from error
 
 
 def _where(trace: TracebackType | None) -> tuple[FrameType, traceback.FrameSummary] | None:

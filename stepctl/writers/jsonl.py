@@ -26,6 +26,7 @@ class JSONLines(Writer):
         self._lock = threading.Lock()  # `sync` comes from another thread
         with writing(self._path):
             self._descriptor = self._folder.open_to_append(self._path.name)
+            self._size = os.fstat(self._descriptor).st_size  # bytes, with what was written here
 
     def write(self, rows: Sequence[Row]) -> None:
         text = "".join([f"{_as_text(row)}\n" for row in rows])
@@ -33,7 +34,14 @@ class JSONLines(Writer):
             self._folder.check()
             if not self._folder.names_open_file(self._path.name, self._descriptor):
                 self._follow_replacement()
-            write_all(self._descriptor, text.encode())
+            if os.fstat(self._descriptor).st_size < self._size:
+                raise StepctlError(
+                    f"{self._path}: was cut short by another program while it was written; put the rows back if there "
+                    "is a copy of them, then resume the run"
+                )
+            data = text.encode()
+            write_all(self._descriptor, data)
+            self._size += len(data)
 
     def sync(self) -> None:
         with self._lock, writing(self._path):
@@ -61,6 +69,7 @@ class JSONLines(Writer):
         with self._lock:
             os.close(self._descriptor)
             self._descriptor = replacement
+            self._size = len(found)
 
     def close(self) -> None:
         with writing(self._path):

@@ -64,12 +64,12 @@ SCRIPT = """\
 #SBATCH --requeue --open-mode=append --time=04:00:00 --signal=TERM@120
 srun stepctl train --config configs/digits.yaml --or-resume
 code=$?
-case $code in 15 | 75 | 138 | 143) scontrol requeue "$SLURM_JOB_ID" ;; esac
+case $code in 15 | 75 | 129 | 138 | 140 | 143 | 152) scontrol requeue "$SLURM_JOB_ID" ;; esac
 exit $code
 """
 # On two ranks; here they share the node's one CPU.
 RANKS_SCRIPT = SCRIPT.replace("srun", "srun --mpi=pmi2 -n 2 --overcommit")
-# What will do where slurm.conf says RequeueExit=15,75,138,143.
+# What will do where slurm.conf says RequeueExit=15,75,129,138,140,143,152.
 SHORT_SCRIPT = SCRIPT[: SCRIPT.index("code=")]
 
 
@@ -192,7 +192,7 @@ def test_a_job_whose_time_is_up(cluster: Cluster, unbroken: Path, figure: Callab
     figure("Slurm: out of time", 1)
 
 
-@pytest.mark.parametrize("cluster", ["RequeueExit=15,75,138,143"], indirect=True)
+@pytest.mark.parametrize("cluster", ["RequeueExit=15,75,129,138,140,143,152"], indirect=True)
 def test_a_cluster_that_requeues_on_exit_75_needs_no_line_for_it(
     cluster: Cluster, unbroken: Path, figure: Callable[[str, int], None]
 ) -> None:
