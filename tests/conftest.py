@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,6 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers.py, for the folders be
 # and no child process inherits it. OPENBLAS_CORETYPE stays: the tests and their children run under the same kernel.
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(_name, None)
+
+
+# what a background job or nohup ignores would stay ignored in every process that a test starts
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
