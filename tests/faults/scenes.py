@@ -68,6 +68,7 @@ class Stage:
         assert code == scene.code, self.said
         if scene.signals:
             self.unbroken.admit(self.run)  # it has saved off the grid
+        self._admit_every_step(trace.calls)
         self.calls = trace.calls[trace.calls.index(scene.since) if scene.since else 0 :]
 
     def _prepare(self, step: int) -> None:
@@ -86,6 +87,14 @@ class Stage:
             data[-1] ^= 1
             path.write_bytes(data)
             self._damaged = data
+
+    def _admit_every_step(self, calls: list[Call]) -> None:
+        """Learn what a save of any step must be: after an error the last whole step is saved, on the grid or not."""
+        rows = [call for call in calls if (call.name, call.file) == ("write", "metrics.jsonl")]
+        trace = Trace(self.run, {row: Blow(signal=signal.SIGUSR2) for row in rows})
+        self.set()
+        assert self.go(stand_still, trace.follow) == 0, self.said
+        self.unbroken.admit(self.run)
 
     def words(self, run: Path) -> list[Any]:
         return [{"RUN": run, "CONFIG": self.unbroken.config}.get(word, word) for word in self.scene.words]
@@ -121,12 +130,12 @@ class Stage:
         """Run the command again, undisturbed; return what is wrong with the end that the run comes to."""
         if code := self.go():
             return [f"cannot go on: exit code {code}, {self.said}"]
-        return self.faults() + self.unbroken.end_faults(self.run)
+        return self.faults() + self.unbroken.end_faults(self.run, self.excused)
 
     def faults_of_an_error(self, code: int, *, must_fail: bool) -> list[str]:
         """Return what is wrong with how the command took an error: it ends with 1 and says why, or all is as ever."""
         if code == 0 and (not must_fail or self.scene.on_error == "continue"):
-            return self.faults() + self.unbroken.end_faults(self.run)
+            return self.faults() + self.unbroken.end_faults(self.run, self.excused)
         wrong = [] if code == 1 else [f"exit code {code}"]
         reasons = [line for line in self.said.splitlines() if line.startswith("stepctl: ")]
         if len(reasons) != 1 or "unexpected" in self.said or "Traceback" in self.said:

@@ -79,9 +79,9 @@ class Unbroken:
         wrong += [f"no row {row}" for row in self.rows if row["step"] <= newest and row not in standing]
         return wrong
 
-    def end_faults(self, run: Path) -> list[str]:
-        """Return what is wrong with a run that should have come to its end."""
-        wrong = self.faults(run)
+    def end_faults(self, run: Path, excused: Iterable[int] = ()) -> list[str]:
+        """Return what is wrong with a run that should have come to its end; `excused` as `faults` has it."""
+        wrong = self.faults(run, excused=excused)
         if checkpoints(run).get(self.last) not in self.digests[self.last]:
             wrong.append("the last checkpoint is not that of the unbroken run")
         if rows(run) != self.rows:

@@ -104,7 +104,7 @@ def disturb_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
         code = struck(stage, (call, blow))
         if code:
             wrong.append(f"{blow} at {call}: exit code {code}, {stage.said}")
-        wrong += [f"{blow} at {call}: {fault}" for fault in stage.unbroken.end_faults(stage.run)]
+        wrong += [f"{blow} at {call}: {fault}" for fault in stage.unbroken.end_faults(stage.run, stage.excused)]
     return len(attacks), wrong
 
 
