@@ -17,6 +17,7 @@ from stepctl.arena import Array
 from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.background import Background
+from stepctl.checkpoint.expected import passed_over
 from stepctl.checkpoint.store import Store
 from stepctl.errors import (
     NonFiniteError,
@@ -95,6 +96,7 @@ class Segment:
         self._newest: int | None = None  # the step of the newest checkpoint that is good
         self._unsaid = deque[dict[str, Any]]()  # lines of checkpoints that the ledger does not have yet
         self._forked: Collection[int] = ()  # steps that forks began at
+        self._passed_over: set[int] = set()  # steps whose files a resume did not use
         self._texts = {
             "run": directory.name,
             "run_id": run_id,
@@ -175,6 +177,7 @@ class Segment:
             self.facts["set_aside"] = list(asides.values())
         earlier_rows = self.directory.read_metrics()  # what cannot be read is found before anything is written
         self._record_start()
+        self._passed_over |= asides.keys()
         if self.goes_back and asides:  # recorded first: a resume after a kill sets aside what is left of them
             self.store.set_aside_all(asides)
             self.say(f"going back to step {self.start}: later checkpoints are kept as {', '.join(asides.values())}")
@@ -328,7 +331,10 @@ class Segment:
             raise NonFiniteError(f"step {step}: /{bad} holds NaN or infinity; not saved")
         if not any(line["step"] == step for line in self._unsaid):  # else it is published, and has no line yet
             digest = self.store.publish(step, codec.encode(state, **self._texts), self._background.abandoned)
-            pruned = self.store.to_prune(step, self.config.checkpoint, evaluations.rows, self._forked)
+            self._passed_over.discard(step)
+            pruned = self.store.to_prune(
+                step, self.config.checkpoint, evaluations.rows, self._forked, self._passed_over
+            )
             self._unsaid.append({"step": step, "file": names.file_name(step), "sha256": digest, "pruned": pruned})
         while self._unsaid:  # first of those whose line found no room on the disk
             self.directory.append_ledger("checkpoint", **self._unsaid[0])
@@ -359,6 +365,7 @@ class Segment:
     def _record_start(self) -> None:
         ledger = self.directory.read_ledger()
         self._number = 1 + sum(row["event"] == "start" for row in ledger)
+        self._passed_over = passed_over(ledger)
         self._forked = rundir.forks(ledger).keys()  # none can come while this process holds the run
         if self.directory.records().run_id is None:
             self.facts["run_id"] = self._texts["run_id"]

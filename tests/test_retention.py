@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import make_config, silent, train
+from helpers import make_config, resume, silent, train
 from stepctl.checkpoint.retention import to_prune
 from stepctl.checkpoint.store import Store
 from stepctl.config import Checkpoint, KeepBest
@@ -133,3 +133,18 @@ def test_a_run_in_use_is_not_pruned(kept_all: RunDirectory) -> None:
     with kept_all.lock(), pytest.raises(RunInUseError):
         prune(RunDirectory(kept_all.path), Checkpoint(keep_last=1), silent, dry_run=False)
     assert len(Store(kept_all.checkpoints).steps()) == 5
+
+
+def test_a_damaged_checkpoint_takes_no_good_ones_place_and_stays(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(make_config(stop={"last_step": 4}, checkpoint={"every": 2, "keep_last": 2}), run)
+    store = Store(run / "checkpoints")
+    assert store.steps() == [2, 4]
+    damaged = store.file(4)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    resume(run, assignments=("checkpoint.every=5", "stop.last_step=5"))
+    assert store.steps() == [2, 4, 5], "two good ones are kept"
+    resume(run, assignments=("stop.last_step=6",))
+    assert store.steps() == [4, 5, 6]
+    resume(run, assignments=("stop.last_step=8",))
+    assert store.steps() == [4, 6, 8]

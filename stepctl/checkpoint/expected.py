@@ -44,6 +44,23 @@ def pending_set_aside(ledger: Ledger) -> dict[int, str]:
     return pending
 
 
+def passed_over(ledger: Ledger) -> set[int]:
+    """Return the steps of checkpoints that a later segment did not resume from, though they were the newest.
+
+    They are damaged, or were not there. One that was made again since, or resumed from, is not among them.
+    """
+    acknowledged: set[int] = set()
+    passed: set[int] = set()
+    for row in ledger:
+        if row["event"] == "checkpoint":
+            acknowledged.add(row["step"])
+        if row["event"] in ("checkpoint", "start"):
+            passed.discard(row["step"])
+        if row["event"] == "start":
+            passed |= {step for step in acknowledged if step > row["step"]}
+    return passed
+
+
 def missing_checkpoints(read_ledger: Callable[[], Ledger], list_steps: Callable[[], list[int]]) -> list[int]:
     """Return the steps, rising, of the expected checkpoints that are not there. The run may be going on.
 

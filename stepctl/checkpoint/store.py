@@ -179,16 +179,19 @@ class Store:
         keep: Checkpoint,
         metrics: Mapping[int, Mapping[str, Any]],
         protected: Collection[int] = (),
+        passed_over: Collection[int] = (),
     ) -> list[int]:
         """Return the steps, up to the one just published, that retention does not keep.
 
-        A file of a later step was passed over by the resume that led here: it is damaged, and counts for nothing.
+        Files that a resume passed over (`passed_over`, and all of later steps) are damaged: they take no good one's
+        place, and stay.
         """
         try:
             steps = self.steps()
         except UnreadableError:  # no reason to stop training: the next save prunes
             return []
-        return retention.to_prune((step for step in steps if step <= published), keep, metrics, protected)
+        good = [step for step in steps if step <= published and step not in passed_over]
+        return retention.to_prune(good, keep, metrics, protected)
 
     def remove(self, steps: Iterable[int]) -> None:
         """Remove checkpoints that retention does not keep."""
