@@ -18,12 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers.py, for the folders be
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(_name, None)
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and nohup SIGHUP: their children would too.
-for _number in (signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(_number) is signal.SIG_IGN:
-        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
-
-
 # what a background job or nohup ignores would stay ignored in every process that a test starts
 for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
