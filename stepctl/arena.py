@@ -82,7 +82,7 @@ _ALONE = contextlib.nullcontext()
 
 
 class _Memory(NamedTuple):
-    """A buffer, and what an arena shows of it: the whole and its named arrays."""
+    """A buffer, its view for readers, and the views of the named arrays."""
 
     flat: Array
     shown: Array
@@ -165,7 +165,7 @@ class Arena(Mapping[str, Array]):
         return self._spare
 
     def turn(self) -> None:
-        """Make what an update wrote into its target the values of this arena."""
+        """Swap in the buffer that an update has written."""
         if self.handed_over and self._spare is not None:
             self.touched = True
             self._memory, self._spare = self._spare, self._memory

@@ -59,7 +59,7 @@ class Assembly:
     @np.errstate(all="ignore")
     def trial(self) -> None:
         """Try the first step without taking it, so that a model that breaks its protocol is refused before it."""
-        # whether what is not finite stops the run is for the first step to say
+        # the first step decides whether a non-finite loss stops the run
         with contextlib.suppress(NonFiniteError), explained(self.state):
             batch = self.training.batch(self.state.counters.samples_seen)
             if self.config.data.n_classes is not None:  # a source may read other labels than it showed
@@ -86,7 +86,7 @@ class Assembly:
         return self.task.count_at(counter, step - start, **known)
 
     def check_data(self, say: Callable[[str], None]) -> None:
-        """Look through all data once; warn of what is suspect.
+        """Read all data once, and warn about suspect labels or sizes.
 
         DataError if they are not what the task can learn from.
         """

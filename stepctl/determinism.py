@@ -1,4 +1,4 @@
-"""Whether the user's own code computes the same first step each time: exact resume rests on it."""
+"""Checks that the user's code computes the same first step each time, which exact resume requires."""
 
 from __future__ import annotations
 

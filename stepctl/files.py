@@ -122,20 +122,12 @@ def is_there(path: AnyPath) -> bool:
 
 def is_directory(path: AnyPath) -> bool:
     """Tell whether this is a directory; UnreadableError if that cannot be told, or at a link to what is not there."""
-    status = _status(path)
-    if status is None:
-        refuse_broken_link(path)
-        return False
-    return stat.S_ISDIR(status.st_mode)
+    return stat.S_ISDIR(_mode(path))
 
 
 def is_file(path: AnyPath) -> bool:
     """Tell whether this is a regular file; UnreadableError as for a directory."""
-    status = _status(path)
-    if status is None:
-        refuse_broken_link(path)
-        return False
-    return stat.S_ISREG(status.st_mode)
+    return stat.S_ISREG(_mode(path))
 
 
 def list_directory(path: AnyPath) -> list[str]:
@@ -149,6 +141,15 @@ def list_directory(path: AnyPath) -> list[str]:
         if is_unavailable(error):
             raise unreadable(path, error) from error
         raise
+
+
+def _mode(path: AnyPath) -> int:
+    """Return the mode of what is there, 0 if nothing is; UnreadableError at a broken link."""
+    status = _status(path)
+    if status is None:
+        refuse_broken_link(path)
+        return 0
+    return status.st_mode
 
 
 def _status(path: AnyPath, *, follow_symlinks: bool = True) -> os.stat_result | None:

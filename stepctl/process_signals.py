@@ -19,7 +19,7 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIG
 ALL = (*STOP, SAVE)
 
 _handlers: dict[int, Handler | signal.Handlers] = {}  # that were set here, by signal
-_blocked: set[int] = set()
+_ever_blocked: set[int] = set()  # by `block`
 
 
 def answered() -> list[signal.Signals]:
@@ -44,15 +44,14 @@ def restore(number: int, handler: Any) -> None:
 
 def block(numbers: Iterable[int]) -> set[int]:
     """Keep signals pending until they are unblocked, in this process and not in forked children; return the mask."""
-    _blocked.update(numbers)
-    return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, _blocked)}
+    held = set(numbers)
+    _ever_blocked.update(held)
+    return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, held)}
 
 
 def unblock(numbers: Iterable[int]) -> set[int]:
     """Let signals through, those that are pending at once; return the mask before."""
-    freed = set(numbers)
-    _blocked.difference_update(freed)
-    return {int(number) for number in signal.pthread_sigmask(signal.SIG_UNBLOCK, freed)}
+    return {int(number) for number in signal.pthread_sigmask(signal.SIG_UNBLOCK, set(numbers))}
 
 
 def _reset_in_child() -> None:
@@ -61,8 +60,8 @@ def _reset_in_child() -> None:
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, default)
     _handlers.clear()
-    # all of them: a thread that was started while they were blocked keeps its mask, and forks with it
-    unblock(ALL)
+    # also those that are unblocked by now: a thread that was started before that still has them in its mask
+    unblock(_ever_blocked)
 
 
 os.register_at_fork(after_in_child=_reset_in_child)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepctl import __version__, numerics, rundir, shell
+from stepctl import __version__, numerics, rundir
 from stepctl.arena import Array
 from stepctl.assembly import Assembly
 from stepctl.checkpoint import codec, names
@@ -274,7 +274,7 @@ class Segment:
             return []
 
         def warn(ratio: float) -> None:
-            remedy = shell.command("resume", self.directory.path, "--set", "numerics.threads=1")
+            remedy = command("resume", self.directory.path, "--set", "numerics.threads=1")
             self.say(
                 f"warning: {threads} BLAS threads are {ratio:.1f} times slower than one on this busy machine: start "
                 f"new runs with --set numerics.threads=1; on this run, no longer exact: {remedy} "

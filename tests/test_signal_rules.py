@@ -331,3 +331,9 @@ def test_a_child_of_a_thread_that_was_started_while_signals_were_held_has_none_b
     """As the workers that a pool starts in the place of others."""
     done = run([sys.executable, "-c", FORKED_BY_A_THREAD], tmp_path)
     assert (done.stdout, done.stderr) == ("[0]\n", "")
+
+
+def test_a_mask_of_the_program_s_own_is_inherited_by_its_children(tmp_path: Path) -> None:
+    program = FORKED_BY_A_THREAD.replace("process_signals.block(", "signal.pthread_sigmask(signal.SIG_BLOCK, ")
+    done = run([sys.executable, "-c", program.replace("process_signals.unblock(", "tuple(")], tmp_path)
+    assert (done.stdout, done.stderr) == ("[1]\n", "")

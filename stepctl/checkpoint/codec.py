@@ -44,7 +44,7 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says beside its arrays; `run_id` is None in one of format version 1."""
+    """Metadata of a checkpoint. `run_id` is None in format version 1."""
 
     global_step: int
     counters: dict[str, int]

@@ -1,4 +1,4 @@
-"""The one walk over a checkpoint's objects that admits only what the format lists."""
+"""Walks over all objects of a checkpoint and refuses any that the format does not list."""
 
 from __future__ import annotations
 

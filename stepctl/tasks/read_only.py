@@ -1,4 +1,4 @@
-"""What it means to a user's code that the arrays of the state are read-only."""
+"""A clear error where a user's code writes into a read-only array of the state."""
 
 from __future__ import annotations
 
