@@ -1,7 +1,13 @@
 """Train NumPy models; stop anywhere, and resume at the exact global step, bit for bit.
 
-From Python: `create` and `resume` hold a run that can be stepped by hand, `load_checkpoint` and `global_step` read
-one, `Hook` is what a hook of your own subclasses, `errors` are the exceptions. See "From Python" in the README.
+    import stepctl
+
+    with stepctl.create(config, "runs/mine") as run:       # or stepctl.resume("runs/mine")
+        run.train()
+
+`loop` saves and continues the loop of a script. `Program` is the base class for a step of your
+own; `Model`, `LossModel`, `Source`, `Optimizer` and `Hook` are base classes for your own components.
+`load_checkpoint`, `load_series` and `global_step` read a run. `errors` holds the exceptions.
 """
 
 from __future__ import annotations
@@ -9,37 +15,70 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from stepctl import errors as errors
-    from stepctl.hooks.base import Hook as Hook
-    from stepctl.library import Checkpoint as Checkpoint
-    from stepctl.library import Run as Run
-    from stepctl.library import create as create
-    from stepctl.library import global_step as global_step
-    from stepctl.library import load_checkpoint as load_checkpoint
-    from stepctl.library import resume as resume
+    from stepctl import errors
+    from stepctl.api import Checkpoint, Run, create, global_step, load_checkpoint, resume
+    from stepctl.config.registry import File
+    from stepctl.data.base import Source
+    from stepctl.hooks.base import Hook
+    from stepctl.models.base import Model
+    from stepctl.models.loss_model import LossModel
+    from stepctl.optimizers.base import Optimizer
+    from stepctl.programs.program import Program
+    from stepctl.rundir.series import load_series
+    from stepctl.runs.loop import loop
 
-__all__ = ["Checkpoint", "Hook", "Run", "__version__", "create", "errors", "global_step", "load_checkpoint", "resume"]
+# Public name -> module, imported on first use: BLAS reads its settings when NumPy is imported.
+_MODULES = {
+    "Checkpoint": "stepctl.api",
+    "File": "stepctl.config.registry",
+    "Hook": "stepctl.hooks.base",
+    "LossModel": "stepctl.models.loss_model",
+    "Model": "stepctl.models.base",
+    "Optimizer": "stepctl.optimizers.base",
+    "Program": "stepctl.programs.program",
+    "Run": "stepctl.api",
+    "Source": "stepctl.data.base",
+    "create": "stepctl.api",
+    "global_step": "stepctl.api",
+    "load_checkpoint": "stepctl.api",
+    "load_series": "stepctl.rundir.series",
+    "loop": "stepctl.runs.loop",
+    "resume": "stepctl.api",
+}
+
+__all__ = [
+    "Checkpoint",
+    "File",
+    "Hook",
+    "LossModel",
+    "Model",
+    "Optimizer",
+    "Program",
+    "Run",
+    "Source",
+    "__version__",
+    "create",
+    "errors",
+    "global_step",
+    "load_checkpoint",
+    "load_series",
+    "loop",
+    "resume",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # imported on first use: the BLAS is set up before NumPy is imported
     if name == "errors":
         return importlib.import_module("stepctl.errors")
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module 'stepctl' has no attribute {name!r}")
     from stepctl.errors import check_system
 
     check_system()
-    if name == "Hook":
-        from stepctl.hooks.base import Hook
-
-        return Hook
-    from stepctl import library
-
-    return getattr(library, name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,13 +1,13 @@
-"""The entry of the command line; a Ctrl-C that comes while it is being loaded ends in silence."""
+"""The entry point of the command line; a Ctrl-C during its imports exits without a message."""
 
 import sys
 
-from stepctl import interrupt
+from stepctl.system import interrupt
 
 
 def main() -> None:
-    """Load the command line and run it."""
-    interrupt.watch()
+    """Import the command line and run it."""
+    interrupt.install_handler()
     try:
         from stepctl.errors import UnsupportedSystemError, check_system
 
@@ -17,7 +17,7 @@ def main() -> None:
             sys.exit(f"stepctl: {error}")  # exit code 1
         from stepctl.cli.main import main as run
     except BaseException as error:
-        if interrupt.received() or isinstance(error, KeyboardInterrupt):
+        if interrupt.was_received() or isinstance(error, KeyboardInterrupt):
             sys.exit(130)
         raise
     run()

@@ -1,20 +1,22 @@
-"""Every error that stepctl raises on purpose, and the exit code each one ends the command with.
+"""The exceptions of stepctl, and the exit code with which each ends a command.
 
-StepctlError                1  an operation failed; every checkpoint stands
-|- UnreadableError          1  a file cannot be read now; whether it is whole is not known
-|- TornUpdate               1  an update failed half way: the state is that of no step
-|- NonFiniteError           1  a loss, gradient or state that is no number; what was finite is saved
-|- UnsupportedSystemError   1  neither Linux nor macOS
-|- RunMovedError            1  the run's directory was renamed, removed or replaced while it was written
-|- ConfigError              2  the command line, the config or a component's argument is wrong
-|  `- RunExistsError        2  a run is to be started where there is one already
-|- DataError                2  a data file is missing, or holds what it should not
+StepctlError                1  an operation failed; existing checkpoints are intact
+|- UnreadableError          1  a file cannot be read now; it may be intact
+|- TornUpdate               1  an update failed halfway; the state must not be saved
+|- NonFiniteError           1  a loss, a gradient or the state holds NaN or infinity
+|- UnsupportedSystemError   1  the operating system is neither Linux nor macOS
+|- RunMovedError            1  the run directory was renamed, removed or replaced during a write
+|- RankError                1  another rank of an MPI job failed or disappeared
+|  `- RankUnresponsive     75  a stop was requested while a rank did not respond
+|- ConfigError              2  the command line, the config or an argument is wrong
+|  `- RunExistsError        2  there is a run where a new one is to start
+|- DataError                2  a data file is missing or invalid
 |- CheckpointError          3  no usable checkpoint, or a refused one
-|- NumericsError            3  --strict-numerics, and this machine cannot give the same bits
+|- NumericsError            3  --strict-numerics, and this machine computes other bits
 |- RunInUseError            4  another process holds the run
-`- StoppedAtOnce           75  a second Ctrl-C: what was published stands
+`- StoppedAtOnce           75  a second Ctrl-C; published checkpoints are intact
 
-A message says what, where, why and how to mend it, in one line (ConfigError: one line per problem).
+A message is one line (ConfigError: one line for each problem): what happened, where, how to fix it.
 """
 
 import sys
@@ -34,38 +36,46 @@ class Exit(IntEnum):
 
 
 def printable(text: str) -> str:
-    """Return a text with all escaped that a terminal might obey, the ends of lines too."""
+    """Return a text with all control characters escaped, newlines too."""
     if text.isprintable():
         return text
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 class StepctlError(Exception):
-    """Base of all: an operation failed; every checkpoint stands."""
+    """Base class: an operation failed; existing checkpoints are intact."""
 
     exit_code = Exit.NEGATIVE
 
 
 class UnreadableError(StepctlError):
-    """A file or directory cannot be read now (EACCES, EIO, ESTALE, a disk that is not mounted); it may be intact."""
+    """A file or directory cannot be read now; it may be intact (EACCES, EIO, a missing mount)."""
 
 
 class TornUpdate(StepctlError):
-    """An update failed half way: the arrays are those of no step, and must not be saved."""
+    """An update failed halfway: the arrays belong to no step, and must not be saved."""
 
 
 class NonFiniteError(StepctlError):
-    """A loss, a gradient or a state holds NaN or infinity."""
+    """A loss, a gradient or the state holds NaN or infinity.
 
-    by_all = False  # whether every process that shares the step raises it
+    `on_all_ranks` tells whether every process that shares the step raises it.
+    """
+
+    def __init__(self, *message: object, on_all_ranks: bool = False) -> None:
+        super().__init__(*message)
+        self.on_all_ranks = on_all_ranks
 
 
 class UnsupportedSystemError(StepctlError):
-    """The operating system lacks what runs need: locks, signals, durable renames."""
+    """The operating system lacks file locks, signals or durable renames."""
 
 
 def check_system() -> None:
-    """Raise UnsupportedSystemError unless the operating system is of the Unix family."""
+    """Raise UnsupportedSystemError unless this is a Unix system."""
     try:
         import fcntl  # noqa: F401
     except ImportError as error:
@@ -76,7 +86,17 @@ def check_system() -> None:
 
 
 class RunMovedError(StepctlError):
-    """The run's directory was renamed, removed or replaced while this process wrote in it."""
+    """The run directory was renamed, removed or replaced while this process wrote to it."""
+
+
+class RankError(StepctlError):
+    """Another rank failed or disappeared; rank 0 has the state of the last completed step."""
+
+
+class RankUnresponsive(RankError):
+    """A stop was requested while another rank did not respond."""
+
+    exit_code = Exit.STOPPED
 
 
 class ConfigError(StepctlError):
@@ -86,27 +106,27 @@ class ConfigError(StepctlError):
 
 
 class RunExistsError(ConfigError):
-    """A run is to be started where there is one already."""
+    """There is a run in the directory where a new one is to start."""
 
 
 class DataError(StepctlError):
-    """A data file is missing, or holds what it should not."""
+    """A data file is missing or invalid."""
 
     exit_code = Exit.USAGE
 
 
 class CheckpointError(StepctlError):
-    """No usable checkpoint, or a refused one. `code` names the reason in one word."""
+    """No usable checkpoint, or a refused one; `code` is the reason in one word."""
 
     exit_code = Exit.NO_CHECKPOINT
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__("\n".join(map(printable, message.split("\n"))))
+        super().__init__("\n".join(printable(line) for line in message.split("\n")))
         self.code = code
 
 
 class NumericsError(StepctlError):
-    """This machine cannot give the bits that the run was started with, and they were demanded."""
+    """This machine computes other bits than the run's, and --strict-numerics was given."""
 
     exit_code = Exit.NO_CHECKPOINT
 
@@ -118,6 +138,6 @@ class RunInUseError(StepctlError):
 
 
 class StoppedAtOnce(StepctlError):
-    """A second Ctrl-C: the step in flight was given up; what was published stands."""
+    """A second Ctrl-C abandoned the step in flight; published checkpoints are intact."""
 
     exit_code = Exit.STOPPED

@@ -1,42 +1,86 @@
-"""The switch for the long attacks, and the lines that say at the end what they reached."""
+"""Options, markers and the summary of the tests."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # helpers.py, for the folders below too
+from tests.support.mpi_jobs import needs_mpi
 
-# What the shell may have exported and what would change results. NumPy reads it when it is imported, so it goes now,
-# and no child process inherits it. OPENBLAS_CORETYPE stays: the tests and their children run under the same kernel.
-for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NO_COLOR", "FORCE_COLOR"):
+# Exported variables that would change results. They are removed before NumPy reads them at its import, and before any
+# child process inherits them. OPENBLAS_CORETYPE stays: the tests and their children run under the same kernel.
+for _name in (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NO_COLOR",
+    "FORCE_COLOR",
+):
     os.environ.pop(_name, None)
 
-# what a background job or nohup ignores would stay ignored in every process that a test starts
-for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+# signals that a background job or nohup ignores would stay ignored in every child process
+for _number, _default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _default)
 
 
+KINDS = ("faults", "mpi", "process", "training", "unit")
+FAULTS = Path(__file__).parent / "faults"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="Run the attacks with real faults too (minutes).")
+    parser.addoption(
+        "--faults", action="store_true", help="Run the attacks with real faults too (minutes)."
+    )
+    parser.addoption(
+        "--faults=all",  # an option of its own: `--faults FILE` must not take FILE as a value
+        dest="faults",
+        action="store_const",
+        const="all",
+        help="Run the attacks too, with ten times as many kills of the example programs.",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "faults: a long attack; runs with --faults only")
+    # a snapshot is unused for certain only in a run of all tests
+    if config.option.markexpr or not config.option.faults:
+        config.option.warn_unused_snapshots = True
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Give each test exactly one of the markers KINDS: the first that it has, or its folder's default."""
+    marked = {marker.name for marker in item.iter_markers()}
+    default = "process" if FAULTS in item.path.parents else "unit"
+    kind = next((kind for kind in KINDS if kind in marked), default)
+    item.own_markers = [marker for marker in item.own_markers if marker.name not in KINDS]
+    item.add_marker(kind)
+    kinds = {marker.name for marker in item.iter_markers()}.intersection(KINDS)
+    if len(kinds) > 1:
+        raise pytest.UsageError(f"{item.nodeid}: marked {kinds}; drop the marker of the module")
+    if kind == "mpi":
+        item.add_marker(needs_mpi)
+
+
+@pytest.hookimpl(trylast=True)  # after syrupy, which must know the tests that do not run
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--faults"):
         attacks = [item for item in items if item.get_closest_marker("faults")]
         config.hook.pytest_deselected(items=attacks)
         items[:] = [item for item in items if item not in attacks]
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make tmp_path the current folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -54,5 +98,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, count in sorted(sums.items()):
         terminalreporter.write_line(f"{name}: {count:,}")
     skipped = terminalreporter.stats.get("skipped", [])
-    reasons = sorted({str(report.longrepr[-1]) for report in skipped if isinstance(report.longrepr, tuple)})
-    terminalreporter.write_line(f"skipped: {len(skipped)}" + "".join(f"\n  {reason}" for reason in reasons))
+    reasons = sorted(
+        {str(report.longrepr[-1]) for report in skipped if isinstance(report.longrepr, tuple)}
+    )
+    terminalreporter.write_line(
+        f"skipped: {len(skipped)}" + "".join(f"\n  {reason}" for reason in reasons)
+    )

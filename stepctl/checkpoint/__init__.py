@@ -1,1 +1,1 @@
-"""Checkpoints: what one file holds (codec), and which files there are (store)."""
+"""Checkpoints: the file format, and the files of a run."""

@@ -1,6 +1,4 @@
-"""One job at a time on a thread of its own, so that training goes on while a checkpoint is written."""
-
-from __future__ import annotations
+"""A thread that writes checkpoints, one job at a time, while training continues."""
 
 import threading
 from collections.abc import Callable
@@ -8,63 +6,71 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 class Background:
-    """Runs a job; what it raised reaches the thread that looks next."""
+    """Runs one job at a time. An error of the job is raised by the next `check` or `finish`."""
 
     def __init__(self) -> None:
-        # one thread that stays: to start one holds the caller until the system has run it
+        # The thread is kept: starting one blocks the caller until the system has scheduled it.
         self._executor = ThreadPoolExecutor(1, "checkpoint")
-        self.job: Future[None] | None = None  # until somebody has looked at its end
+        self.job: Future[None] | None = None  # until its result was checked
         self._abandoned = threading.Event()
 
     @property
     def busy(self) -> bool:
-        """Tell whether a job is being done."""
+        """Tell whether a job is running."""
         return self.job is not None and not self.job.done()
 
     def start(self, job: Callable[[], None]) -> None:
-        """Begin a job, once the one before is finished."""
-        assert not self.busy, "the job before must be finished"
+        """Start a job. The previous one must be done."""
+        assert not self.busy, "the previous job must be done"
         try:
             self.job = self._executor.submit(self._run, job)
-        except RuntimeError:  # the interpreter ends, and takes no more for another thread
-            self.job = _done(self._run, job)
+        except RuntimeError:  # the interpreter is shutting down: executors accept no jobs
+            self.run(job)
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Run a job on the calling thread. The previous one must be done.
+
+        KeyboardInterrupt is raised at once.
+        """
+        assert not self.busy, "the previous job must be done"
+        future: Future[None] = Future()
+        try:
+            self._run(job)
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+        self.job = future
 
     def check(self) -> None:
-        """Raise the error of a job that has ended, once."""
+        """Raise the error of a job that is done, once."""
         if self.job is not None and self.job.done():
-            ended, self.job = self.job, None
-            ended.result()
+            self._take_result()
 
     def finish(self) -> None:
-        """Wait until the job is done; raise its error if it had one."""
+        """Wait until the job is done, and raise its error."""
         if self.job is not None:
             wait([self.job])
-            ended, self.job = self.job, None
-            ended.result()
+            self._take_result()
 
     def close(self) -> None:
-        """Wait until the job is done, and take no more; its error is nobody's any more."""
+        """Wait until the job is done, and accept no more; its error is dropped."""
         self._executor.shutdown()
 
     def abandon(self) -> None:
-        """Have the job give up, wait until it has, and take no more."""
+        """Ask the job to give up, wait until it has, and accept no more."""
         self._abandoned.set()
         self.close()
 
     def abandoned(self) -> bool:
-        """Tell the job whether it should give up."""
+        """Tell the job whether to give up."""
         return self._abandoned.is_set()
+
+    def _take_result(self) -> None:
+        assert self.job is not None
+        job = self.job
+        self.job = None
+        job.result()
 
     def _run(self, job: Callable[[], None]) -> None:
         if not self.abandoned():
             job()
-
-
-def _done(function: Callable[[Callable[[], None]], None], job: Callable[[], None]) -> Future[None]:
-    future: Future[None] = Future()
-    try:
-        function(job)
-        future.set_result(None)
-    except BaseException as error:
-        future.set_exception(error)
-    return future

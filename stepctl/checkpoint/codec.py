@@ -2,43 +2,61 @@
 
     /counters/<name>   /params/<path>   /optimizers/<name>/<slot>/<path>   /buffers/<path>
     /hooks/<name>/<key>   /config (YAML)   /numerics (JSON)
+    /state/<path>   /values (tagged JSON)   of a program
 
-Root attributes: format, format_version, global_step, created_by, run, run_id. Same state of one run, same bytes.
-Version 1, which is still read, has no run_id.
+Root attributes: format, format_version, global_step, created_by, run, run_id. The same state of one
+run makes the same bytes. Version 1, which is still read, has no run_id.
 """
 
-from __future__ import annotations
-
+import contextlib
+import functools
 import json
 import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from io import BufferedReader
-from typing import Any
+from typing import Any, Self, TypedDict
 
 import h5py
 import numpy as np
 
-from stepctl import files, yamlio
-from stepctl.arena import Array, check_names, update_views
-from stepctl.checkpoint import layout, names, userblock
+from stepctl.checkpoint import layout, names, user_block
 from stepctl.checkpoint.layout import FORMAT
 from stepctl.checkpoint.metadata import Metadata
-from stepctl.checkpoint.walk import MAX_OBJECTS, NUMBERS, TEXTS, Walk, is_fixed_string
+from stepctl.checkpoint.walk import (
+    MAX_OBJECTS,
+    NUMBER_TYPES,
+    TEXTS,
+    VALUES,
+    Walk,
+    is_fixed_string,
+)
+from stepctl.config import yaml
 from stepctl.errors import CheckpointError, ConfigError, StepctlError
-from stepctl.state import GLOBAL_STEP, Counters, TrainState, restore_counters
+from stepctl.state import values
+from stepctl.state.arena import Array, check_names, update_views
+from stepctl.state.counters import GLOBAL_STEP, Counters
+from stepctl.state.program_state import ProgramState, SavedProgramState
+from stepctl.state.train_state import StatefulHook, TrainState, restore_counters
+from stepctl.state.value_decoder import decode
+from stepctl.state.values import CapturedState
+from stepctl.system import files
 
-_SLICE = 1 << 22  # bytes written together, at most
-_SMALL = 1 << 16  # bytes below which arrays are put together
-_PART = 1 << 20  # elements read together
-# Signature, version 3, offsets and lengths of 8 bytes, no flags; then base address, extension (none), end of file.
+_MAX_CHUNK_BYTES = 1 << 22  # written at a time
+_SMALL_BYTES = 1 << 16  # smaller arrays are written together
+_N_ELEMENTS = 1 << 20  # read at a time
+# Signature, version 3, offsets and lengths of 8 bytes, no flags.
+# Base address, extension and end of file follow.
 _SUPERBLOCK = b"\x89HDF\r\n\x1a\n\x03\x08\x08\x00"
-_MAX_ATTRIBUTE = 4096  # bytes
-_UNDEFINED = 2**64 - 1
+_NO_EXTENSION = 2**64 - 1
+_MAX_ATTRIBUTE_BYTES = 4096
 _ROOT_ATTRIBUTES = {"format", "format_version", "global_step", "created_by", "run"}  # of version 1
+_STATE = "state/"
+_HOOKS = "hooks/"
+_LATER_HOOKS = {"hook_stop"}  # which files of earlier versions do not have
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -53,77 +71,110 @@ class Header:
     run_id: str | None
     config: str
     numerics: str
+    values: str | None  # of a program; None for a task
     sha256: str
 
 
 @dataclass(frozen=True)
 class Image:
-    """The bytes of a checkpoint from 512 on, in order, as often as they are asked for; the arrays are not copied."""
+    """The bytes of a checkpoint from 512 on, in chunks. Large arrays are not copied."""
 
     metadata: Metadata
     arrays: dict[int, Array]  # by offset in the file
 
     @property
     def n_bytes(self) -> int:
-        return self.metadata.size - userblock.SIZE
+        """The number of bytes from 512 on."""
+        return self.metadata.size - user_block.SIZE
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
-        position, small = userblock.SIZE, bytearray()
-        for offset, array in [*sorted(self.arrays.items()), (self.metadata.size, np.empty(0, np.uint8))]:
-            small += self.metadata.between(position, offset)
+        if self.n_bytes <= _SMALL_BYTES:
+            return iter(self._small_chunks)
+        return self._chunks()
+
+    @functools.cached_property
+    def _small_chunks(self) -> list[bytes | memoryview]:
+        """The chunks of a small file, which is written, and then compared with what was written."""
+        return list(self._chunks())
+
+    def _chunks(self) -> Iterator[bytes | memoryview]:
+        position = user_block.SIZE
+        pending = bytearray()
+        for offset, array in sorted(self.arrays.items()):
+            pending += self.metadata.read_range(position, offset)
             view = array.reshape(-1).view(np.uint8).data
             position = offset + len(view)
-            if len(view) < _SMALL:
-                small += view
-            if len(small) >= _SMALL or len(view) >= _SMALL:
-                yield memoryview(small)
-                small = bytearray()
-            if len(view) >= _SMALL:
-                yield from (view[start : start + _SLICE] for start in range(0, len(view), _SLICE))
-        yield memoryview(small)
+            is_small = len(view) < _SMALL_BYTES
+            if is_small:
+                pending += view
+            if len(pending) >= _SMALL_BYTES or not is_small:
+                yield memoryview(pending)
+                pending = bytearray()
+            if not is_small:
+                for start in range(0, len(view), _MAX_CHUNK_BYTES):
+                    yield view[start : start + _MAX_CHUNK_BYTES]
+        pending += self.metadata.read_range(position, self.metadata.size)
+        yield memoryview(pending)
 
 
 def encode(state: TrainState, *, run: str, run_id: str, config: str, numerics: str) -> Image:
-    """Return the image of a checkpoint; `run_id` is the run's 32 hexadecimal digits."""
+    """Return the image of a checkpoint.
+
+    run: name of the run; run_id: 32 hexadecimal digits; config: YAML; numerics: JSON.
+    """
     arrays = {f"counters/{name}": np.array(value) for name, value in state.counters.items()}
-    arrays |= state.arrays() | {"config": layout.text(config), "numerics": layout.text(numerics)}
-    arrays = {path: _little(array) for path, array in arrays.items()}
-    laid_out = layout.lay_out(arrays, run=run, run_id=run_id, step=state.counters.global_step)
-    return Image(laid_out.metadata, {offset: arrays[path] for path, offset in laid_out.offsets.items()})
+    arrays |= state.arrays()
+    arrays["config"] = layout.text(config)
+    arrays["numerics"] = layout.text(numerics)
+    if state.values is not None:
+        arrays[VALUES] = layout.padded_text(state.values)
+    arrays = {path: _as_stored(array) for path, array in arrays.items()}
+    step = state.counters.global_step
+    metadata, offsets = layout.lay_out(arrays, run=run, run_id=run_id, step=step)
+    return Image(metadata, {offset: arrays[path] for path, offset in offsets.items()})
 
 
-def _little(array: Array) -> Array:
-    order = array.dtype.newbyteorder("<")
-    return np.ascontiguousarray(array.astype(order, copy=False)).reshape(array.shape)
+def _as_stored(array: Array) -> Array:
+    """Return a C-ordered little-endian array; the array itself if it is one."""
+    dtype = array.dtype.newbyteorder("<")
+    return np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(array.shape)
 
 
 def check_storable(state: TrainState) -> None:
-    """Raise ConfigError if an array of the state has a name or a kind that no checkpoint could give back."""
+    """Raise ConfigError if a checkpoint cannot store an array, or a value of a program's state."""
+    limit = MAX_OBJECTS // 2
+    if state.program is not None:
+        state.program.view()  # refuses what `/state` and `/values` cannot hold
+        limit = (MAX_OBJECTS - values.MAX_OBJECTS) // 2
+    arrays = replace(state, program=None).arrays()
     try:
-        check_names({*state.arrays(), *(f"counters/{name}" for name in state.counters)})
+        check_names({*arrays, *(f"counters/{name}" for name in state.counters)})
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    objects = {path[:end] for path in state.arrays() for end in _ends(path)}
-    if len(objects) > MAX_OBJECTS // 2:
-        raise ConfigError(f"model: makes {len(objects)} arrays and groups; a checkpoint holds {MAX_OBJECTS // 2}")
-    for path, array in state.arrays().items():
-        if array.dtype.newbyteorder("<").str not in NUMBERS:
+    objects = {prefix for path in arrays for prefix in _prefixes(path)}
+    if len(objects) > limit:
+        raise ConfigError(
+            f"model: has {len(objects)} arrays and groups; a checkpoint stores at most {limit}"
+        )
+    for path, array in arrays.items():
+        if array.dtype.newbyteorder("<").str not in NUMBER_TYPES:
             raise ConfigError(
-                f"/{path}: an array of {array.dtype}; a checkpoint holds arrays of float32, float64, int64 and uint8"
+                f"/{path}: dtype {array.dtype}; a checkpoint stores float32, float64, int64 and uint8"
             )
 
 
-def _ends(path: str) -> Iterator[int]:
-    yield from (match.start() for match in re.finditer("/", path))
-    yield len(path)
+def _prefixes(path: str) -> list[str]:
+    """Return the path and the paths of the groups that hold it."""
+    parts = path.split("/")
+    return ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
 class Reader:
-    """One verified checkpoint, open: its header, and its arrays by path. Use as a context manager.
+    """An open checkpoint that was verified: its header, and its arrays by path.
 
-    Opening it checks the digest first, which `vet` may refuse, and then walks the file once, admitting only what
-    the format lists; CheckpointError names the first object that it does not. UnreadableError if the file cannot be
-    read now.
+    with Reader("step-00000100.h5") as reader:
+        reader.header.global_step
+        reader.read_into("params/0/weight", weight)
     """
 
     def __init__(
@@ -133,40 +184,45 @@ class Reader:
         *,
         dir_fd: int | None = None,
     ) -> None:
+        """Verify the digest, pass it to `vet`, which may raise, and walk over the objects.
+
+        CheckpointError at the first object that the format does not list; UnreadableError if the
+        file cannot be read now. With `dir_fd`, only the path's last part is used, in that
+        directory.
+        """
         self.name = os.path.basename(path)
         self._path = path
-        self._verified = userblock.open_verified(path, dir_fd)
-        self._raw, digest = self._verified.file, self._verified.digest
+        self._verified = user_block.open_verified(path, dir_fd)
+        self._open_files = contextlib.ExitStack()
+        self._raw = self._open_files.enter_context(self._verified.file)
         try:
-            vet(digest)
-            self._file = _open_hdf5(self._raw, self.name)
-            self.datasets: dict[str, h5py.Dataset] = Walk(self.name).group(self._file)
-            self.header = self._read_header(digest)
+            vet(self._verified.digest)
+            file = self._open_files.enter_context(_open_hdf5(self._raw, self.name))
+            self.datasets: dict[str, h5py.Dataset] = Walk(self.name).visit(file)
+            self.header = self._read_header(file)
         except StepctlError:
             self.close()
             raise
-        except Exception as error:  # h5py raises many kinds for a file that is not what it should be
+        except Exception as error:  # h5py raises errors of many types at a malformed file
             self.close()
-            if (failed := self._verified.read_error) is not None:
-                raise files.unreadable(path, failed) from error
+            read_error = self._verified.read_error
+            if read_error is not None:
+                raise files.unreadable(path, read_error) from error
             raise CheckpointError(
                 "hdf5", f"{self.name}: not readable as HDF5 ({' '.join(str(error).split())})"
             ) from error
 
     def close(self) -> None:
-        """Close the file."""
-        if hasattr(self, "_file"):
-            self._file.close()
-        self._raw.close()
+        self._open_files.close()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def array_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Return path -> (shape, dtype) of every array of the state."""
+        """Return path -> (shape, dtype) of the arrays, without counters and texts."""
         return {
             path: (dataset.shape, dataset.dtype.name)
             for path, dataset in self.datasets.items()
@@ -176,11 +232,26 @@ class Reader:
     def read_into(self, path: str, out: Array) -> None:
         """Read one array into C-ordered memory of its shape and dtype."""
         dataset = self.datasets[path]
-        values = out if out.dtype == dataset.dtype else np.empty(out.shape, dataset.dtype)  # of another byte order
-        if out.size:
+        if not out.size:
+            return
+        if out.dtype == dataset.dtype:
+            self._read(path, dataset.id.get_offset(), out)
+        else:  # the machine's byte order is not the file's
+            values = np.empty(out.shape, dataset.dtype)
             self._read(path, dataset.id.get_offset(), values)
-            if values is not out:
-                out[...] = values
+            out[...] = values
+
+    def read_program(self) -> CapturedState | None:
+        """Read the state of a program; None for a task's checkpoint."""
+        if self.header.values is None:
+            return None
+        arrays = {}
+        for path, dataset in self.datasets.items():
+            if path.startswith(_STATE):
+                array = np.empty(dataset.shape, dataset.dtype.newbyteorder("="))
+                self.read_into(path, array)
+                arrays[path.removeprefix(_STATE)] = array
+        return CapturedState(arrays, self.header.values)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if the file was written to since it was opened."""
@@ -194,21 +265,24 @@ class Reader:
         except OSError as error:
             raise files.unreadable(self._path, error) from error
         if n_bytes != out.nbytes:
-            raise CheckpointError("changed", f"{self.name}: /{path}: cut short while it was read")
+            raise CheckpointError("changed", f"{self.name}: /{path}: truncated while it was read")
+        if out.dtype == bool and out.view(np.uint8).max() > 1:
+            raise CheckpointError("bool", f"{self.name}: /{path}: a byte that is neither 0 nor 1")
 
     def parts(self, path: str) -> Iterator[Array]:
-        """Yield the elements of one array in C order, a 1-D part at a time."""
+        """Yield the elements of one array in C order, in 1-D parts."""
         dataset = self.datasets[path]
-        size, dtype = math.prod(dataset.shape), dataset.dtype
-        position = dataset.id.get_offset()
-        for start in range(0, size, _PART):
-            part = np.empty(min(_PART, size - start), dtype)
-            self._read(path, position + start * dtype.itemsize, part)
+        size = math.prod(dataset.shape)
+        offset = dataset.id.get_offset()
+        for start in range(0, size, _N_ELEMENTS):
+            part = np.empty(min(_N_ELEMENTS, size - start), dataset.dtype)
+            self._read(path, offset + start * part.itemsize, part)
             yield part
 
-    def _read_header(self, digest: str) -> Header:
+    def _read_header(self, file: h5py.File) -> Header:
         version = self._verified.version
-        attributes = self._attributes(_ROOT_ATTRIBUTES if version == 1 else _ROOT_ATTRIBUTES | {"run_id"})
+        expected = _ROOT_ATTRIBUTES if version == 1 else _ROOT_ATTRIBUTES | {"run_id"}
+        attributes = self._read_attributes(file, expected)
         counters = {
             path.removeprefix("counters/"): int(dataset[()])
             for path, dataset in self.datasets.items()
@@ -222,9 +296,15 @@ class Reader:
             )
         run_id = attributes.get("run_id")
         if run_id is not None and not _RUN_ID.fullmatch(run_id):
-            raise CheckpointError("attribute", f"{self.name}: root attribute 'run_id' is not 32 hexadecimal digits")
+            raise CheckpointError(
+                "attribute", f"{self.name}: root attribute 'run_id' is not 32 hexadecimal digits"
+            )
         self._check_steps(attributes["global_step"], counters)
-        texts = {name: self._string(self.datasets[name][()], name) for name in TEXTS}
+        texts = {
+            name: self._string(self.datasets[name][()], name)
+            for name in TEXTS
+            if name in self.datasets
+        }
         self._check_texts(texts)
         return Header(
             global_step=attributes["global_step"],
@@ -234,38 +314,57 @@ class Reader:
             run_id=run_id,
             config=texts["config"],
             numerics=texts["numerics"],
-            sha256=digest,
+            values=texts[VALUES].rstrip(" ") if VALUES in texts else None,
+            sha256=self._verified.digest,
         )
 
     def _check_texts(self, texts: dict[str, str]) -> None:
         try:
-            yamlio.loads(texts["config"], "/config")
+            yaml.loads(texts["config"], "/config")
         except ConfigError as error:
             raise CheckpointError("text", f"{self.name}: {str(error).splitlines()[0]}") from error
         try:
             if not isinstance(json.loads(texts["numerics"]), dict):
                 raise ValueError("not a JSON object")
         except (ValueError, RecursionError) as error:
-            raise CheckpointError("text", f"{self.name}: /numerics: {' '.join(str(error).split())}") from error
+            raise CheckpointError(
+                "text", f"{self.name}: /numerics: {' '.join(str(error).split())}"
+            ) from error
+        if VALUES in texts:
+            self._check_values(texts[VALUES])
 
-    def _attributes(self, expected: set[str]) -> dict[str, Any]:
-        found = set(self._file.attrs)
+    def _check_values(self, text: str) -> None:
+        paths = [path.removeprefix(_STATE) for path in self.datasets if path.startswith(_STATE)]
+        try:
+            decode(text, dict.fromkeys(paths, np.empty(())))
+        except CheckpointError as error:
+            raise CheckpointError(error.code, f"{self.name}: {error}") from error
+
+    def _read_attributes(self, file: h5py.File, expected: set[str]) -> dict[str, Any]:
+        """Return the root attributes; CheckpointError at an unexpected name or type."""
+        found = set(file.attrs)
         if found != expected:
             odd = sorted(found ^ expected)[0]
-            raise CheckpointError("attribute", f"{self.name}: root attribute {odd!r} is missing or unknown")
+            raise CheckpointError(
+                "attribute", f"{self.name}: root attribute {odd!r} is missing or unknown"
+            )
         values: dict[str, Any] = {}
         for name in sorted(found):
-            space, kind = self._file.attrs.get_id(name).get_space(), self._file.attrs.get_id(name).get_type()
-            whole = name in ("format_version", "global_step")
-            large = kind.get_size() > _MAX_ATTRIBUTE
-            if (
-                large
-                or space.get_simple_extent_type() != h5py.h5s.SCALAR
-                or not (kind.equal(NUMBERS["<i8"]) if whole else is_fixed_string(kind))
-            ):
-                raise CheckpointError("attribute", f"{self.name}: root attribute {name!r} is of a wrong type")
-            value = self._file.attrs[name]
-            values[name] = int(value) if whole else self._string(value, name)
+            attribute = file.attrs.get_id(name)
+            kind = attribute.get_type()
+            is_large = kind.get_size() > _MAX_ATTRIBUTE_BYTES
+            is_scalar = attribute.get_space().get_simple_extent_type() == h5py.h5s.SCALAR
+            is_integer = name in ("format_version", "global_step")
+            if is_integer:
+                has_type = kind.equal(NUMBER_TYPES["<i8"])
+            else:
+                has_type = is_fixed_string(kind)
+            if is_large or not is_scalar or not has_type:
+                raise CheckpointError(
+                    "attribute", f"{self.name}: root attribute {name!r} has a wrong type"
+                )
+            value = file.attrs[name]
+            values[name] = int(value) if is_integer else self._string(value, name)
         return values
 
     def _check_steps(self, attribute: int, counters: dict[str, int]) -> None:
@@ -288,11 +387,26 @@ class Reader:
             raise CheckpointError("text", f"{self.name}: /{where} is not UTF-8 text") from error
 
 
-def check(path: str) -> dict[str, Any]:
-    """Open a checkpoint, and return its step, digest, config and run_id; CheckpointError if it is refused."""
+class CheckedFile(TypedDict):
+    """The facts about a verified checkpoint that the sandbox passes on."""
+
+    name: str
+    step: int
+    sha256: str
+    config: str  # YAML
+    run_id: str | None
+
+
+def check(path: str) -> CheckedFile:
+    """Open and verify a checkpoint, in the sandbox."""
     with Reader(path) as reader:
         header = reader.header
+        for name, (_, dtype) in reader.array_shapes().items():
+            if dtype == "bool":
+                for _ in reader.parts(name):  # refuses bytes other than 0 and 1
+                    pass
         return {
+            "name": reader.name,
             "step": header.global_step,
             "sha256": header.sha256,
             "config": header.config,
@@ -302,49 +416,106 @@ def check(path: str) -> dict[str, Any]:
 
 def _open_hdf5(raw: BufferedReader, name: str) -> h5py.File:
     size = os.fstat(raw.fileno()).st_size
-    raw.seek(userblock.SIZE)
-    if raw.read(len(_SUPERBLOCK) + 24) != _SUPERBLOCK + struct.pack("<QQQ", userblock.SIZE, _UNDEFINED, size):
-        raise CheckpointError("hdf5", f"{name}: no superblock at byte {userblock.SIZE} such as the format has")
+    addresses = struct.pack("<QQQ", user_block.SIZE, _NO_EXTENSION, size)
+    superblock = _SUPERBLOCK + addresses
+    raw.seek(user_block.SIZE)
+    if raw.read(len(superblock)) != superblock:
+        raise CheckpointError("hdf5", f"{name}: no valid HDF5 superblock at byte {user_block.SIZE}")
     raw.seek(0)
     return h5py.File(raw, "r")
 
 
-def restore(reader: Reader, state: TrainState) -> None:
+def restore(reader: Reader, state: TrainState, changed_hooks: Collection[str] = ()) -> None:
     """Read a checkpoint into a state that was built for the same config.
 
-    CheckpointError lists every array and counter that is missing, extra, or of another shape or dtype, before
-    anything is read: nothing of the state has changed then.
+    Of `changed_hooks`, those without arrays in the checkpoint keep their initial state, and arrays of
+    those that the state lacks are ignored.
+
+    CheckpointError lists every array and counter that is missing, extra, or of another shape or
+    dtype. It is raised before anything is read, and leaves the state unchanged. ConfigError if the
+    live state of a program does not have the keys and objects of the checkpoint's.
     """
-    expected = {path: (array.shape, array.dtype.name) for path, array in state.arrays().items()}
-    found = reader.array_shapes()
-    expected |= {f"counters/{name}": ((), "int64") for name in state.counters}
-    found |= {f"counters/{name}": ((), "int64") for name in reader.header.counters}
-    differences = list(_differences(expected, found))
-    if differences:
-        raise CheckpointError("mismatch", f"{reader.name}: does not fit this config\n" + "\n".join(differences))
-    for folder, arena in [*state.arenas.items(), ("buffers", state.buffers)]:
+    _refuse_mismatch(reader, state, changed_hooks)
+    captured = reader.read_program()
+    for group, arena in [*state.arenas.items(), ("buffers", state.buffers)]:
         for name, array in update_views(arena).items():
-            reader.read_into(f"{folder}/{name}", array)
-        arena.turn()
-    remembered = []
-    for hook in state.hooks:
-        arrays = {key: np.empty(array.shape, array.dtype) for key, array in hook.state().items()}
-        for key, array in arrays.items():
-            reader.read_into(f"hooks/{hook.name}/{key}", array)
-        remembered.append(arrays)
+            reader.read_into(f"{group}/{name}", array)
+        arena.swap_buffers()
+    saved = saved_hooks(reader)
+    hooks = [hook for hook in state.hooks if hook.name in saved]
+    hook_states = [_read_hook_state(reader, hook) for hook in hooks]
     reader.check_unchanged()
-    for hook, arrays in zip(state.hooks, remembered, strict=True):
+    if captured is not None:
+        assert isinstance(state.program, ProgramState | SavedProgramState)
+        state.program.restore(captured)
+    for hook, arrays in zip(hooks, hook_states, strict=True):
         hook.load_state(arrays)
     restore_counters(state.counters, reader.header.counters)
 
 
-def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    for path in [*expected, *(path for path in found if path not in expected)]:
-        if expected.get(path) != found.get(path):
-            foreign = path.startswith("hooks/") and not (expected.get(path) and found.get(path))
-            own = " (of a hook of your own? resume from Python, with that hook)" if foreign else ""
-            yield f"  /{path}: expected {_describe(expected.get(path))}, found {_describe(found.get(path))}{own}"
+def restore_hook(reader: Reader, hook: StatefulHook) -> None:
+    """Restore the arrays of one hook, unless the checkpoint has none, or other ones."""
+    shapes = reader.array_shapes()
+    for key, array in hook.state().items():
+        if shapes.get(f"{_HOOKS}{hook.name}/{key}") != (array.shape, array.dtype.name):
+            return
+    hook.load_state(_read_hook_state(reader, hook))
+    reader.check_unchanged()
 
 
-def _describe(entry: tuple[tuple[int, ...], str] | None) -> str:
+def saved_hooks(reader: Reader) -> set[str]:
+    """Return the names of the hooks that have arrays in a checkpoint."""
+    return {path.split("/")[1] for path in reader.array_shapes() if path.startswith(_HOOKS)}
+
+
+def _refuse_mismatch(reader: Reader, state: TrainState, changed_hooks: Collection[str]) -> None:
+    saved = "task" if reader.header.values is None else "program"
+    configured = "task" if state.program is None else "program"
+    if saved != configured:
+        raise CheckpointError(
+            "mismatch",
+            f"{reader.name}: holds the state of a {saved}, and this config has a {configured}; use "
+            "the config that it was saved with",
+        )
+    arrays = replace(state, program=None).arrays()  # the shapes of a program's may change
+    expected = {path: (array.shape, array.dtype.name) for path, array in arrays.items()}
+    expected |= {f"counters/{name}": ((), "int64") for name in state.counters}
+    found = reader.array_shapes()
+    found = {path: entry for path, entry in found.items() if not path.startswith(_STATE)}
+    found |= {f"counters/{name}": ((), "int64") for name in reader.header.counters}
+    one_sided = saved_hooks(reader) ^ {hook.name for hook in state.hooks}
+    tolerated = one_sided & {*changed_hooks, *_LATER_HOOKS}
+    expected = _without_hooks(expected, tolerated)
+    found = _without_hooks(found, tolerated)
+    differences = list(_describe_differences(expected, found))
+    if differences:
+        raise CheckpointError(
+            "mismatch", f"{reader.name}: does not fit this config\n" + "\n".join(differences)
+        )
+
+
+def _without_hooks(arrays: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    folders = tuple(f"{_HOOKS}{name}/" for name in names)
+    return {path: entry for path, entry in arrays.items() if not path.startswith(folders)}
+
+
+def _read_hook_state(reader: Reader, hook: StatefulHook) -> dict[str, Array]:
+    arrays = {key: np.empty(array.shape, array.dtype) for key, array in hook.state().items()}
+    for key, array in arrays.items():
+        reader.read_into(f"{_HOOKS}{hook.name}/{key}", array)
+    return arrays
+
+
+def _describe_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    for path in yaml.differing_keys(expected, found):
+        wanted = expected.get(path)
+        stored = found.get(path)
+        hint = ""
+        if path.startswith(_HOOKS) and (wanted is None or stored is None):
+            hint = " (a hook in Python? resume there with it, or add it to the config's hooks)"
+        yield f"  /{path}: expected {describe_array(wanted)}, found {describe_array(stored)}{hint}"
+
+
+def describe_array(entry: tuple[tuple[int, ...], str] | None) -> str:
+    """Return "float32 (3, 4)" for an array's shape and dtype; "nothing" for None."""
     return f"{entry[1]} {entry[0]}" if entry else "nothing"

@@ -1,94 +1,103 @@
-"""Which checkpoints a run must have, by its ledger, and which of them are missing."""
-
-from __future__ import annotations
+"""The checkpoints that a run must have according to its ledger, and the ones that are missing."""
 
 import re
-from collections.abc import Callable
-from typing import Any
 
 from stepctl.checkpoint import names
+from stepctl.rundir.directory import RunDirectory
+from stepctl.rundir.ledger import Ledger
 
-Ledger = list[dict[str, Any]]
-_ASIDE = re.compile(r"step-[0-9]{8,19}\.h5\.aside-[0-9]{1,9}")
+_SET_ASIDE_NAME = re.compile(r"step-[0-9]{8,19}\.h5\.aside-[0-9]{1,9}")
 
 
 def expected_checkpoints(ledger: Ledger) -> dict[int, str]:
-    """Return step -> sha256 of the checkpoints that must be there: acknowledged, and neither pruned nor set aside."""
+    """Return step -> sha256 of the acknowledged checkpoints, without pruned and set-aside ones."""
     expected: dict[int, str] = {}
-    for row in ledger:
-        if row["event"] == "checkpoint":
-            expected[row["step"]] = row["sha256"]
-        removed = [*_steps(row.get("pruned"))]
-        if row["event"] == "prune":
-            removed += _steps(row.get("steps"))
-        for name in _listed(row.get("set_aside")):
-            step = _step_of_aside(str(name))
-            removed += [] if step is None else [step]
+    for event in ledger:
+        removed: list[int] = []
+        if event["event"] == "checkpoint":
+            expected[event["step"]] = event["sha256"]
+            removed = _steps(event.get("pruned"))
+        elif event["event"] == "prune":
+            removed = _steps(event["steps"])
+        elif event["event"] == "start":
+            removed = [step for step, _ in _set_aside(event.get("set_aside"))]
         for step in removed:
             expected.pop(step, None)
     return expected
 
 
 def pending_set_aside(ledger: Ledger) -> dict[int, str]:
-    """Return step -> new name of the checkpoints that the newest segment recorded to set aside, if it may not have.
+    """Return step -> new name of the checkpoints that may still have to be set aside.
 
-    They are renamed right after the segment's first line is written: any later line tells that it is done.
+    A segment renames them right after it recorded its start, so a later event means that they were
+    renamed.
     """
-    if not ledger or ledger[-1]["event"] != "start":
+    if not ledger.events:
         return {}
-    pending = {}
-    for name in _listed(ledger[-1].get("set_aside")):
-        step = _step_of_aside(str(name))
-        if step is not None and _ASIDE.fullmatch(str(name)):
-            pending[step] = name
-    return pending
+    newest = ledger.events[-1]
+    if newest["event"] != "start":
+        return {}
+    return {
+        step: name
+        for step, name in _set_aside(newest.get("set_aside"))
+        if _SET_ASIDE_NAME.fullmatch(name)
+    }
 
 
-def passed_over(ledger: Ledger) -> set[int]:
-    """Return the steps of checkpoints that a later segment did not resume from, though they were the newest.
+def skipped_checkpoints(ledger: Ledger) -> set[int]:
+    """Return the steps of the checkpoints that a later segment skipped: damaged or missing ones.
 
-    They are damaged, or were not there. One that was made again since, or resumed from, is not among them.
+    A step that was published again or resumed from since is not among them.
     """
     acknowledged: set[int] = set()
-    passed: set[int] = set()
-    for row in ledger:
-        if row["event"] == "checkpoint":
-            acknowledged.add(row["step"])
-        if row["event"] in ("checkpoint", "start"):
-            passed.discard(row["step"])
-        if row["event"] == "start":
-            passed |= {step for step in acknowledged if step > row["step"]}
-    return passed
+    skipped: set[int] = set()
+    for event in ledger:
+        if event["event"] == "checkpoint":
+            acknowledged.add(event["step"])
+            skipped.discard(event["step"])
+        elif event["event"] == "start":
+            skipped.discard(event["step"])
+            skipped |= {step for step in acknowledged if step > event["step"]}
+    return skipped
 
 
-def missing_checkpoints(read_ledger: Callable[[], Ledger], list_steps: Callable[[], list[int]]) -> list[int]:
-    """Return the steps, rising, of the expected checkpoints that are not there. The run may be going on.
+def missing_checkpoints(directory: RunDirectory, ledger: Ledger) -> list[int]:
+    """Return the steps, in ascending order, of the expected checkpoints that are missing.
 
-    The directory is listed after the ledger was read; what was pruned in between is in the ledger by then.
+    The run may be training: the directory is listed after the ledger was read, and the ledger read
+    again if a file is missing, because it records a pruned checkpoint before the file is removed.
     """
-    missing = expected_checkpoints(read_ledger()).keys() - set(list_steps())
+    found = names.steps(directory.checkpoint_folder.names())
+    missing = expected_checkpoints(ledger).keys() - set(found)
     if not missing:
         return []
-    return sorted(missing & expected_checkpoints(read_ledger()).keys())
+    return sorted(missing & expected_checkpoints(directory.read_ledger()).keys())
 
 
-def newer_missing(missing: list[int], step: int) -> str | None:
+def describe_missing(missing: list[int], step: int) -> str | None:
     """Return a message if checkpoints after `step`, which is used instead, are missing."""
     newer = [other for other in missing if other > step]
     if not newer:
         return None
     newest = names.file_name(newer[-1])
     others = f", and {len(newer) - 1} before it" if len(newer) > 1 else ""
-    return f"{newest}: acknowledged in ledger.jsonl, but it is not there{others}; using {names.file_name(step)}"
+    return f"{newest}: acknowledged in ledger.jsonl, but missing{others}; using {names.file_name(step)}"
 
 
-def _step_of_aside(name: str) -> int | None:
-    return names.step_of(name.partition(".aside-")[0])
+def _steps(values: object) -> list[int]:
+    if not isinstance(values, list):
+        return []
+    return [step for step in values if isinstance(step, int)]
 
 
-def _steps(values: Any) -> list[int]:
-    return [step for step in _listed(values) if isinstance(step, int)]
-
-
-def _listed(values: Any) -> list[Any]:
-    return values if isinstance(values, list) else []
+def _set_aside(values: object) -> list[tuple[int, str]]:
+    """Return the step and the name of each checkpoint in a list of new names."""
+    if not isinstance(values, list):
+        return []
+    found = []
+    for value in values:
+        name = str(value)
+        step = names.step_of(name.partition(".aside-")[0])
+        if step is not None:
+            found.append((step, name))
+    return found

@@ -1,4 +1,4 @@
-"""A file that holds HDF5's own bytes and not the arrays: where each array belongs is known, the rest is small."""
+"""A sparse file in memory for HDF5's own bytes, without the arrays."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-_PAGE = 4096
+_PAGE_BYTES = 4096
 
 
 class Metadata(io.RawIOBase):
-    """A sparse file in memory, for h5py to write into; what was never written reads as zeros."""
+    """A file that h5py writes into. Bytes that were never written are zero."""
 
     def __init__(self) -> None:
+        self.size = 0
+        self._position = 0
         self._pages: dict[int, bytearray] = {}
-        self._position = self.size = 0
 
     def copy(self) -> Metadata:
-        """Return a file of its own that holds the same."""
+        """Return an independent file of the same content."""
         other = Metadata()
-        other._pages = {number: page[:] for number, page in self._pages.items()}
         other.size = self.size
+        other._pages = {number: page[:] for number, page in self._pages.items()}
         return other
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = base + offset
         return self._position
 
     def tell(self) -> int:
@@ -37,31 +39,34 @@ class Metadata(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        for page, at, part in _parts(self._position, len(view)):
-            self._pages.setdefault(page, bytearray(_PAGE))[at] = view[part]
+        for number, in_page, in_data in _page_ranges(self._position, len(view)):
+            page = self._pages.setdefault(number, bytearray(_PAGE_BYTES))
+            page[in_page] = view[in_data]
         self._position += len(view)
         self.size = max(self.size, self._position)
         return len(view)
 
     def readinto(self, out: Any) -> int:
         view = memoryview(out).cast("B")
-        for page, at, part in _parts(self._position, len(view)):
-            view[part] = self._pages.get(page, bytes(_PAGE))[at]
+        for number, in_page, in_data in _page_ranges(self._position, len(view)):
+            page = self._pages.get(number, bytes(_PAGE_BYTES))
+            view[in_data] = page[in_page]
         self._position += len(view)
         return len(view)
 
-    def between(self, start: int, end: int) -> bytes:
-        """Return the bytes of a range."""
+    def read_range(self, start: int, end: int) -> bytes:
+        """Return the bytes from offset `start` up to `end`."""
         data = bytearray(end - start)
         self.seek(start)
         self.readinto(data)
         return bytes(data)
 
 
-def _parts(start: int, length: int) -> Iterator[tuple[int, slice, slice]]:
+def _page_ranges(start: int, length: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield (page number, slice of the page, slice of the data) for a range of bytes."""
     done = 0
     while done < length:
-        page, first = divmod(start + done, _PAGE)
-        n = min(_PAGE - first, length - done)
-        yield page, slice(first, first + n), slice(done, done + n)
-        done += n
+        number, first = divmod(start + done, _PAGE_BYTES)
+        n_bytes = min(_PAGE_BYTES - first, length - done)
+        yield number, slice(first, first + n_bytes), slice(done, done + n_bytes)
+        done += n_bytes

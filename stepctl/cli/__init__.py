@@ -1,1 +1,1 @@
-"""The command line: one thin module a command, which parses, calls and prints."""
+"""The command line: one thin module per command, which parses, calls and prints."""

@@ -1,43 +1,43 @@
-"""`stepctl config`: check a config, or print what one may hold."""
-
-from __future__ import annotations
-
-import json
+"""`stepctl config`: check a config, or print the schema of configs."""
 
 import click
 
-from stepctl.cli.options import Place, set_option
-from stepctl.cli.pipes import echo
+from stepctl.cli.options import json_option, set_option
+from stepctl.cli.output import echo, echo_json
+from stepctl.cli.parameter_types import Place
 
 
 @click.group()
 def config() -> None:
-    """Check a config, or print the schema of one."""
+    """Check a config, or print the schema of configs."""
 
 
 @config.command()
 @click.argument("file", type=Place(), metavar="FILE")
 @set_option
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@json_option("the config")
 def check(file: str, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Check FILE and print it with every default written out; all errors are listed at once."""
-    from stepctl import config as configs
-    from stepctl import yamlio
+    """Check FILE and print it with all defaults; all errors are listed at once."""
+    from stepctl.config import yaml
+    from stepctl.config.model import parse_config
 
-    document = yamlio.load(file)
+    document = yaml.load(file)
     document.set_all(assignments)
-    parsed = configs.parse(document)
+    parsed = parse_config(document)
 
-    from stepctl.assembly import check_without_data
+    from stepctl.training.resolve import check_without_data
 
     check_without_data(parsed)
     plain = parsed.plain()
-    echo(json.dumps(plain, indent=2) if as_json else yamlio.dumps(plain).rstrip())
+    if as_json:
+        echo_json(plain)
+    else:
+        echo(yaml.dumps(plain).rstrip())
 
 
 @config.command()
 def schema() -> None:
-    """Print the JSON Schema of a config."""
-    from stepctl.schema import schema as of_a_config
+    """Print the JSON Schema of configs."""
+    from stepctl.config import json_schema
 
-    echo(json.dumps(of_a_config(), indent=2))
+    echo_json(json_schema.schema())

@@ -1,46 +1,52 @@
-"""`stepctl doctor`: what this machine has, for a bug report."""
+"""`stepctl doctor`: report on this machine."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from stepctl.cli.options import Place
-from stepctl.cli.pipes import echo
+from stepctl.cli.options import json_option
+from stepctl.cli.output import echo, echo_json
+from stepctl.cli.parameter_types import Place
 from stepctl.errors import Exit
+from stepctl.system.text import in_one_line
 
-Line = tuple[str, str]  # a label, and what it says
+Facts = dict[str, Any]  # a part of the report
+Lines = Iterator[tuple[str, str]]  # a label and its text
 
 
 @click.command()
 @click.option(
-    "--runs", "folder", default="runs", metavar="DIR", type=Place(folder=True), help="Where runs are kept (runs)."
+    "--runs",
+    "folder",
+    default="runs",
+    metavar="DIR",
+    type=Place(folder=True),
+    help="The folder of the runs (default: runs).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option("the report")
 def doctor(folder: str, as_json: bool) -> None:
-    """Show what this machine has, for a bug report: versions, CPU, BLAS, HDF5, MPI, extras, and the disk.
+    """Report on this machine, for a bug report.
 
-    In the folder where runs are kept, and in that for temporary files, what a run rests on is tried, and removed again:
-    fsync, flock, rename, O_EXCL, O_APPEND; a checkpoint. Exits with 1 if something would keep runs from working.
+    The report has versions, CPU, BLAS, HDF5, MPI, extras, and the disk. In DIR and in the folder
+    for temporary files, the operations that a run depends on are tried and their files removed:
+    fsync, flock, rename, O_EXCL, O_APPEND, and a checkpoint. Exit 1 if a problem would prevent
+    runs.
     """
-    from stepctl.doctor import examine
-    from stepctl.problems import in_one_line
+    from stepctl.doctor.machine import examine
 
-    found = examine(folder)
+    report = examine(folder)
     if as_json:
-        echo(json.dumps(found, indent=2))
+        echo_json(report)
     else:
-        for label, text in _lines(found):
+        for label, text in _lines(report):
             echo(in_one_line(f"{label:<14}{text}"))
-    if found["problems"]:
+    if report["problems"]:
         raise click.exceptions.Exit(Exit.NEGATIVE)
 
 
-def _lines(found: dict[str, Any]) -> Iterator[Line]:
-    shown: dict[str, Callable[[dict[str, Any]], Iterator[Line]]] = {
+def _lines(report: Facts) -> Lines:
+    sections: dict[str, Callable[[Facts], Lines]] = {
         "stepctl": _software,
         "machine": _machine,
         "environment": _environment,
@@ -50,69 +56,88 @@ def _lines(found: dict[str, Any]) -> Iterator[Line]:
         "extras": _extras,
         "runs": _runs,
     }
-    for name, show in shown.items():
-        yield from [(name, f"failed: {found[name]['error']}")] if "error" in found[name] else show(found[name])
-    yield from (("problem", problem) for problem in found["problems"])
+    for name, lines_of in sections.items():
+        part = report[name]
+        if "error" in part:
+            yield name, f"failed: {part['error']}"
+        else:
+            yield from lines_of(part)
+    for problem in report["problems"]:
+        yield "problem", problem
 
 
-def _software(part: dict[str, Any]) -> Iterator[Line]:
+def _software(part: Facts) -> Lines:
     yield "stepctl", part["version"]
     yield "Python", part["python"]
     yield "platform", part["platform"]
 
 
-def _machine(part: dict[str, Any]) -> Iterator[Line]:
+def _machine(part: Facts) -> Lines:
     yield "CPU", f"{part['cpu']}; {part['cpus']} CPUs, {part['usable_cpus']} for this process"
     yield "memory", f"{_size(part['memory'])}, {_size(part['available'])} available"
 
 
-def _environment(part: dict[str, Any]) -> Iterator[Line]:
+def _environment(part: Facts) -> Lines:
     variables = "  ".join(f"{name}={value}" for name, value in part["variables"].items())
-    asked = "any number of threads" if part["threads"] is None else f"{part['threads']} threads"
-    yield "environment", f"{variables or 'nothing set'}; asks for {asked}"
+    threads = "any number of threads"
+    if part["threads"] is not None:
+        threads = f"{part['threads']} threads"
+    yield "environment", f"{variables or 'nothing set'}; asks for {threads}"
 
 
-def _numerics(part: dict[str, Any]) -> Iterator[Line]:
+def _numerics(part: Facts) -> Lines:
     yield "NumPy", part["numpy"]
     for library in part["libraries"] or [{}]:
-        name, kernel = library.get("internal_api", "unknown"), library.get("architecture", "unknown")
-        yield (
-            "BLAS",
-            f"{name} {library.get('version') or ''}, kernel {kernel}, {library.get('num_threads', '?')} threads",
-        )
+        name = library.get("internal_api", "unknown")
+        version = library.get("version") or ""
+        kernel = library.get("architecture", "unknown")
+        threads = library.get("num_threads", "?")
+        yield "BLAS", f"{name} {version}, kernel {kernel}, {threads} threads"
     yield "fingerprint", "  ".join(f"{name} {value}" for name, value in part["fingerprint"].items())
 
 
-def _hdf5(part: dict[str, Any]) -> Iterator[Line]:
-    well = f"a checkpoint reads back to the bit ({part['milliseconds']:.0f} ms)"
-    yield "HDF5", f"{part['hdf5']}, h5py {part['h5py']}; {part['reason'] or well}"
+def _hdf5(part: Facts) -> Lines:
+    outcome = part["reason"]
+    if outcome is None:
+        outcome = f"a checkpoint reads back to the bit ({part['milliseconds']:.0f} ms)"
+    yield "HDF5", f"{part['hdf5']}, h5py {part['h5py']}; {outcome}"
 
 
-def _mpi(part: dict[str, Any]) -> Iterator[Line]:
-    where = part["mpiexec"] or "not on the PATH"
+def _mpi(part: Facts) -> Lines:
+    mpiexec = f"mpiexec: {part['mpiexec'] or 'not on the PATH'}"
     if part["library"] is None:
-        yield "MPI", f"mpi4py is not installed; {part['pip']}; mpiexec: {where}"
+        yield "MPI", f"mpi4py is not installed; {part['pip']}; {mpiexec}"
         return
     library = " ".join(part["library"].split())
-    yield "MPI", f"{library}, MPI {part['standard']}, rank {part['rank']} of {part['ranks']}; mpiexec: {where}"
+    rank = f"rank {part['rank']} of {part['ranks']}"
+    yield "MPI", f"{library}, MPI {part['standard']}, {rank}; {mpiexec}"
 
 
-def _extras(part: dict[str, Any]) -> Iterator[Line]:
-    for extra, facts in part.items():
-        versions = ", ".join(f"{name} {version or 'is missing'}" for name, version in facts["packages"].items())
-        remedy = "" if all(facts["packages"].values()) else f"; {facts['pip']}"
-        yield f"  {extra}", f"{versions}{remedy}"
+def _extras(part: Facts) -> Lines:
+    for name, extra in part.items():
+        packages = extra["packages"]
+        versions = [f"{package} {version or 'is missing'}" for package, version in packages.items()]
+        text = ", ".join(versions)
+        if None in packages.values():
+            text += f"; {extra['pip']}"
+        yield f"  {name}", text
 
 
-def _runs(part: dict[str, Any]) -> Iterator[Line]:
-    there = "" if part["folder"] == part["path"] else f" (not there yet; looked at {part['folder']})"
-    yield "runs", f"{part['path']}{there}; {part['type']}, {_size(part['free'])} free"
+def _runs(part: Facts) -> Lines:
+    place = part["path"]
+    if part["folder"] != place:
+        place += f" (does not exist yet; checked {part['folder']})"
+    yield "runs", f"{place}; {part['type']}, {_size(part['free'])} free"
     for trial in part["trials"]:
-        how = f"fails: {trial['reason']}" if trial["reason"] else f"{trial['milliseconds']:.2f} ms"
-        yield f"  {trial['name']:<28}", how
+        outcome = f"fails: {trial['reason']}"
+        if trial["reason"] is None:
+            outcome = f"{trial['milliseconds']:.2f} ms"
+        yield f"  {trial['name']:<28}", outcome
 
 
 def _size(n_bytes: int | None) -> str:
     if n_bytes is None:
         return "?"
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+    if n_bytes < 1e8:
+        return f"{n_bytes / 1e6:.1f} MB"
+    return f"{n_bytes / 1e9:.1f} GB"

@@ -1,18 +1,25 @@
-"""`stepctl fork`: a new run from a step of an old one."""
-
-from __future__ import annotations
+"""`stepctl fork`: start a new run from a checkpoint of another."""
 
 import click
 
-from stepctl.cli.options import Place, Steps, say, set_option, stop_assignments, target_options
-from stepctl.shell import command
+from stepctl.cli.options import set_option, set_target, stop_section, target_options
+from stepctl.cli.parameter_types import Place, WholeNumber
+from stepctl.system.shell import command
+from stepctl.system.terminal import say
 
 
 @click.command()
 @click.argument("run_dir", type=Place(folder=True), metavar="RUN")
-@click.option("--at", type=Steps(min=0), metavar="N", help="The global step to start from; the newest if not given.")
 @click.option(
-    "--run-dir", "new_dir", required=True, type=Place(folder=True), metavar="NEW", help="Where the new run is kept."
+    "--at", type=WholeNumber(min=0), metavar="N", help="The global step (default: the newest)."
+)
+@click.option(
+    "--run-dir",
+    "new_dir",
+    required=True,
+    type=Place(folder=True),
+    metavar="NEW",
+    help="The directory of the new run.",
 )
 @set_option
 @target_options
@@ -24,26 +31,38 @@ def fork(
     num_steps: int | None,
     last_step: int | None,
 ) -> None:
-    """Start a new run from a checkpoint of RUN, with RUN's config and what --set changes; nothing is trained.
+    """Start a new run from a checkpoint of RUN.
 
-    Any key may change, as long as the arrays and counters of the checkpoint fit. The checkpoint stays in RUN from
-    then on. `stepctl resume NEW` goes on with it.
+    Nothing is trained. The config is RUN's with the changes of --set. Any key may change if the
+    checkpoint's arrays and counters still fit. RUN keeps the checkpoint from then on. Train with
+    `stepctl resume NEW`.
     """
-    from stepctl import numerics
-    from stepctl.rundir import RunDirectory
+    import copy
 
-    assignments = (*stop_assignments(num_steps, last_step), *assignments)
+    from stepctl.rundir.directory import RunDirectory
+    from stepctl.runs.records import is_script, read_records
+    from stepctl.system import blas
+
+    stop = stop_section(num_steps, last_step)
     parent = RunDirectory(run_dir)
-    document = parent.newest_config()
-    document.set_all(assignments)
-    numerics.pin(*numerics.asked_for(document.value))
+    parent.refuse_missing_run()
+    with parent.lock(say):
+        records = read_records(parent)
+        document = copy.deepcopy(records.document)
+        set_target(document, stop)
+        document.set_all(assignments)
+        blas.set_environment(*blas.requested_numerics(document.value))
 
-    from stepctl.fork import ForkOptions
-    from stepctl.fork import fork as fork_run
+        from stepctl.runs.fork import ForkOptions
+        from stepctl.runs.fork import fork as fork_run
 
-    forked = fork_run(parent, RunDirectory(new_dir), ForkOptions(at, assignments), say)
-    more = "" if forked.target > forked.step else f" --num-steps N (its target, step {forked.target}, is reached)"
-    if forked.stopped:
-        more = f" ... ({forked.stopped})"
-    go_on = command("resume", new_dir)
-    say(f"{new_dir}: global step {forked.step}, forked from {run_dir}; go on with: {go_on}{more}")
+        options = ForkOptions(at, document if stop or assignments else None)
+        forked = fork_run(records, RunDirectory(new_dir), options, say)
+    resume = command("resume", new_dir)
+    if is_script(records):
+        resume = f"its script, given {new_dir} as run directory"
+    elif forked.stopped:
+        resume += f" ... ({forked.stopped})"
+    elif forked.target <= forked.step:
+        resume += f" --num-steps N (its target, step {forked.target}, is reached)"
+    say(f"{new_dir}: global step {forked.step}, forked from {run_dir}; continue with: {resume}")

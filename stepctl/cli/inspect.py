@@ -1,96 +1,130 @@
-"""`stepctl inspect`: look into a checkpoint."""
+"""`stepctl inspect`: show the contents of a checkpoint."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from stepctl.cli.options import Place, say
-from stepctl.cli.pipes import echo
+from stepctl.cli.options import json_option, refuse_missing
+from stepctl.cli.output import echo, echo_json
+from stepctl.cli.parameter_types import Place
 from stepctl.errors import printable
+from stepctl.system.terminal import say
+from stepctl.system.text import align_columns, in_one_line
 
-_NONE = "-"  # a pattern that no path matches
+if TYPE_CHECKING:
+    from stepctl.reports.inspect import ArrayContents, CheckpointContents
+
+_NO_ARRAY = "-"  # a pattern that matches no path
+_MAX_TEXT = 100  # characters of a value
+_HEADS = ("path", "shape", "dtype", "count", "min", "max", "mean", "std", "non_finite")
 
 
 @click.command()
 @click.argument("path", metavar="PATH", type=Place())
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--path", "pattern", default="*", metavar="PATTERN", help="Only arrays such as 'params/*'.")
-@click.option("--step", "step_only", is_flag=True, help="Print the global step alone.")
+@json_option("the contents")
+@click.option(
+    "--path",
+    "pattern",
+    default="*",
+    metavar="PATTERN",
+    help="Show only arrays such as 'params/*', and values such as 'values/accepted'.",
+)
+@click.option("--step", "step_only", is_flag=True, help="Print only the global step.")
 def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
-    """Show what a checkpoint holds.
+    """Show the contents of a checkpoint.
 
-    Of a run: its newest good checkpoint, its newest segment (one train or resume: from which global step to which,
-    and why it ended), and the run and step that it was forked from.
+    For a run: of its newest good checkpoint, with its newest segment (one train or resume: the
+    global steps it covers, and why it ended), and the run and step that it was forked from.
     """
-    from stepctl.rundir import refuse_nowhere
-    from stepctl.sandbox import Sandbox
+    from stepctl.reports.sandboxed import inspect_path
+    from stepctl.system.sandbox import Sandbox
 
-    refuse_nowhere(path)
-    with Sandbox() as sandbox:
-        answer = sandbox.call("stepctl.report:inspect_path", path, _NONE if step_only else pattern)
-    facts = answer["facts"]
-    for line in answer["said"]:
-        say(line)
+    refuse_missing(path)
     if step_only:
-        echo(facts["global_step"])
+        pattern = _NO_ARRAY
+    with Sandbox() as sandbox:
+        from stepctl.config import yaml  # for the output, loaded while the child starts
+
+        inspection = sandbox.call(inspect_path, path, pattern)
+    contents = inspection["contents"]
+    for message in inspection["messages"]:
+        say(message)
+    if step_only:
+        echo(contents["global_step"])
         return
-    if not facts["arrays"]:
-        say(f"no array's path matches {pattern!r}; a pattern is such as 'params/*'")
+    texts = inspection["value_texts"]
+    if not contents["arrays"] and not texts:
+        say(f"no array path matches {pattern!r}; a pattern looks like 'params/*'")
     if as_json:
-        echo(json.dumps(facts, indent=2))
+        echo_json(contents)
     else:
-        print_facts(facts)
+        _print_contents(contents, texts, yaml.dumps(contents["config"]))
 
 
-def print_facts(facts: dict[str, Any]) -> None:
-    """Print the facts about a checkpoint for people."""
-    from stepctl import yamlio
-
-    run, maker = printable(facts["run"]), printable(facts["created_by"])
-    echo(f"{facts['file']}  global step {facts['global_step']}  run {run}  by {maker}")
-    echo(f"sha256      {facts['sha256']}")
-    echo(f"counters    {'  '.join(f'{name} {value}' for name, value in facts['counters'].items())}")
-    if facts["relations"] is not None:
-        echo(f"relations   {_relations(facts)}")
-    echo(f"numerics    {printable('  '.join(f'{name} {value}' for name, value in facts['numerics'].items()))}")
-    echo(f"parameters  {facts['parameters']:,}")
-    _print_run(facts)
-    echo()
-    heads = ("path", "shape", "dtype", "count", "min", "max", "mean", "std", "non_finite")
-    rows = [heads, *([_cell(array[head]) for head in heads] for array in facts["arrays"])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        echo("  ".join(cells))
+def _print_contents(contents: CheckpointContents, texts: dict[str, str], config: str) -> None:
+    run = printable(contents["run"])
+    creator = printable(contents["created_by"])
+    echo(f"{contents['file']}  global step {contents['global_step']}  run {run}  by {creator}")
+    echo(f"sha256      {contents['sha256']}")
+    echo(f"counters    {'  '.join(f'{name} {n}' for name, n in contents['counters'].items())}")
+    if contents["relations"] is not None:
+        echo(f"relations   {_describe_relations(contents['relations'])}")
+    numerics = "  ".join(f"{name} {value}" for name, value in contents["numerics"].items())
+    echo(f"numerics    {printable(numerics)}")
+    if contents["values"] is None:
+        echo(f"parameters  {contents['parameters']:,}")
+    _print_run(contents)
+    if contents["arrays"] or not texts:
+        echo()
+        rows = [_HEADS, *(_cells(array) for array in contents["arrays"])]
+        for line in align_columns(rows, left=(0,)):
+            echo(line)
+    if texts:
+        echo("\nvalues")
+        lines = [[printable(key), in_one_line(text, _MAX_TEXT)] for key, text in texts.items()]
+        for line in align_columns(lines, left=(0, 1)):
+            echo(f"  {line}")
     echo("\nconfig")
-    echo("".join(f"  {printable(line)}\n" for line in yamlio.dumps(facts["config"]).splitlines()), nl=False)
+    for line in config.splitlines():
+        echo(f"  {printable(line)}")
 
 
-def _print_run(facts: dict[str, Any]) -> None:
-    if (segment := facts.get("segment")) is not None:
+def _print_run(contents: CheckpointContents) -> None:
+    segment = contents.get("segment")
+    if segment is not None:
         steps = f"from step {segment['from']} to {segment['to']}, target {segment['target']}"
-        how = "running or killed" if segment["reason"] is None else f"ended {segment['ended']}: {segment['reason']}"
-        echo(printable(f"segment     {segment['number']}  {steps}  {how}"))
-    if (parent := facts.get("parent")) is not None:
-        echo(printable(f"forked from {parent['run']}  at step {parent['step']}  sha256 {parent['sha256']}"))
+        end = "running or killed"
+        if segment["reason"] is not None:
+            end = f"ended {segment['ended']}: {segment['reason']}"
+        echo(printable(f"segment     {segment['number']}  {steps}  {end}"))
+    parent = contents.get("parent")
+    if parent is not None:
+        step = f"at step {parent['step']}  sha256 {parent['sha256']}"
+        echo(printable(f"forked from {parent['run']}  {step}"))
         for change in parent["changes"]:
-            echo(printable(f"            {change.get('key')}: {change.get('old')} -> {change.get('new')}"))
+            values = f"{change.get('old')} -> {change.get('new')}"
+            echo(printable(f"            {change['key']}: {values}"))
 
 
-def _relations(facts: dict[str, Any]) -> str:
-    wrong = [name for name, holds in facts["relations"].items() if not holds]
-    told = ", ".join(facts["relations"])
-    return (
-        f"{', '.join(wrong)}: not as its task counts" if wrong else f"{told}: as many as these steps of its task make"
-    )
+def _describe_relations(relations: dict[str, bool]) -> str:
+    wrong = [name for name, is_consistent in relations.items() if not is_consistent]
+    if wrong:
+        return f"{', '.join(wrong)}: inconsistent with global_step"
+    return f"{', '.join(relations)}: consistent with global_step"
 
 
-def _cell(value: object) -> str:
+def _cells(array: ArrayContents) -> list[str]:
+    return [
+        printable(array["path"]),
+        str(tuple(array["shape"])),
+        array["dtype"],
+        *(_number(array[name]) for name in ("count", "min", "max", "mean", "std", "non_finite")),
+    ]
+
+
+def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    if isinstance(value, list):
-        return str(tuple(value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -1,23 +1,23 @@
-"""`stepctl`: the group of commands, and what becomes of errors."""
+"""`stepctl`: the group of commands, the messages of errors, and the exit of the process."""
 
 import contextlib
 import os
 import sys
 import threading
 import traceback
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import click
 
-from stepctl import __version__, comm, interrupt, launcher
+from stepctl import __version__
 from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
 from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
-from stepctl.cli.options import WHOLE_PROCESS, say
-from stepctl.cli.output import drain_output
-from stepctl.cli.pipes import prepare_stdout
+from stepctl.cli.interrupts import WHOLE_PROCESS
+from stepctl.cli.output import prepare_stdout
+from stepctl.cli.output_queue import drain_output
 from stepctl.cli.plan import plan
 from stepctl.cli.plot import plot
 from stepctl.cli.prune import prune
@@ -25,21 +25,28 @@ from stepctl.cli.resume import resume
 from stepctl.cli.runs import runs
 from stepctl.cli.train import train
 from stepctl.cli.verify import verify
+from stepctl.distributed import comm, launcher
 from stepctl.errors import Exit, StepctlError
+from stepctl.system import interrupt
+from stepctl.system.terminal import say
+from stepctl.system.text import in_one_line
 
-# that threads and pools of a user's module may take to end; less where a scheduler waits for the process
-EXIT_SECONDS, STOPPED_EXIT_SECONDS = 60.0, 10.0
-_SHARED = ("train", "resume")  # by all processes of an MPI job; the first alone does what others do
+# within which threads and pools of a user's module must end
+EXIT_SECONDS = 60.0
+STOPPED_EXIT_SECONDS = 10.0  # where a scheduler waits for the process
+_MAX_LINE = 4000  # characters of a message
+_MAX_USAGE_LINE = 1000
+_ALL_RANKS = ("train", "resume")  # the commands that every rank of an MPI job runs
 
 
 class Main(click.Group):
-    """Ends a command that failed with one clear line and the error's exit code."""
+    """Turns an error of a command into one line on stderr and the error's exit code."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
-        except OSError as error:  # of --help and --version, which have found no room
-            say(f"stepctl: {_unexpected(error)}")
+        except OSError as error:  # --help and --version, with stdout on a full disk
+            say(f"stepctl: {_describe_unexpected(error)}")
             ctx.exit(Exit.NEGATIVE)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -48,7 +55,7 @@ class Main(click.Group):
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except click.ClickException as error:
-            vars(error)["message"] = _plain(error.message, 1000)
+            vars(error)["message"] = _escape_lines(error.message, _MAX_USAGE_LINE)
             raise
         except KeyboardInterrupt:
             say("stepctl: interrupted before training began; nothing was changed")
@@ -56,78 +63,86 @@ class Main(click.Group):
         except StepctlError as error:
             if ctx.params["debug"]:
                 raise
-            if not isinstance(error, comm.SaidElsewhere):
-                say(f"stepctl: {_plain(str(error))}")
+            if not isinstance(error, comm.ReportedByRankZero):
+                say(f"stepctl: {_escape_lines(str(error), _MAX_LINE)}")
             _fail(ctx, error.exit_code)
-        except (Exception, SystemExit) as error:  # a user's own module may raise anything
+        except (Exception, SystemExit) as error:  # a user's module may raise anything
             if ctx.params["debug"]:
                 raise
-            say(f"stepctl: {_unexpected(error)}")
+            say(f"stepctl: {_describe_unexpected(error)}")
             _fail(ctx, Exit.NEGATIVE)
 
     def _invoke(self, ctx: click.Context) -> Any:
-        """Run the command; raise KeyboardInterrupt for whatever a SIGINT before training surfaces as."""
+        """Run the command; any error that a SIGINT caused becomes a KeyboardInterrupt."""
         try:
             return super().invoke(ctx)
         except click.exceptions.Exit:
             raise
         except BaseException as error:
-            if interrupt.received():
+            if interrupt.was_received():
                 raise KeyboardInterrupt from error
             raise
 
 
 def _fail(ctx: click.Context, code: int) -> NoReturn:
-    drain_output()  # the job's end may be this process's
-    comm.end(code, failed=True)  # the other processes of the job may be waiting for this one
+    drain_output()  # `finalize` may end this process
+    comm.finalize(code, failed=True)  # the other ranks may be waiting for this one
     ctx.exit(code)
 
 
-def _unexpected(error: BaseException) -> str:
-    from stepctl.problems import in_one_line, in_user_code
+def _describe_unexpected(error: BaseException) -> str:
+    from stepctl.system.user_code import user_location
 
-    where = in_user_code(error)
+    where = user_location(error)
     if isinstance(error, OSError) and error.strerror:
-        file = f"{error.filename}: " if error.filename is not None else ""
-        return in_one_line(f"{file}{error.strerror}{where}; mend that, and run the command again")
+        place = f"{error.strerror}{where}"
+        if error.filename is not None:
+            place = f"{error.filename}: {place}"
+        return in_one_line(f"{place}; fix that and run the command again")
     text = in_one_line(" ".join(str(error).split()))
-    where = in_one_line(where or _in_our_code(error))
-    return f"unexpected {type(error).__name__}: {text}{where}; see more with: stepctl --debug COMMAND ..."
+    where = in_one_line(where or _package_location(error))
+    name = type(error).__name__
+    return f"unexpected {name}: {text}{where}; for the traceback: stepctl --debug COMMAND ..."
 
 
-def _in_our_code(error: BaseException) -> str:
-    """Return " (file:line)" of an error that none of the user's lines raised, and what of the user's was in use."""
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    registry = sys.modules.get("stepctl.registry")  # importing it here would cost more than the error
-    own = "" if registry is None else registry.own_components()
-    where = f"{os.path.basename(at.filename)}:{at.lineno}"
-    return f" (while using {own})" if own else f" ({where})"
+def _package_location(error: BaseException) -> str:
+    """Return the place of an error in this package, or the user's components that were in use."""
+    registry = sys.modules.get("stepctl.config.registry")  # an import may raise another error
+    if registry is not None:
+        components = registry.user_components()
+        if components:
+            return f" (while using {components})"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 
-def _plain(message: str, longest: int = 4000) -> str:
-    """Return a message whose lines can do nothing to a terminal, and have an end."""
-    from stepctl.problems import in_one_line
-
+def _escape_lines(message: str, longest: int) -> str:
+    """Return a message whose lines are printable and at most about `longest` characters long."""
     return "\n".join(in_one_line(line, longest) for line in message.split("\n"))
 
 
-@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="stepctl")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
     """Train NumPy models; stop anywhere, and resume at the exact global step, bit for bit.
 
-    Exit codes: 0 done, 1 a negative answer or an operation that failed, 2 usage or config, 3 no usable checkpoint,
-    4 the run is in use, 75 stopped before the target with a durable checkpoint (run it again), 130 interrupted
-    before training began.
+    Exit codes: 0 done, 1 negative answer or failed operation, 2 usage, config or data, 3 no usable
+    checkpoint, 4 run in use, 75 stopped before the target with a durable checkpoint (run it again),
+    130 interrupted before training began.
     """
-    if ctx.invoked_subcommand not in _SHARED and not launcher.is_first():
+    if ctx.invoked_subcommand not in _ALL_RANKS and not launcher.is_rank_zero():
         ctx.exit(Exit.DONE)
 
 
-for command in (train, resume, fork, plan, inspect, verify, diff, prune, runs, plot, config, doctor):
-    cli.add_command(command)
+_COMMANDS = (
+    train, resume, fork, plan, inspect, verify, diff, prune, runs, plot, config, doctor
+)  # fmt: skip
+for _command in _COMMANDS:
+    cli.add_command(_command)
 
 
 def main() -> None:
@@ -136,57 +151,48 @@ def main() -> None:
     try:
         code = cli.main(prog_name="stepctl", obj=WHOLE_PROCESS, standalone_mode=False)
     except click.ClickException as error:
-        if launcher.is_first():
+        if launcher.is_rank_zero():
             error.show(sys.stderr)
         code = error.exit_code
     except click.Abort:
         code = Exit.INTERRUPTED
     except BaseException:
-        if interrupt.received():
-            comm.end(Exit.INTERRUPTED, failed=True)
+        if interrupt.was_received():
+            comm.finalize(Exit.INTERRUPTED, failed=True)
             sys.exit(Exit.INTERRUPTED)
         if launcher.is_rank():
             with contextlib.suppress(OSError):
                 traceback.print_exc()
             drain_output()
-            comm.end(Exit.NEGATIVE, failed=True)
+            comm.finalize(Exit.NEGATIVE, failed=True)
         raise
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            _let_go_of(stream)
         drain_output()
-    comm.end(code or Exit.DONE, failed=False)
-    _bound_the_exit(code or Exit.DONE)
+    comm.finalize(code or Exit.DONE, failed=False)
+    _limit_exit_time(code or Exit.DONE)
     sys.exit(code)
 
 
-def _bound_the_exit(code: int) -> None:
-    """Let what a user's module started hold up the exit for a bounded time.
+def _limit_exit_time(code: int) -> None:
+    """Kill the process if threads or pools of a user's module delay its exit for too long.
 
-    Python waits at its exit for threads and for the workers of multiprocessing pools. A signal to the whole process
-    group may have ended a worker that held a lock of its pool: then it waits forever, with signals ignored.
+    At its exit Python joins threads and multiprocessing pools. A signal to the process group may
+    have killed a worker that held a lock of its pool; the pool then never finishes.
     """
 
-    def give_up() -> None:
+    def kill() -> None:
         multiprocessing = sys.modules.get("multiprocessing")
         if multiprocessing is not None:
             for child in multiprocessing.active_children():
                 child.kill()
         os._exit(code)
 
-    timer = threading.Timer(STOPPED_EXIT_SECONDS if code == Exit.STOPPED else EXIT_SECONDS, give_up)
+    seconds = EXIT_SECONDS
+    if code == Exit.STOPPED:
+        seconds = STOPPED_EXIT_SECONDS
+    timer = threading.Timer(seconds, kill)
     timer.daemon = True
     timer.start()
-
-
-def _let_go_of(stream: TextIO | None) -> None:
-    # what nobody takes any more must not become the exit code 120 of Python's last flush
-    if stream is None:
-        return
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -1,37 +1,46 @@
-"""`stepctl resume`: go on with a run."""
-
-from __future__ import annotations
+"""`stepctl resume`: continue a run."""
 
 import time
 
 import click
 
+from stepctl.cli.interrupts import hold_signals
 from stepctl.cli.options import (
-    Place,
-    Steps,
-    hold_signals,
-    joined,
     max_time_option,
-    pin,
-    say,
     set_option,
+    stop_config,
     stop_section,
-    talk_options,
     target_options,
-    train_segment,
+    verbosity_options,
 )
-from stepctl.cli.output import queue_output
+from stepctl.cli.output_queue import queue_output
+from stepctl.cli.parameter_types import Place, WholeNumber
+from stepctl.cli.ranks import join_job, set_numerics
+from stepctl.cli.segment import train_segment
+from stepctl.errors import Exit
+from stepctl.system.terminal import say
 
 
 @click.command()
 @click.argument("run_dir", type=Place(folder=True), metavar="RUN")
 @target_options
 @max_time_option
-@click.option("--from-step", type=Steps(min=0), metavar="N", help="Go back to this step's checkpoint.")
+@click.option(
+    "--from-step",
+    type=WholeNumber(min=0),
+    metavar="N",
+    help="Go back to the checkpoint of this step.",
+)
 @set_option
-@click.option("--allow-change", multiple=True, metavar="KEY", help="Let --set change a locked key.")
-@click.option("--strict-numerics", is_flag=True, help="Refuse where the machine cannot give the same bits.")
-@talk_options
+@click.option(
+    "--allow-change", multiple=True, metavar="KEY", help="Allow --set to change a locked key."
+)
+@click.option(
+    "--strict-numerics",
+    is_flag=True,
+    help="Refuse to continue if this machine cannot compute the same bits.",
+)
+@verbosity_options
 def resume(
     run_dir: str,
     num_steps: int | None,
@@ -44,29 +53,43 @@ def resume(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Go on with RUN from its newest good checkpoint, to its newest target or to the one given here."""
+    """Continue a run.
+
+    RUN continues from its newest good checkpoint, to its newest target or to the one given here.
+    """
     began = time.monotonic()
     hold_signals()
     queue_output()
-    comm = joined()
-    from stepctl import numerics
-    from stepctl.rundir import RunDirectory
+    comm = join_job()
+    from stepctl.rundir.directory import RunDirectory
+    from stepctl.runs.records import lock_records
+    from stepctl.system import blas
 
     stop = stop_section(num_steps, last_step)
-    directory = RunDirectory(run_dir)
-    document = directory.newest_config()
-    document.set_all(assignments)
-    pin(comm, numerics.asked_for(document.value))
+    with lock_records(RunDirectory(run_dir), say) as records:
+        document = records.document
+        if assignments:
+            document = document.with_assignments(assignments)
+        set_numerics(comm, blas.requested_numerics(document.value))
 
-    from stepctl import run
-    from stepctl.config import Stop
+        is_plain = not (stop or assignments or allow_change or strict_numerics)
+        if is_plain and from_step is None and comm.size == 1:
+            from stepctl.runs.finished import describe_finished
 
-    options = run.ResumeOptions(
-        assignments=assignments,
-        allow_change=allow_change,
-        stop=Stop.model_validate(stop) if stop else None,
-        from_step=from_step,
-        strict_numerics=strict_numerics,
-    )
-    with run.resume(directory, options, say, comm=comm) as segment:
-        train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
+            finished = describe_finished(records, say)
+            if finished is not None:
+                say(f"{run_dir}: {finished}")
+                raise click.exceptions.Exit(Exit.DONE)
+        from stepctl.runs.at_step import ResumeOptions
+        from stepctl.runs.open import resume_locked
+
+        options = ResumeOptions(
+            document=document if assignments else None,
+            assignments=assignments,
+            allow_change=allow_change,
+            stop=stop_config(stop),
+            from_step=from_step,
+            strict_numerics=strict_numerics,
+        )
+        with resume_locked(records, options, say, comm=comm) as segment:
+            train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)

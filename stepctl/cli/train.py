@@ -2,45 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from stepctl.cli.interrupts import hold_signals
 from stepctl.cli.options import (
-    Place,
-    hold_signals,
-    joined,
+    json_option,
     max_time_option,
-    pin,
-    say,
     set_option,
+    set_target,
     stop_section,
-    talk_options,
     target_options,
-    train_segment,
+    verbosity_options,
 )
-from stepctl.cli.output import queue_output
+from stepctl.cli.output_queue import queue_output
+from stepctl.cli.parameter_types import Place
 from stepctl.cli.plan import print_plan
+from stepctl.cli.ranks import join_job, set_numerics
+from stepctl.cli.segment import train_segment
 from stepctl.errors import RunExistsError
+from stepctl.system.terminal import say
+
+if TYPE_CHECKING:
+    from stepctl.config.yaml import Document
+    from stepctl.distributed.comm import Comm
+    from stepctl.rundir.directory import RunDirectory
+    from stepctl.runs.segment import Segment
+
+    TrainToTarget = Callable[[Segment], NoReturn]
 
 
 @click.command()
 @click.argument("file", type=Place(), metavar="[FILE]", required=False)
-@click.option("--config", "config_option", type=Place(), metavar="FILE", help="The config, in place of the argument.")
+@click.option(
+    "--config",
+    "config_option",
+    type=Place(),
+    metavar="FILE",
+    help="The config, instead of the argument.",
+)
 @click.option(
     "--run-dir",
     type=Place(folder=True),
     metavar="DIR",
-    help="Where the run is kept; runs/<config name> if not given.",
+    help="The directory of the run (default: runs/<config name>).",
 )
 @set_option
 @target_options
 @max_time_option
-@click.option("--or-resume", is_flag=True, help="Go on with the run if there is one: one line for a scheduler.")
-@click.option("--dry-run", is_flag=True, help="Build everything, train nothing, and print the plan.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan of --dry-run as JSON.")
-@talk_options
+@click.option(
+    "--or-resume",
+    is_flag=True,
+    help="Resume the run if it exists, so that a scheduler can repeat the same command.",
+)
+@click.option("--dry-run", is_flag=True, help="Build everything and print the plan; do not train.")
+@json_option("the plan of --dry-run")
+@verbosity_options
 def train(
     file: str | None,
     config_option: str | None,
@@ -55,59 +77,81 @@ def train(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Start a run from a config, the YAML file FILE, and train it to its target."""
+    """Start a run from a config.
+
+    FILE is a YAML config. The run is trained to its target.
+    """
     began = time.monotonic()
     config_path = _config_path(file, config_option)
     if not dry_run:
         hold_signals()
         queue_output()
-    comm = joined()
-    from stepctl import numerics, yamlio
-    from stepctl.rundir import RunDirectory
+    comm = join_job()
+    from pathlib import Path
+
+    from stepctl.config import yaml
+    from stepctl.rundir.directory import RunDirectory
+    from stepctl.system import blas
 
     if as_json and not dry_run:
         raise click.UsageError("--json prints the plan of --dry-run: give both")
-    document = yamlio.load(config_path)
-    stop = stop_section(num_steps, last_step)
-    if stop is not None:
-        section = document.value.get("stop")
-        other = {} if not isinstance(section, dict) else section
-        others = {key: value for key, value in other.items() if key not in ("last_step", "num_steps")}
-        document.put("stop", others | stop, "--num-steps" if "num_steps" in stop else "--last-step")
+    document = yaml.load(config_path)
+    set_target(document, stop_section(num_steps, last_step))
     document.set_all(assignments)
     directory = RunDirectory(run_dir or Path("runs") / Path(config_path).stem)
-    resuming = or_resume and not dry_run and directory.holds_run()
-    pin(comm, numerics.asked_for(directory.newest_config().value if resuming else document.value))
+    train_to_target = partial(
+        train_segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose
+    )
+    if or_resume and not dry_run and directory.holds_run():
+        _resume(directory, document, comm, train_to_target)
+    set_numerics(comm, blas.requested_numerics(document.value))
 
-    from stepctl import config as configs
-    from stepctl import run
-    from stepctl.assembly import prepare
-    from stepctl.plan import plan
+    from stepctl.config.model import parse_config
+    from stepctl.reports.plan import plan
+    from stepctl.runs.at_step import ResumeOptions
+    from stepctl.runs.open import create_run, resume_run
+    from stepctl.training.build import prepare
 
-    def go_on() -> None:
-        with run.resume(directory, run.ResumeOptions(document=document), say, comm=comm) as segment:
-            train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
-
-    if resuming:
-        go_on()
-    config = configs.parse(document)
+    config = parse_config(document)
     if dry_run:
-        directory.refuse_strangers()
-        print_plan(plan(prepare(config, comm=comm, say=say), directory), as_json)
+        directory.refuse_foreign_files()
+        with contextlib.closing(prepare(config, comm=comm, say=say)) as assembly:
+            print_plan(plan(assembly, directory), as_json)
         return
     try:
-        with run.create(config, directory, say, comm=comm) as segment:
-            train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
-    except RunExistsError:  # one that began since we looked
+        with create_run(config, directory, say, comm=comm) as segment:
+            train_to_target(segment)
+    except RunExistsError:  # another job created it after `holds_run`
         if not or_resume:
             raise
-        go_on()
+        options = ResumeOptions(document=document)
+        with resume_run(directory, options, say, comm=comm) as segment:
+            train_to_target(segment)
+
+
+def _resume(
+    directory: RunDirectory, document: Document, comm: Comm, train_to_target: TrainToTarget
+) -> NoReturn:
+    from stepctl.runs.records import lock_records
+    from stepctl.system import blas
+
+    with lock_records(directory, say) as records:
+        set_numerics(comm, blas.requested_numerics(records.document.value))
+
+        from stepctl.runs.at_step import ResumeOptions
+        from stepctl.runs.open import resume_locked
+
+        options = ResumeOptions(document=document)
+        with resume_locked(records, options, say, comm=comm) as segment:
+            train_to_target(segment)
 
 
 def _config_path(file: str | None, option: str | None) -> str:
     if file is not None and option is not None:
         raise click.UsageError(f"two configs: {file} and --config {option}; give one")
-    path = option if file is None else file
+    path = file or option
     if path is None:
-        raise click.UsageError("no config: give a YAML file, such as: stepctl train configs/quickstart.yaml")
+        raise click.UsageError(
+            "no config: give a YAML file, such as: stepctl train configs/quickstart.yaml"
+        )
     return path

@@ -1,80 +1,120 @@
-"""`stepctl verify`: prove that a checkpoint, or a run, is what it should be."""
+"""`stepctl verify`: check a checkpoint or a run."""
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from stepctl import shell
-from stepctl.cli.options import Place, say
-from stepctl.cli.pipes import echo
+from stepctl.cli.diff import describe_difference
+from stepctl.cli.options import json_option, refuse_missing
+from stepctl.cli.output import echo, echo_json
+from stepctl.cli.parameter_types import Place
 from stepctl.errors import ConfigError, Exit, printable
+from stepctl.system import shell
+from stepctl.system.terminal import say
+from stepctl.system.text import counted
+
+if TYPE_CHECKING:
+    from stepctl.reports.diff import Replayed
+    from stepctl.runs.records import RunRecords
 
 
 @click.command()
 @click.argument("path", metavar="PATH", type=Place())
-@click.option("--replay", "steps", metavar="A:B", help="Train again from checkpoint A to B, in memory, and compare.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def verify(path: str, steps: str | None, as_json: bool) -> None:
-    """Check a checkpoint, or every file of a run and its records; exit 1 if anything is wrong."""
-    if steps is not None:
-        _replay(path, steps, as_json)
-        return
-    from stepctl.problems import counted
-    from stepctl.rundir import refuse_nowhere
-    from stepctl.verify import verify as verify_path
+@click.option(
+    "--replay",
+    "steps",
+    metavar="A:B",
+    help="Repeat the training from checkpoint A to B, and compare.",
+)
+@json_option("the result")
+@click.argument("command", metavar="[-- COMMAND...]", nargs=-1, type=click.UNPROCESSED)
+def verify(path: str, steps: str | None, as_json: bool, command: tuple[str, ...]) -> None:
+    """Check a checkpoint or a run.
 
-    refuse_nowhere(path)
-    found, problems = verify_path(path)
-    if as_json:
-        files = [{"step": good.step, "sha256": good.sha256, "file": good.file} for good in found]
-        answer = {"ok": not problems, "files": files, "problems": [problem._asdict() for problem in problems]}
-        echo(json.dumps(answer, indent=2))
+    Of a run, all files and records are checked. Exit 1 if there is a problem. COMMAND is for
+    --replay of a script's run: it starts the script, whose steps go to a copy.
+    """
+    if steps is None:
+        if command:
+            raise click.UsageError("a command is for --replay A:B: give both")
+        is_good = _check_files(path, as_json)
     else:
-        for good in found:
-            echo(f"{good.file}  global step {good.step}  good")
-        for problem in problems:
-            echo(f"{printable(problem.message)}  [{problem.code}]")
-        echo(f"{path}: {counted(len(problems), 'problem')}" if problems else f"{path}: good")
-        if any(problem.code == "lost" for problem in problems):
-            say(f"if the missing files were removed on purpose: {shell.command('prune', path, '--forget-missing')}")
-    click.get_current_context().exit(Exit.NEGATIVE if problems else Exit.DONE)
+        is_good = _replay(path, steps, command, as_json)
+    if not is_good:
+        raise click.exceptions.Exit(Exit.NEGATIVE)
 
 
-def _replay(path: str, steps: str, as_json: bool) -> None:
+def _check_files(path: str, as_json: bool) -> bool:
+    from stepctl.reports.verify import verify as verify_path
+
+    refuse_missing(path)
+    good, problems = verify_path(path)
+    if as_json:
+        checked = [
+            {"step": file["step"], "sha256": file["sha256"], "file": file["name"]} for file in good
+        ]
+        found = [problem._asdict() for problem in problems]
+        echo_json({"ok": not problems, "files": checked, "problems": found})
+        return not problems
+    for file in good:
+        echo(f"{file['name']}  global step {file['step']}  good")
+    for problem in problems:
+        echo(f"{printable(problem.message)}  [{problem.code}]")
+    echo(f"{path}: {counted(len(problems), 'problem') if problems else 'good'}")
+    if any(problem.code == "lost" for problem in problems):
+        remedy = shell.command("prune", path, "--forget-missing")
+        say(f"if the missing files were removed on purpose: {remedy}")
+    return not problems
+
+
+def _replay(path: str, steps: str, command: tuple[str, ...], as_json: bool) -> bool:
     match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", steps)
     if match is None:
-        raise ConfigError(f"--replay {steps}: give two steps that have a checkpoint, such as 100:200")
-    from stepctl import numerics
-    from stepctl.rundir import RunDirectory
+        raise ConfigError(f"--replay {steps}: give the steps of two checkpoints, such as 100:200")
+    from stepctl.rundir.directory import RunDirectory
+    from stepctl.runs.records import read_records
+    from stepctl.system import blas
 
-    directory = RunDirectory(path)
-    numerics.pin(*numerics.asked_for(directory.newest_config().value))
+    records = read_records(RunDirectory(path))
+    blas.set_environment(*blas.requested_numerics(records.document.value))
 
-    from stepctl.replay import replay
-
-    legs: list[dict[str, Any]] = []
-    for step, differences in replay(directory, int(match[1]), int(match[2]), say):
+    first = int(match[1])
+    last = int(match[2])
+    if first >= last:
+        raise ConfigError(f"--replay {first}:{last}: the second step must be later")
+    legs = []
+    for step, differences in _replayed(records, first, last, command):
         legs.append({"step": step, "equal": not differences, "differences": differences})
         if not as_json:
-            echo(f"step {step}: the same, to the bit" if not differences else f"step {step}: differs")
+            echo(f"step {step}: {'differs' if differences else 'bit-identical'}")
             for item in differences:
-                echo(f"  /{describe(item)}")
+                echo(f"  /{describe_difference(item)}")
         if differences:
             break
     equal = all(leg["equal"] for leg in legs)
     if as_json:
-        echo(json.dumps({"equal": equal, "steps": legs}, indent=2))
-    click.get_current_context().exit(Exit.DONE if equal else Exit.NEGATIVE)
+        echo_json({"equal": equal, "steps": legs})
+    return equal
 
 
-def describe(item: dict[str, Any]) -> str:
-    """Return in words where two arrays, or two counters, differ."""
-    if "a" in item:
-        return f"{item['path']}: {item['a']} and {item['b']}"
-    differ = "element differs, at" if item["n_different"] == 1 else "elements differ, the first at"
-    ulp = "" if item["max_ulp"] is None else f", {item['max_ulp']:,} ULP"
-    return f"{item['path']}: {item['n_different']:,} {differ} {item['first']}; at most by {item['max_abs']:.3g}{ulp}"
+def _replayed(records: RunRecords, first: int, last: int, command: tuple[str, ...]) -> Replayed:
+    """Repeat the steps in this process or, those of a script, by the command that starts it."""
+    from stepctl.runs.records import is_script, script_command
+
+    if command:
+        from stepctl.reports.replay_script import replay_script
+
+        return replay_script(records, first, last, command, say)
+    if is_script(records):
+        started = script_command(records) or "python SCRIPT"
+        replay = shell.command("verify", records.directory.path, "--replay", f"{first}:{last}")
+        raise ConfigError(
+            f"{records.directory.path}: its steps are made by a script; replay it with: {replay} -- "
+            f"{started}"
+        )
+    from stepctl.reports.replay import replay as replay_config
+
+    return replay_config(records, first, last, say)

@@ -1,4 +1,4 @@
-"""Data: where samples come from, and which of them a step gets."""
+"""Data sources, and which samples a step reads."""
 
 NAMES = {
     "digits": "stepctl.data.digits:digits",

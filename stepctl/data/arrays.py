@@ -2,14 +2,19 @@
 
 import math
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
+from stepctl.config.registry import File
 from stepctl.data.base import Sources, Targets
 from stepctl.data.files import reading, refuse_excess
 from stepctl.data.memory import InMemory
-from stepctl.files import open_regular
-from stepctl.registry import File
+from stepctl.data.names import AUTO, ArrayNames, NamePair
+from stepctl.state.arena import Array
+from stepctl.system.files import open_regular
 
 
 def arrays(
@@ -17,41 +22,93 @@ def arrays(
     path: File,
     validation_path: File | None = None,
     x: str = "x",
-    y: str = "y",
+    y: str | None = "y",
+    validation_x: str | None = AUTO,
+    validation_y: str | None = AUTO,
     scale: float = 1.0,
     targets: Targets,
     dtype: str,
+    integer_inputs: bool = False,
+    needs_targets: bool = True,
 ) -> Sources:
-    """The arrays called `x`: (rows, ...) and `y`: (rows,) or (rows, columns) of an .npz file."""
+    """Two arrays of an .npz file, x: (rows, ...) and y: (rows, ...).
 
-    def load(file: str) -> InMemory:
-        with reading(file, "a NumPy archive (.npz)"), open_regular(file) as raw:
-            if raw.read(2) != b"PK":
-                raise ValueError("it is not a zip archive; save x and y together with np.savez")
-            raw.seek(0)
-            with np.load(raw, allow_pickle=False) as archive:
-                for name in (x, y):
-                    if name not in archive:
-                        raise ValueError(f"no array {name!r} in it; it holds {', '.join(archive.files) or 'none'}")
-                    _check_size(archive.zip, name)
-                features, target = archive[x], archive[y]
-        return InMemory(features, target, origin=file, targets=targets, dtype=dtype, scale=scale)
+    Args:
+        path: The .npz file of the training samples.
+        validation_path: The .npz file of the validation samples, if they have a file of their own.
+        x: Name of the array of samples. A file without "x" is read from "x_train".
+        y: Name of the array of targets. A file without "x" is read from "y_train". With null, or
+            if a task needs no targets and the array is missing, no targets are read.
+        validation_x: Name of the array of validation samples. By default it is x_test if x is
+            x_train by default, and the name of x in validation_path; null is none.
+        validation_y: Name of the array of validation targets; by default the one that belongs to
+            validation_x.
+        scale: Factor that the samples are multiplied by.
+    """
+    names = ArrayNames(x, y, validation_x, validation_y, needs_targets)
 
-    return Sources(load(path), load(validation_path) if validation_path else None)
+    def load(archive: Any, found: NamePair, origin: str) -> InMemory:
+        samples = _read(archive, found.x)
+        labels = None if found.y is None else _read(archive, found.y)
+        return InMemory(
+            samples,
+            labels,
+            origin=origin,
+            targets=targets,
+            dtype=dtype,
+            scale=scale,
+            integer_inputs=integer_inputs,
+        )
+
+    validation = None
+    with _open_archive(path) as archive:
+        train = load(archive, names.training(archive), path)
+        if validation_path is None:
+            found = names.validation_in_same_file(archive)
+            if found is not None:
+                validation = load(archive, found, f"{path} ({found.x})")
+    if validation_path is not None:
+        with _open_archive(validation_path) as archive:
+            found = names.validation_in_own_file(archive)
+            validation = load(archive, found, validation_path)
+    return Sources(train, validation)
+
+
+@contextmanager
+def _open_archive(file: str) -> Iterator[Any]:
+    with reading(file, "a NumPy archive (.npz)"), open_regular(file) as raw:
+        if raw.read(2) != b"PK":
+            raise ValueError("it is not a zip archive; save x and y together with np.savez")
+        raw.seek(0)
+        with np.load(raw, allow_pickle=False) as archive:
+            yield archive
+
+
+def _read(archive: Any, name: str) -> Array:
+    """Return an array of an archive; ValueError if there is none, or it is damaged."""
+    if name not in archive:
+        names = ", ".join(archive.files) or "none"
+        raise ValueError(f"it has no array {name!r}; found: {names}")
+    _check_size(archive.zip, name)
+    array: Array = archive[name]
+    return array
 
 
 def _check_size(archive: zipfile.ZipFile, name: str) -> None:
-    """Raise ValueError unless an array is as large as its header promises, before memory is taken for it."""
-    # np.load takes the one name or the other
+    """Raise ValueError if an array is smaller than its header says, before memory is allocated."""
+    # np.load accepts either name
     member = name if name in archive.namelist() else f"{name}.npy"
     info = archive.getinfo(member)
-    refuse_excess(info.file_size, info.compress_size, "save the arrays with np.savez, which does not compress")
+    refuse_excess(
+        info.file_size, info.compress_size, "save the arrays with np.savez, which does not compress"
+    )
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
         expected = file.tell() + math.prod(shape) * dtype.itemsize
     if not dtype.hasobject and info.file_size < expected:
         raise ValueError(
-            f"the header of {name!r} promises {expected} bytes for shape {shape}, but it has {info.file_size}"
+            f"array {name!r} of shape {shape} needs {expected} bytes, but has {info.file_size}"
         )

@@ -1,26 +1,32 @@
-"""Which samples a step gets: a seek by `samples_seen`, never a replay."""
+"""The samples of a step, found by `samples_seen`: a seek, never a replay."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, cast, final
+from typing import NamedTuple, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
 
-from stepctl.arena import Array, aligned_empty, read_only
+from stepctl.config.model import Order
 from stepctl.data.base import Source
+from stepctl.data.permutation import Permutation, epoch_order
 from stepctl.errors import ConfigError, DataError
-from stepctl.rng import Permutation, epoch_order
+from stepctl.state.arena import Array, aligned_empty, read_only
 
-_LOOKAHEAD = 64  # batches whose rows are looked up at a time, so that a step pays next to nothing for it,
-_LOOKAHEAD_ROWS = 1 << 16  # but not more rows than this
-_MOST_EPOCHS = 100  # in one batch
+# Row numbers are computed for several batches at a time, so that the cost per step is negligible.
+_LOOKAHEAD = 64  # batches
+_LOOKAHEAD_ROWS = 1 << 16  # at most
+_MAX_EPOCHS = 100  # in one batch
 
 
 class Batch(NamedTuple):
-    """x: (rows, *sample_shape); y: (rows,) int64 labels or (rows, columns) values. Read-only but for their source."""
+    """Samples and targets; read-only for everything but their source.
+
+    x: (rows, *sample_shape); y: (rows,) int64 labels, or (rows, *target_shape); (rows, 0) of data
+    without targets.
+    """
 
     x: Array
     y: Array
@@ -28,92 +34,158 @@ class Batch(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class Part:
-    """Some of a source's rows, numbered 0..n-1: all of them, or a share of a keyed split."""
+class Subset:
+    """Samples 0..n-1 of a source: consecutive rows, or one side of a keyed split."""
 
     source: Source
     n: int
-    first: int = 0
+    first: int = 0  # row of sample 0, or its position in the split
     split: Permutation | None = None
 
-    def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Map sample numbers of this part to rows of the source."""
-        return self.split(numbers + self.first) if self.split is not None else numbers
+    def rows(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Map sample numbers of this subset to rows of the source."""
+        positions = samples + self.first
+        return positions if self.split is None else self.split(positions)
 
 
-def split_parts(source: Source, validation_fraction: float, seed: int) -> tuple[Part, Part]:
-    """Return (training part, validation part): a split keyed by the seed, evaluated row by row when asked."""
+def split_source(
+    source: Source, validation_fraction: float, seed: int, order: Order = "shuffled"
+) -> tuple[Subset, Subset]:
+    """Return (training subset, validation subset).
+
+    The split is random and depends on the seed alone; with the order "sequential" the validation
+    subset are the last rows. Raises DataError if one of them would be empty.
+    """
     n_validation = round(source.n * validation_fraction)
+    n_training = source.n - n_validation
     if not 0 < n_validation < source.n:
         raise DataError(
             f"{source.origin}: data.validation_fraction {validation_fraction} of {source.n} rows leaves "
-            f"{source.n - n_validation} to train on and {n_validation} to validate; each needs at least one"
+            f"{n_training} to train on and {n_validation} to validate; each needs at least one"
         )
+    if order == "sequential":
+        return Subset(source, n_training), Subset(source, n_validation, first=n_training)
     split = Permutation(source.n, seed, "split")
-    return (
-        Part(source, source.n - n_validation, first=n_validation, split=split),
-        Part(source, n_validation, split=split),
-    )
+    training = Subset(source, n_training, first=n_validation, split=split)
+    validation = Subset(source, n_validation, split=split)
+    return training, validation
 
 
-def _buffers(source: Source, rows: int, dtype: str) -> Batch:
-    y_dtype = dtype if source.target_shape else np.int64
+class Batches(Protocol):
+    """The batches of the steps."""
+
+    samples: int  # of a step, on all ranks
+
+    def batch(self, samples_seen: int) -> Batch:
+        """Return this rank's part of the `samples` from the position `samples_seen` on."""
+
+
+@final
+class NoBatches:
+    """The empty batches of a program, which reads its data itself."""
+
+    samples = 0
+
+    def __init__(self) -> None:
+        self._batch = Batch(np.empty(0), np.empty(0))
+
+    def batch(self, samples_seen: int) -> Batch:
+        """Return an empty batch."""
+        return self._batch
+
+
+def _empty_batch(source: Source, rows: int, dtype: str) -> Batch:
+    x_dtype: npt.DTypeLike = dtype if source.x_dtype is None else source.x_dtype
+    y_dtype: npt.DTypeLike = dtype if source.target_shape else np.int64
+    if source.y_dtype is not None:
+        y_dtype = source.y_dtype
     return Batch(
-        aligned_empty((rows, *source.sample_shape), dtype), aligned_empty((rows, *source.target_shape), y_dtype)
+        aligned_empty((rows, *source.sample_shape), x_dtype),
+        aligned_empty((rows, *source.target_shape), y_dtype),
     )
 
 
 @final
 class TrainingBatches:
-    """The training part in shuffled epochs that follow one another without a gap.
+    """Batches of the training subset in epochs that follow one another without a gap.
 
-    A batch may begin in one epoch and end in the next; each sample comes exactly once an epoch. A step takes
-    `per_step` batches of `batch_size` one after another. Where `ranks` processes share them, each reads its own rows
-    and no others: the rank-th of equal parts of every batch.
+    A batch may begin in one epoch and end in the next; every sample occurs once per epoch. With the
+    order "shuffled" each epoch has an order of its own, with "sequential" that of the rows. A step
+    uses `per_step` consecutive batches of `batch_size`. With several `ranks`, each reads only the
+    rank-th of equal parts of every batch.
     """
 
     def __init__(
-        self, part: Part, *, seed: int, batch_size: int, dtype: str, per_step: int = 1, rank: int = 0, ranks: int = 1
+        self,
+        subset: Subset,
+        *,
+        seed: int,
+        batch_size: int,
+        dtype: str,
+        order: Order = "shuffled",
+        per_step: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         samples = batch_size * per_step
-        if samples > part.n * _MOST_EPOCHS:
-            raise ConfigError(f"data.batch_size: {samples} is over {_MOST_EPOCHS} times the {part.n} rows; lower it")
-        self.part, self.seed, self.samples = part, seed, samples
+        if samples > subset.n * _MAX_EPOCHS:
+            raise ConfigError(
+                f"data.batch_size: {samples} is over {_MAX_EPOCHS} times the {subset.n} rows; lower it"
+            )
+        self.subset = subset
+        self.seed = seed
+        self.order = order
+        self.samples = samples  # of a step, on all ranks
+        # offsets of this rank's samples within the samples of a step
         rows = batch_size // ranks
-        # of a step's samples, those of this rank
-        self._mine = np.add.outer(np.arange(per_step) * batch_size, np.arange(rank * rows, (rank + 1) * rows)).ravel()
-        self._batch = _buffers(part.source, len(self._mine), dtype)
-        self._shown = Batch(read_only(self._batch.x), read_only(self._batch.y))
-        # a cache, not state
-        self._start, self._rows = 0, cast(npt.NDArray[np.int64], np.empty((0, len(self._mine)), np.int64))
+        batch_starts = np.arange(per_step) * batch_size
+        rank_rows = np.arange(rank * rows, (rank + 1) * rows)
+        self._offsets = np.add.outer(batch_starts, rank_rows).ravel()
+        self._batch = _empty_batch(subset.source, len(self._offsets), dtype)
+        self.x_dtype = self._batch.x.dtype
+        self.y_dtype = self._batch.y.dtype
+        self._read_only_batch = Batch(read_only(self._batch.x), read_only(self._batch.y))
+        # a cache, not state: the rows of the steps from the position `_cache_start` on
+        self._cache_start = 0
+        self._cached_rows: npt.NDArray[np.int64] = np.empty((0, len(self._offsets)), np.int64)
 
     def batch(self, samples_seen: int) -> Batch:
-        """Return the `samples` that begin at this position, or this rank's part of them.
+        """Return this rank's part of the `samples` from the position `samples_seen` on.
 
         Its arrays are valid until the next call.
         """
-        number, between = divmod(samples_seen - self._start, self.samples)
-        if between or not 0 <= number < len(self._rows):
-            steps = max(1, min(_LOOKAHEAD, _LOOKAHEAD_ROWS // len(self._mine)))
-            positions = np.add.outer(samples_seen + np.arange(steps) * self.samples, self._mine)
-            numbers = epoch_order(self.part.n, self.seed, positions.ravel())
-            self._rows = self.part.rows(numbers).reshape(positions.shape)
-            self._start, number = samples_seen, 0
-        self.part.source.read(self._rows[number], *self._batch)
-        return self._shown
+        number, remainder = divmod(samples_seen - self._cache_start, self.samples)
+        if remainder or not 0 <= number < len(self._cached_rows):
+            self._fill_cache(samples_seen)
+            number = 0
+        self.subset.source.read(self._cached_rows[number], *self._batch)
+        return self._read_only_batch
+
+    def _fill_cache(self, samples_seen: int) -> None:
+        steps = max(1, min(_LOOKAHEAD, _LOOKAHEAD_ROWS // len(self._offsets)))
+        step_starts = samples_seen + np.arange(steps) * self.samples
+        positions = np.add.outer(step_starts, self._offsets)
+        if self.order == "sequential":
+            samples = positions.ravel() % self.subset.n
+        else:
+            samples = epoch_order(self.subset.n, self.seed, positions.ravel())
+        self._cached_rows = self.subset.rows(samples).reshape(positions.shape)
+        self._cache_start = samples_seen
 
 
 @final
 class EvaluationBatches:
-    """A part once through, in fixed order; the last batch may be smaller."""
+    """One pass over a subset in a fixed order; the last batch may be smaller."""
 
-    def __init__(self, part: Part, *, batch_size: int, dtype: str) -> None:
-        self.part, self.batch_size = part, min(batch_size, part.n)
-        self._batch = _buffers(part.source, self.batch_size, dtype)
+    def __init__(self, subset: Subset, *, batch_size: int, dtype: str) -> None:
+        self.subset = subset
+        self.batch_size = min(batch_size, subset.n)
+        self._batch = _empty_batch(subset.source, self.batch_size, dtype)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, self.part.n, self.batch_size):
-            numbers = np.arange(start, min(start + self.batch_size, self.part.n), dtype=np.int64)
-            batch = Batch(self._batch.x[: len(numbers)], self._batch.y[: len(numbers)])
-            self.part.source.read(self.part.rows(numbers), *batch)
+        for start in range(0, self.subset.n, self.batch_size):
+            end = min(start + self.batch_size, self.subset.n)
+            samples = np.arange(start, end, dtype=np.int64)
+            batch = Batch(self._batch.x[: len(samples)], self._batch.y[: len(samples)])
+            self.subset.source.read(self.subset.rows(samples), *batch)
             yield Batch(read_only(batch.x), read_only(batch.y))

@@ -1,4 +1,4 @@
-"""The handwritten digits that come with stepctl: 1,797 images of 8x8 pixels, 10 classes (see digits.README.md)."""
+"""Handwritten digits: 1,797 images of 8x8 pixels, 10 classes (see digits.README.md)."""
 
 import gzip
 import io
@@ -11,8 +11,14 @@ from stepctl.data.memory import InMemory
 
 
 def digits(*, targets: Targets, dtype: str) -> Sources:
-    """Pixels scaled to 0..1, shape (64,), and the digit: a label, or in a regression a number."""
+    """The handwritten digits that come with the package: 8x8 pixels, 10 classes.
+
+    x: (1797, 64), pixels scaled to 0..1; y: (1797,) labels or (1797, 1) values.
+    """
     packed = resources.files("stepctl.data").joinpath("digits.csv.gz").read_bytes()
     table = np.loadtxt(io.BytesIO(gzip.decompress(packed)), np.uint8, delimiter=",")
-    pixels, digit = table[:, :-1], table[:, -1]
-    return Sources(InMemory(pixels, digit, origin="digits", targets=targets, dtype=dtype, scale=1 / 16))
+    pixels = table[:, :-1]
+    digit = table[:, -1].astype(np.int64)
+    return Sources(
+        InMemory(pixels, digit, origin="digits", targets=targets, dtype=dtype, scale=1 / 16)
+    )

@@ -1,48 +1,75 @@
-"""A source whose rows are arrays in memory; the file formats that are read whole end here.
+"""Sources whose arrays are in memory, and the checks and conversions that all sources share.
 
-`arrays`, `csv` and `digits` do: every process holds the whole set. `hdf5` and `idx` read the rows of a batch.
+`arrays`, `csv` and `digits` read their files whole, in every rank. `hdf5` and `idx` read the rows
+of a batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from typing import final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 
-from stepctl.arena import Array, aligned_empty
-from stepctl.data.base import Source, Targets, row_name
+from stepctl.data.base import NO_TARGETS, Source, Targets, row_name
+from stepctl.data.integers import RoundedIntegers, is_integer, kept_dtype
 from stepctl.errors import DataError
-from stepctl.problems import in_one_line
+from stepctl.state.arena import Array, Shape, aligned_empty
+from stepctl.system.text import in_one_line
 
-_LARGEST_LABEL = 2**53  # up to here a float holds every whole number
+_MAX_LABEL = 2**53  # a float64 holds every integer up to here
 
 
 @final
 class InMemory(Source):
-    """Arrays x: (n, ...) and y: (n,) or (n, columns), held in the run's dtype; x is multiplied by `scale`."""
+    """Converted arrays; x: (n, ...), multiplied by `scale`; y: (n, ...), or none."""
+
+    x_dtype: np.dtype[Any]
+    y_dtype: np.dtype[Any]
 
     def __init__(
         self,
         x: Array,
-        y: Array,
+        y: Array | None = None,
         *,
         origin: str,
         targets: Targets,
         dtype: str,
         scale: float = 1.0,
+        integer_inputs: bool = False,
         place: Callable[[int], str] = row_name,
+        warnings: Sequence[str] = (),
     ) -> None:
-        """`place` is what messages call a row."""
-        self.origin = origin = in_one_line(origin)
+        """With `integer_inputs`, an integer x that is not scaled keeps its dtype.
+
+        `place` returns the name of a row in messages; `warnings` are about the conversion to x and
+        y.
+        """
+        self.origin = in_one_line(origin)
         self._place = place
-        check_arrays(origin, x, y)
-        self._x = scaled(x, scale, out=aligned_empty(x.shape, dtype))
-        self._y = as_targets(origin, 0, y, targets, dtype, place)
-        self.n, self.sample_shape, self.target_shape = len(x), x.shape[1:], self._y.shape[1:]
+        check_arrays(self.origin, x, y)
+        self.x_dtype = input_dtype(x.dtype, dtype, integer_inputs=integer_inputs, scale=scale)
+        self._x = scaled(x, scale, out=aligned_empty(x.shape, self.x_dtype))
+        if y is None:
+            self._y = no_targets(len(x))
+        else:
+            self._y = as_targets(self.origin, 0, y, targets, dtype, place)
+        self.y_dtype = self._y.dtype
+        self.n = len(x)
+        self.sample_shape = x.shape[1:]
+        self.target_shape = self._y.shape[1:]
+        rounded = RoundedIntegers(self.x_dtype, self.y_dtype)
+        if scale == 1:
+            rounded.add(self.origin, place, "x", 0, x)
+        if y is not None:
+            rounded.add(self.origin, place, "y", 0, y)
+        self._warnings = [*warnings, *rounded.warnings()]
+
+    def warnings(self) -> Iterator[str]:
+        yield from self._warnings
 
     def place(self, row: int) -> str:
         return self._place(row)
@@ -56,32 +83,93 @@ class InMemory(Source):
         yield 0, self._x, self._y
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self._x.shape} {self._y.shape} {self._y.dtype}".encode())
+        head = fingerprint_head(self._x.shape, self._x.dtype, self._y.shape, self._y.dtype)
+        digest = hashlib.sha256(head)
         digest.update(self._x.data)
         digest.update(self._y.data)
         return digest.hexdigest()
 
 
-def check_arrays(origin: str, x: Array, y: Array) -> None:
-    """Raise DataError unless x: (n, features, ...) and y: (n,) or (n, columns) are numbers, and some."""
+def check_arrays(origin: str, x: Array, y: Array | None) -> None:
+    """Raise DataError unless x and y, if there is one, are numeric and have rows: (n, ...)."""
     for name, array in (("x", x), ("y", y)):
-        if array.dtype.kind not in "biuf":
+        if array is not None and array.dtype.kind not in "biuf":
             raise DataError(f"{origin}: {name} has dtype {array.dtype}; numbers are needed")
-    if x.ndim < 2:
-        raise DataError(f"{origin}: x has shape {x.shape}; (rows, features, ...) is needed")
-    if 0 in x.shape[1:]:
-        raise DataError(f"{origin}: x has shape {x.shape}; at least one feature is needed")
-    if y.ndim not in (1, 2) or 0 in y.shape[1:]:
-        raise DataError(f"{origin}: y has shape {y.shape}; (rows,) or (rows, columns) is needed")
-    if len(x) != len(y):
-        raise DataError(f"{origin}: x has {len(x)} rows, but y has {len(y)}; they must be equal")
-    if len(x) == 0:
-        raise DataError(f"{origin}: holds no rows; a data set needs at least one")
+    check_shapes(origin, x.shape, None if y is None else y.shape)
+
+
+def check_shapes(origin: str, x_shape: Shape, y_shape: Shape | None) -> None:
+    """Raise DataError unless the shapes are (n, ...), with n > 0 and without an axis of length 0."""
+    for name, shape in (("x", x_shape), ("y", y_shape)):
+        if shape == ():
+            raise DataError(f"{origin}: {name} is a single number; (rows, ...) is needed")
+    if 0 in x_shape[1:]:
+        raise DataError(f"{origin}: x has shape {x_shape}; at least one feature is needed")
+    n_x = x_shape[0]
+    if y_shape is not None:
+        if 0 in y_shape[1:]:
+            raise DataError(f"{origin}: y has shape {y_shape}; at least one column is needed")
+        n_y = y_shape[0]
+        if n_x != n_y:
+            raise DataError(f"{origin}: x has {n_x} rows, but y has {n_y}; they must be equal")
+    if n_x == 0:
+        raise DataError(f"{origin}: it has no rows; a data set needs at least one")
+
+
+def check_label_shape(origin: str, y_shape: Shape) -> None:
+    """Raise DataError unless y has one label a row: (rows,) or (rows, 1)."""
+    if len(y_shape) != 1 and y_shape[1:] != (1,):
+        raise DataError(f"{origin}: y has shape {y_shape}; a classification needs one label a row")
+
+
+def input_dtype(
+    stored: np.dtype[Any], dtype: str, *, integer_inputs: bool, scale: float
+) -> np.dtype[Any]:
+    """Return the dtype of x in a batch: the run's, or its own if it is to keep its integers."""
+    if integer_inputs and scale == 1:
+        return kept_dtype(stored, dtype)
+    return np.dtype(dtype)
+
+
+def no_targets(rows: int) -> Array:
+    """Return the y of data without targets: (rows, 0)."""
+    return np.empty((rows, *NO_TARGETS))
+
+
+def target_shape(targets: Targets, stored: Shape) -> Shape:
+    """Return the shape of one row of y from its stored shape."""
+    if targets == "classes":
+        return ()
+    if targets == "values" and len(stored) <= 1:
+        return (math.prod(stored),)
+    return stored
+
+
+def target_dtype(targets: Targets, stored: np.dtype[Any], dtype: str) -> np.dtype[Any]:
+    """Return the dtype of y in a batch from its stored dtype and the run's."""
+    if targets == "classes":
+        return np.dtype(np.int64)
+    if targets == "any":
+        return kept_dtype(stored, dtype)
+    return np.dtype(dtype)
+
+
+def fingerprint_head(
+    x_shape: Shape, x_dtype: np.dtype[Any], y_shape: Shape, y_dtype: np.dtype[Any]
+) -> bytes:
+    """Return the text that a fingerprint of converted values begins with.
+
+    It names the dtype of x only if that is not the run's.
+    """
+    text = f"{x_shape} {y_shape} {y_dtype}"
+    if is_integer(x_dtype):
+        text += f" {x_dtype}"
+    return text.encode()
 
 
 def scaled(x: Array, scale: float, *, out: Array) -> Array:
-    """Write x times `scale`, of out's dtype, into out, and return it."""
-    with np.errstate(over="ignore"):  # check() finds and names what overflowed
+    """Write x * scale into `out`, computed in its dtype, and return it."""
+    with np.errstate(over="ignore"):  # Source.check reports an overflow with its row
         np.multiply(x, out.dtype.type(scale), out=out, casting="unsafe")
     return out
 
@@ -94,26 +182,28 @@ def as_targets(
     dtype: str,
     place: Callable[[int], str] = row_name,
 ) -> Array:
-    """Return a part of y as labels: (rows,) int64, or as values: (rows, columns)."""
+    """Return rows of y as labels, (rows,) int64, or as numbers: (rows, *target_shape).
+
+    `first_row` is the number of the first of them, and `place` returns a row's name in messages.
+    """
     if targets == "classes":
         return as_labels(origin, first_row, y, place)
-    return as_values(y, dtype)
+    shape = (len(y), *target_shape(targets, y.shape[1:]))
+    with np.errstate(over="ignore"):  # Source.check reports an overflow with its row
+        return np.ascontiguousarray(y.reshape(shape), target_dtype(targets, y.dtype, dtype))
 
 
-def as_labels(origin: str, first_row: int, y: Array, place: Callable[[int], str] = row_name) -> Array:
-    """Return y as (rows,) int64; DataError at a label that is not a whole number from 0 on."""
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim != 1:
-        raise DataError(f"{origin}: y has shape {y.shape}; a classification needs one label a row")
-    wrong = np.flatnonzero(~((y >= 0) & (y < _LARGEST_LABEL) & (y == np.floor(y))))
+def as_labels(
+    origin: str, first_row: int, y: Array, place: Callable[[int], str] = row_name
+) -> Array:
+    """Return y as (rows,) int64; DataError at a label that is not an integer >= 0."""
+    check_label_shape(origin, y.shape)
+    y = y.reshape(len(y))
+    wrong = np.flatnonzero(~((y >= 0) & (y < _MAX_LABEL) & (y == np.floor(y))))
     if wrong.size:
         row = int(wrong[0])
-        raise DataError(f"{origin}: {place(first_row + row)}: label {y[row]} is not one of 0, 1, 2, ...; mend the row")
+        raise DataError(
+            f"{origin}: {place(first_row + row)}: label {y[row]} is not one of 0, 1, 2, ...; "
+            "fix the row"
+        )
     return np.ascontiguousarray(y, np.int64)
-
-
-def as_values(y: Array, dtype: str) -> Array:
-    """Return y as (rows, columns) of the run's dtype."""
-    with np.errstate(over="ignore"):  # check() finds and names what overflowed
-        return np.ascontiguousarray(y.reshape(len(y), math.prod(y.shape[1:])), dtype)

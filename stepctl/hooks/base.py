@@ -1,55 +1,56 @@
-"""The protocol of a hook."""
+"""The protocol of a hook, and the checked access to a hook's saved arrays."""
 
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast, final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast, final
 
 import numpy as np
 
-from stepctl.arena import Array, read_only
 from stepctl.errors import ConfigError
-from stepctl.problems import a_or_an
-from stepctl.state import TrainState, Trigger
-from stepctl.tasks.base import Metrics
+from stepctl.programs.base import Metrics
+from stepctl.state.arena import Array, read_only
+from stepctl.state.counters import Counters
+from stepctl.state.train_state import TrainState
+from stepctl.stopping.base import StopReason
+from stepctl.system.text import a_or_an
 
-_DTYPES = ("float32", "float64", "int64", "uint8")  # that a checkpoint holds
-
-
-class StopReason(NamedTuple):
-    """Why a segment ends, whether that is its end (or an interruption), and how to go on all the same."""
-
-    text: str
-    done: bool
-    remedy: str = ""
+_DTYPES = ("float32", "float64", "int64", "uint8")  # that the checkpoint format has for hooks
 
 
 class Hook(ABC):
-    """Something that looks at the state after a step; it decides by the global step alone.
+    """Callbacks around the steps.
 
-    A hook that remembers returns its arrays from `state`: they are in every checkpoint under /hooks/<name>, and a
-    resume hands them to `load_state`. The arrays of the training state, which it is shown, are read-only.
+    A hook decides by the counters alone: not by the time or by the process.
+
+    A hook with arrays of its own returns them from `state`. They are saved in each checkpoint under
+    /hooks/<name>, and a resume passes them to `load_state`. The arrays of the training state are
+    read-only.
+
+    The constructor is called by commands that make no step, too: acquire resources in `start`. In a
+    job of several ranks, only rank 0 has hooks.
     """
 
     name: str
-    trigger: Trigger | None = None  # asked after every update; without one, all count
+    # called with the counters after every update: whether to call `after_step`; None: always
+    trigger: Callable[[Counters], bool] | None = None
 
     @property
     def essential(self) -> bool:
-        """Whether a checkpoint of a step in which this hook failed would lack something: what it remembers, a row."""
-        return type(self).state is not Hook.state
+        """Whether a checkpoint is incomplete if this hook failed: by default, if it has arrays."""
+        return has_state(self)
 
     def state(self) -> Mapping[str, Array]:
-        """Return, as they are now, the arrays that this hook must find again after a resume.
+        """Return the current values of the arrays to save.
 
-        Called at each save, which copies them. Names, shapes and dtypes (float32, float64, int64 or uint8) stay as
-        they are at the first call.
+        Called at each save, which copies them. Names, shapes and dtypes (float32, float64, int64 or
+        uint8) must be the same at each call.
         """
         return {}
 
     def load_state(self, state: Mapping[str, Array]) -> None:
-        """Go on from the arrays of a checkpoint, which are this hook's to keep.
+        """Restore the arrays of a checkpoint, which the hook may keep.
 
         By default the arrays that `state` returns are filled in place.
         """
@@ -60,59 +61,71 @@ class Hook(ABC):
         """Run once, before the segment's first step."""
         return
 
-    def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        """Run when an update is complete and counted, if the trigger fires."""
-        return
+    def after_step(self, state: TrainState, metrics: Metrics) -> str | None:
+        """Run after an update, when the counters include it, if the trigger fires.
+
+        Returns None, or the reason to stop the run after this step. A stopped run stays finished.
+        """
+        return None
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
-        """Run once, after the segment's last step; `metrics` are that step's, None if there was no step."""
+        """Run once, after the segment's last step, with its metrics (None: there was no step)."""
         return
+
+
+def has_state(hook: Hook) -> bool:
+    """Tell whether a hook has arrays in checkpoints."""
+    return type(hook).state is not Hook.state
 
 
 @final
 class HookState:
-    """The arrays of one hook, checked at each call: a checkpoint can hold them, and their kinds stay the same."""
+    """A hook's arrays; each access checks their types, and that their layout is constant."""
 
     def __init__(self, hook: Hook) -> None:
-        """ConfigError if the arrays cannot be saved, or if `load_state` is the default and could not fill them."""
-        self.name, self._hook = hook.name, hook
-        self._kinds: dict[str, tuple[Any, ...]] = {}
-        arrays = self._arrays()
-        self._kinds = _kinds(arrays)
+        """ConfigError if the arrays cannot be saved, or the default `load_state` cannot fill them."""
+        self.name = hook.name
+        self._hook = hook
+        self._layout: dict[str, tuple[Any, ...]] = {}
+        arrays = self._checked_arrays()
+        self._layout = _layout(arrays)
         if type(hook).load_state is Hook.load_state:
-            again = hook.state()
+            arrays_of_next_call = hook.state()
             for key, array in arrays.items():
-                self._check_can_be_filled(key, array, again.get(key))
+                self._check_same_memory(key, array, arrays_of_next_call.get(key))
 
     def state(self) -> dict[str, Array]:
-        """Return the hook's arrays, read-only; ConfigError if they are not of the kinds they were."""
-        arrays = self._arrays()
-        found = _kinds(arrays)
-        if found != self._kinds:
-            key = next(key for key in [*self._kinds, *found] if found.get(key) != self._kinds.get(key))
-            now, before = (" ".join(map(str, kinds.get(key, ("nothing",)))) for kinds in (found, self._kinds))
+        """Return the hook's arrays, read-only; ConfigError if a name, shape or dtype changed."""
+        arrays = self._checked_arrays()
+        layout = _layout(arrays)
+        if layout != self._layout:
+            keys = [*self._layout, *layout]
+            key = next(key for key in keys if layout.get(key) != self._layout.get(key))
             raise ConfigError(
-                f"hook {self.name}: state()[{key!r}] is {now}, and was {before} when the run was opened; names, shapes "
-                "and dtypes must stay the same"
+                f"hook {self.name}: state()[{key!r}] is {_describe(layout, key)}, and was "
+                f"{_describe(self._layout, key)} when the run was opened; names, shapes and dtypes "
+                "must stay the same"
             )
         return {key: read_only(array) for key, array in arrays.items()}
 
     def load_state(self, state: Mapping[str, Array]) -> None:
-        """Hand the hook the arrays of a checkpoint."""
+        """Restore the arrays of a checkpoint."""
         self._hook.load_state(state)
 
-    def _arrays(self) -> dict[str, Array]:
+    def _checked_arrays(self) -> dict[str, Array]:
         values: object = self._hook.state()
         if not isinstance(values, Mapping):
+            kind = a_or_an(type(values).__name__)
             raise ConfigError(
-                f"hook {self.name}: state() returned {a_or_an(type(values).__name__)}; a dict of NumPy arrays is needed"
+                f"hook {self.name}: state() returned {kind}; return a dict of NumPy arrays"
             )
-        return {key: self._array(key, value) for key, value in values.items()}
+        return {key: self._checked_array(key, value) for key, value in values.items()}
 
-    def _array(self, key: object, value: object) -> Array:
-        # most often, and at once: a save asks all hooks
-        if isinstance(value, np.ndarray) and self._kinds.get(cast(str, key)) == (value.dtype, value.shape):
-            return value
+    def _checked_array(self, key: object, value: object) -> Array:
+        if isinstance(value, np.ndarray):
+            layout = (value.dtype, value.shape)
+            if self._layout.get(cast(str, key)) == layout:  # fast: each save checks all hooks
+                return value
         where = f"hook {self.name}: state()[{key!r}]"
         if not isinstance(key, str):
             raise ConfigError(f"{where}: names must be strings")
@@ -121,17 +134,33 @@ class HookState:
             raise ConfigError(f"{where} is {kind}; return a NumPy array, such as np.array(0.0)")
         array = np.asarray(value)
         if array.dtype.newbyteorder("=").name not in _DTYPES:
-            raise ConfigError(f"{where} is an array of {array.dtype}; a checkpoint holds {', '.join(_DTYPES)}")
+            raise ConfigError(
+                f"{where} is an array of {array.dtype}; a checkpoint holds {', '.join(_DTYPES)}"
+            )
         return array
 
-    def _check_can_be_filled(self, key: str, array: Array, again: object) -> None:
-        in_place = isinstance(again, np.ndarray) and array.flags.writeable
-        if not (in_place and (array.size == 0 or np.may_share_memory(array, again))):
-            raise ConfigError(
-                f"hook {self.name}: state()[{key!r}] is made anew at each call, so a resume cannot fill it; return an "
-                "array that the hook keeps, or define load_state(self, state)"
-            )
+    def _check_same_memory(self, key: str, array: Array, next_array: object) -> None:
+        """Raise ConfigError unless two calls of `state` returned the same writable memory."""
+        is_writable = isinstance(next_array, np.ndarray) and array.flags.writeable
+        if is_writable and (array.size == 0 or np.may_share_memory(array, next_array)):
+            return
+        raise ConfigError(
+            f"hook {self.name}: state()[{key!r}] is another array at each call, so a resume cannot "
+            "fill it; return an array that the hook keeps, or define load_state(self, state)"
+        )
 
 
-def _kinds(arrays: Mapping[str, Array]) -> dict[str, tuple[Any, ...]]:
+def hook_states(hooks: Iterable[Hook]) -> tuple[HookState, ...]:
+    """Return the checked arrays of the hooks that have some."""
+    return tuple(HookState(hook) for hook in hooks if has_state(hook))
+
+
+def _layout(arrays: Mapping[str, Array]) -> dict[str, tuple[Any, ...]]:
     return {key: (array.dtype, array.shape) for key, array in arrays.items()}
+
+
+def _describe(layout: Mapping[str, tuple[Any, ...]], key: str) -> str:
+    if key not in layout:
+        return "nothing"
+    dtype, shape = layout[key]
+    return f"{dtype} {shape}"

@@ -1,37 +1,41 @@
-"""Histograms of the parameters for TensorBoard."""
+"""Histograms of the parameters in TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stepctl.config import Log as LogConfig
+from stepctl.config.cadence import Cadence
+from stepctl.config.model import LogConfig
 from stepctl.hooks.base import Hook
-from stepctl.state import TrainState
-from stepctl.tasks.base import Metrics
+from stepctl.programs.base import Metrics
+from stepctl.state.train_state import TrainState
 from stepctl.writers.base import Writer
 from stepctl.writers.tensorboard import TensorBoard
 
-_PARAMS = "params/"  # what their paths begin with
+_FOLDER = "params/"
 
 
 class Histograms(Hook):
-    """Writes the histogram of every parameter array where `every` divides the step."""
+    """Writes a histogram of each parameter array at the steps that `every` divides."""
 
     name = "histograms"
 
     def __init__(self, every: int, writer: TensorBoard) -> None:
-        self._every, self._writer = every, writer
+        self.trigger = Cadence(every).fires
+        self._writer = writer
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        step = state.counters.global_step
-        if step % self._every == 0:
-            arrays = state.arrays().items()
-            params = {path.removeprefix(_PARAMS): array for path, array in arrays if path.startswith(_PARAMS)}
-            self._writer.histograms(step, params)
+        params = {
+            path.removeprefix(_FOLDER): array
+            for path, array in state.arrays().items()
+            if path.startswith(_FOLDER)
+        }
+        self._writer.write_histograms(state.counters.global_step, params)
 
 
-def histograms_of(config: LogConfig, writers: Sequence[Writer]) -> list[Hook]:
-    """Return the hook that a config asks for, if it does."""
+def histogram_hooks(config: LogConfig, writers: Sequence[Writer]) -> list[Hook]:
+    """Return the hook that the config enables, or none."""
     if config.histograms is None:
         return []
-    return [Histograms(config.histograms, writer) for writer in writers if isinstance(writer, TensorBoard)]
+    boards = [writer for writer in writers if isinstance(writer, TensorBoard)]
+    return [Histograms(config.histograms, board) for board in boards]

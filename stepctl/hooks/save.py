@@ -1,4 +1,4 @@
-"""Checkpoints: on the grid, after so many seconds, when asked to, and at the end."""
+"""Checkpoints: periodic, on request, and at the start and the end of a segment."""
 
 from __future__ import annotations
 
@@ -6,20 +6,39 @@ import time
 from collections.abc import Callable
 
 from stepctl.checkpoint.background import Background
-from stepctl.config import Checkpoint as CheckpointConfig
+from stepctl.config.model import CheckpointConfig
 from stepctl.errors import NonFiniteError, RunMovedError, StepctlError
-from stepctl.hooks.base import Hook, StopReason
-from stepctl.state import TrainState
-from stepctl.tasks.base import Metrics
+from stepctl.hooks.base import Hook
+from stepctl.programs.base import Metrics
+from stepctl.state.train_state import TrainState
+from stepctl.stopping.base import StopReason
+
+# A background thread reacquires the interpreter lock after each system call. On a virtual machine this
+# costs the training thread about 0.4 ms each time, over 10 ms a save; writing a small file takes 3 ms.
+AT_ONCE_BYTES = 1 << 16  # largest state that is written on the training thread
+_AT_ONCE_SECONDS = 0.01  # a slower write, as on a slow disk, sends the next ones to the background
+_N_IN_BACKGROUND = 10  # number of saves that a slow write sends there
 
 
 class Save(Hook):
-    """Publishes in the background while training goes on; at the start and the end it waits. Never twice on one step.
+    """Publishes checkpoints, at most one a step, in the background; small ones at once.
 
-    `publish` writes a state that nothing changes any more, and `flush`, on the training thread, what must be written
-    before it. What `publish` raised is raised at the next step, or with `on_error: continue` said, and made good at
-    the next save; `report` is called at each step up to the one that finds the publishing done. `waits` and
-    `wait_seconds` are what training waited for a checkpoint that was still being written when the next was due.
+    At the start and the end of a segment it waits until the checkpoint is durable.
+
+    An error of `publish` is raised at the next step; with `on_error: continue` it is reported, and
+    the next save retries. `waits` and `wait_seconds` count how often and how long training waited
+    because the previous checkpoint was still being written.
+
+    Args:
+        publish: Writes a snapshot of the state, in the background thread or at once.
+        flush: Writes what must precede the checkpoint, in the training thread.
+        requested: Whether a save was requested, by a signal; called at every step.
+        report: Reports durable checkpoints; called after each step during which a save was in
+            flight.
+        say: Shows a warning.
+        note: Shows a note.
+        saved_step: The step of the newest checkpoint, if there is one.
+        target: The step whose checkpoint is left to `end`, because it must follow the last rows.
     """
 
     name = "save"
@@ -39,75 +58,103 @@ class Save(Hook):
         target: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._publish, self._flush, self._background = publish, flush, background
-        self._requested, self._report, self._say, self._note, self._clock = requested, report, say, note, clock
-        self._fires, self._seconds = config.trigger(), config.every_seconds
+        self._fires = config.cadence().fires
+        self._every_seconds = config.every_seconds
         self._stop_on_error = config.on_error == "stop"
-        self._saved_step, self._target = saved_step, target
+        self._publish = publish
+        self._flush = flush
+        self._background = background
+        self._requested = requested
+        self._report = report
+        self._say = say
+        self._note = note
+        self._saved_step = saved_step
+        self._target = target
+        self._clock = clock
         self._saved_at = clock()
-        self.saves, self.waits, self.wait_seconds = 0, 0, 0.0
+        self._n_in_background = 0  # of the next saves
+        self.saves = 0
+        self.waits = 0
+        self.wait_seconds = 0.0
 
     def start(self, state: TrainState) -> None:
-        self.now(state)
+        self.save_now(state)
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         if self._background.job is not None:
-            self._settle(self._background.check)
+            self._report_errors(self._background.check)
             self._report()
-        requested = self._requested()  # asked at every step, so that no request outlives its step
-        if self._fires(state.counters) or requested or (self._seconds is not None and self._late(self._seconds)):
+        if self._is_due(state):
             step = state.counters.global_step
-            # the target's own comes at the end, after the last rows: whoever finds it finds them
             if step not in (self._target, self._saved_step):
-                self._wait(step)
-                self._begin(state.hand_over())
+                self._wait_for_previous(step)
+                self._publish_snapshot(state.snapshot())
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
-        self._settle(self._background.finish)
-        self.now(state)
+        self._report_errors(self._background.finish)
+        self.save_now(state)
 
-    def finish(self) -> None:
-        """Wait until a save in flight is done; raise its error if it had one."""
-        self._look(self._background.finish)
+    def wait(self) -> None:
+        """Wait for the save in flight; raise its error if it failed."""
+        self._raise_errors(self._background.finish)
 
-    def now(self, state: TrainState) -> None:
-        """Publish this state, if that was not done, and wait until it is there."""
-        self.finish()
+    def save_now(self, state: TrainState) -> None:
+        """Publish this state unless its step is saved already, and wait until it is durable."""
+        self.wait()
         if state.counters.global_step != self._saved_step:
-            self._begin(state.with_hooks_asked())
-            self.finish()
+            self._begin(state.with_copies(), self._background.start)
+            self.wait()
 
-    def _late(self, seconds: float) -> bool:
-        return self._clock() - self._saved_at >= seconds
+    def _is_due(self, state: TrainState) -> bool:
+        # both are called at every step: a cadence needs it, and a request must not outlive its step
+        fires = self._fires(state.counters)
+        requested = self._requested()
+        if fires or requested:
+            return True
+        if self._every_seconds is None:
+            return False
+        return self._clock() - self._saved_at >= self._every_seconds
 
-    def _begin(self, state: TrainState) -> None:
+    def _publish_snapshot(self, state: TrainState) -> None:
+        if state.n_bytes > AT_ONCE_BYTES or self._n_in_background:
+            self._n_in_background = max(self._n_in_background - 1, 0)
+            self._begin(state, self._background.start)
+            return
+        self._begin(state, self._background.run)
+        if self._clock() - self._saved_at > _AT_ONCE_SECONDS:
+            self._n_in_background = _N_IN_BACKGROUND
+
+    def _begin(self, state: TrainState, run: Callable[[Callable[[], None]], None]) -> None:
         self._flush()
-        self._saved_step, self._saved_at = state.counters.global_step, self._clock()
+        self._saved_step = state.counters.global_step
+        self._saved_at = self._clock()
         self.saves += 1
-        self._background.start(lambda: self._publish(state))
+        run(lambda: self._publish(state))
 
-    def _wait(self, step: int) -> None:
-        if self._background.busy:
-            began = self._clock()
-            self._settle(self._background.finish)
-            self.waits += 1
-            self.wait_seconds += self._clock() - began
-            if self.waits == 1:
-                self._note(
-                    f"note: at step {step} training waits for the checkpoint before it to be written (said once)"
-                )
+    def _wait_for_previous(self, step: int) -> None:
+        if not self._background.busy:
+            return
+        started = self._clock()
+        self._report_errors(self._background.finish)
+        self.waits += 1
+        self.wait_seconds += self._clock() - started
+        if self.waits == 1:
+            self._note(
+                f"note: step {step} waits for the previous checkpoint to be written (shown once)"
+            )
 
-    def _settle(self, look: Callable[[], None]) -> None:
+    def _report_errors(self, check: Callable[[], None]) -> None:
+        """Call `check`; with `on_error: continue` report an error of a save, not raise it."""
         try:
-            self._look(look)
+            self._raise_errors(check)
         except StepctlError as error:
             if self._stop_on_error or isinstance(error, NonFiniteError | RunMovedError):
                 raise
-            self._say(f"warning: {error}; the next save tries again")
+            self._say(f"warning: {error}; the next save retries")
 
-    def _look(self, look: Callable[[], None]) -> None:
+    def _raise_errors(self, check: Callable[[], None]) -> None:
         try:
-            look()
+            check()
         except Exception:
-            self._saved_step = None  # so that the next save makes it good
+            self._saved_step = None  # the next save must not skip this step
             raise

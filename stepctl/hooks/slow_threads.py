@@ -1,4 +1,4 @@
-"""A warning where several BLAS threads are slower than one."""
+"""A warning if several BLAS threads are slower than one."""
 
 from __future__ import annotations
 
@@ -7,46 +7,50 @@ from collections import deque
 from collections.abc import Callable
 
 from stepctl.hooks.base import Hook
-from stepctl.state import TrainState
-from stepctl.tasks.base import Metrics
+from stepctl.programs.base import Metrics
+from stepctl.state.train_state import TrainState
 
-SLOW = 2.5  # times slower than one thread
-_FIRST = 1.0  # seconds from the first step to the first probe: a short run pays nothing
-_INTERVAL = 5.0  # seconds between two probes, at least
-_SHARE = 200  # a probe takes at most this part of the time
-_WINDOW, _ENOUGH = 10, 3  # probes that are remembered, and how many of them must be slow
+SLOW_RATIO = 2.5  # times slower than one thread
+_FIRST_PROBE = 1.0  # seconds after the start: a short run has no probe
+_MIN_INTERVAL = 5.0  # seconds between two probes
+_MAX_SHARE = 1 / 200  # of the time that probes may take
+_N_RATIOS = 10  # probes that are remembered
+_N_SLOW = 3  # slow probes among them that cause the warning
 
 
 class SlowThreads(Hook):
-    """Warns once where the BLAS threads of a run are slower than one thread would be.
+    """Warns once if the BLAS threads of a run are slower than one thread would be.
 
-    On a machine whose cores are busy with something else, BLAS waits for a thread that has no core. `probe` returns
-    how many times longer a matrix product takes with the run's threads than with one; it is called between steps,
-    now and then, and its result decides nothing but the warning.
+    On busy cores, BLAS waits for threads that do not get one. `probe` returns how many times longer
+    a matrix product takes with the run's threads than with one. It runs between steps and has no
+    effect on the result.
     """
 
     name = "slow_threads"
 
     def __init__(
-        self, probe: Callable[[], float], warn: Callable[[float], None], clock: Callable[[], float] = time.monotonic
+        self,
+        probe: Callable[[], float],
+        warn: Callable[[float], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._probe = probe
         self._warn = warn
         self._clock = clock
-        self._next = float("inf")
-        self._ratios = deque[float](maxlen=_WINDOW)
+        self._next_probe = float("inf")
+        self._ratios = deque[float](maxlen=_N_RATIOS)
 
     def start(self, state: TrainState) -> None:
-        self._next = self._clock() + _FIRST
+        self._next_probe = self._clock() + _FIRST_PROBE
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
-        began = self._clock()
-        if began < self._next:
+        started = self._clock()
+        if started < self._next_probe:
             return
         self._ratios.append(self._probe())
         ended = self._clock()
-        self._next = ended + max(_INTERVAL, _SHARE * (ended - began))
-        slow = sorted(ratio for ratio in self._ratios if ratio > SLOW)
-        if len(slow) >= _ENOUGH:
+        self._next_probe = ended + max(_MIN_INTERVAL, (ended - started) / _MAX_SHARE)
+        slow = sorted(ratio for ratio in self._ratios if ratio > SLOW_RATIO)
+        if len(slow) >= _N_SLOW:
             self._warn(slow[len(slow) // 2])
-            self._next = float("inf")
+            self._next_probe = float("inf")

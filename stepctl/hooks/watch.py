@@ -1,4 +1,4 @@
-"""What evaluations have come to: the best so far, how long nothing got better, and whether the target was reached."""
+"""Watches of a metric over the evaluations: the best value, early stopping, and a target value."""
 
 from __future__ import annotations
 
@@ -7,118 +7,137 @@ from abc import abstractmethod
 
 import numpy as np
 
-from stepctl.arena import Array
-from stepctl.config import EarlyStopping as EarlyStoppingConfig
-from stepctl.config import TargetMetric as TargetMetricConfig
-from stepctl.hooks.base import Hook, StopReason
-from stepctl.state import Counters
-from stepctl.tasks.base import Metrics, Mode
+from stepctl.config.model import EarlyStoppingConfig, TargetMetricConfig
+from stepctl.hooks.base import Hook
+from stepctl.programs.base import Metrics, Mode
+from stepctl.state.arena import Array
+from stepctl.state.counters import Counters
+from stepctl.stopping.base import StopReason
 
 
-class Watch(Hook):
-    """Looks at one metric of every evaluation on the grid. What it remembers is in every checkpoint.
+class MetricWatch(Hook):
+    """Follows one metric over the evaluations; its state is in every checkpoint.
 
-    The arrays are there whether or not the config asks for this watch, so that it may be asked for at any resume.
+    The state is kept whether or not the config uses the watch, so that any resume can enable it.
     """
 
-    in_use = True
+    in_use = True  # by the config
 
     def __init__(self, metric: str, mode: Mode, min_delta: float = 0.0) -> None:
-        self.metric, self.mode, self.min_delta = metric, mode, min_delta
+        self.metric = metric
+        self.mode = mode
+        self.min_delta = min_delta
         self._state: dict[str, Array] = {}
-        self.forget()
+        self.reset()
 
     @property
-    def goes_by(self) -> tuple[str, Mode, float]:
-        """What decides what is remembered: where it is another, nothing that was remembered counts."""
+    def criterion(self) -> tuple[str, Mode, float]:
+        """The metric and how values are compared; the state of another criterion is meaningless."""
         return self.metric, self.mode, self.min_delta
 
     def state(self) -> dict[str, Array]:
         return self._state
 
     @abstractmethod
-    def forget(self) -> None:
-        """Begin anew."""
+    def reset(self) -> None:
+        """Return to the state before the first evaluation."""
+
+    def update(self, step: int, metrics: Metrics) -> None:
+        """Update the state with the metrics of an evaluation."""
+        if self.metric:  # empty: nothing is watched
+            self._update(step, metrics[self.metric])
 
     @abstractmethod
-    def observe(self, step: int, metrics: Metrics) -> None:
-        """Take in an evaluation."""
+    def _update(self, step: int, value: float) -> None:
+        """Take a value of the metric into account."""
 
-    def _better(self, value: float, than: float) -> bool:
-        # a value that is not a number is never better, and any number is better than none
-        if math.isnan(than):
+    def _is_better(self, value: float, than: float) -> bool:
+        if math.isnan(than):  # any number is better than NaN, and NaN is never better
             return not math.isnan(value)
-        return value < than - self.min_delta if self.mode == "min" else value > than + self.min_delta
+        if self.mode == "min":
+            return value < than - self.min_delta
+        return value > than + self.min_delta
 
     def _set(self, **values: float) -> None:
         for name, value in values.items():
             if name not in self._state:
-                self._state[name] = np.array(value, np.float64 if isinstance(value, float) else np.int64)
+                dtype = np.float64 if isinstance(value, float) else np.int64
+                self._state[name] = np.array(value, dtype)
             self._state[name][...] = value
 
 
-class Best(Watch):
-    """The best value so far, and its step (-1: none yet)."""
+class Best(MetricWatch):
+    """The best value so far and its step (-1: none yet)."""
 
     name = "best"
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._set(value=math.nan, step=-1)
 
-    def observe(self, step: int, metrics: Metrics) -> None:
-        if self._better(metrics[self.metric], float(self._state["value"])):
-            self._set(value=metrics[self.metric], step=step)
+    def _update(self, step: int, value: float) -> None:
+        if self._is_better(value, float(self._state["value"])):
+            self._set(value=value, step=step)
 
 
-class EarlyStopping(Watch):
-    """Stops when nothing got better for so many evaluations (Prechelt 1998); without a config it only counts."""
+class EarlyStopping(MetricWatch):
+    """Stops after `patience` evaluations without an improvement (Prechelt 1998).
+
+    Without a config it only counts.
+    """
 
     name = "early_stopping"
 
     def __init__(self, metric: str, mode: Mode, config: EarlyStoppingConfig | None) -> None:
-        self._config, self.in_use = config, config is not None
+        self._config = config
+        self.in_use = config is not None
         super().__init__(metric, mode, config.min_delta if config else 0.0)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._set(value=math.nan, waited=0)
 
-    def observe(self, step: int, metrics: Metrics) -> None:
-        if self._better(metrics[self.metric], float(self._state["value"])):
-            self._set(value=metrics[self.metric], waited=0)
+    def _update(self, step: int, value: float) -> None:
+        if self._is_better(value, float(self._state["value"])):
+            self._set(value=value, waited=0)
         else:
             self._set(waited=int(self._state["waited"]) + 1)
 
     def reason(self, counters: Counters) -> StopReason | None:
-        """Return why to stop now, or None."""
+        """Return the reason to stop now, or None."""
         waited = int(self._state["waited"])
         if self._config is None or waited < self._config.patience:
             return None
-        value = float(self._state["value"])
-        text = f"early stopping: {waited} evaluations without a better {self.metric} than {value:.6g}"
-        remedy = "to go on: --set stop.early_stopping=null, or a larger patience"
+        best = float(self._state["value"])
+        text = (
+            f"early stopping: {waited} evaluations without a better {self.metric} than {best:.6g}"
+        )
+        remedy = "to continue: --set stop.early_stopping=null, or a larger patience"
         return StopReason(text, done=True, remedy=remedy)
 
 
-class TargetMetric(Watch):
-    """Stops once a metric is as good as asked for; without a config it only remembers the best."""
+class TargetMetric(MetricWatch):
+    """Stops once the best value reaches a target; without a config it only keeps the best value."""
 
     name = "target_metric"
 
     def __init__(self, metric: str, mode: Mode, config: TargetMetricConfig | None) -> None:
-        self._config, self.in_use = config, config is not None
+        self._config = config
+        self.in_use = config is not None
         super().__init__(metric, mode)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._set(value=math.nan)
 
-    def observe(self, step: int, metrics: Metrics) -> None:
-        if self._better(metrics[self.metric], float(self._state["value"])):
-            self._set(value=metrics[self.metric])
+    def _update(self, step: int, value: float) -> None:
+        if self._is_better(value, float(self._state["value"])):
+            self._set(value=value)
 
     def reason(self, counters: Counters) -> StopReason | None:
-        """Return why to stop now, or None."""
-        value = float(self._state["value"])
-        if self._config is None or math.isnan(value) or self._better(self._config.value, value):
+        """Return the reason to stop now, or None."""
+        if self._config is None:
             return None
-        text = f"target metric: {self.metric} {value:.6g} reached {self._config.value:.6g}"
-        return StopReason(text, done=True, remedy="to go on: --set stop.target_metric=null")
+        best = float(self._state["value"])
+        target = self._config.value
+        if math.isnan(best) or self._is_better(target, best):
+            return None
+        text = f"target metric: {self.metric} {best:.6g} reached {target:.6g}"
+        return StopReason(text, done=True, remedy="to continue: --set stop.target_metric=null")

@@ -1,4 +1,4 @@
-"""Models: parameters, their start, and the way from inputs to outputs."""
+"""Models: parameters, their initial values, and the forward and backward pass."""
 
 NAMES = {
     "linear": "stepctl.models.linear:linear",

@@ -1,38 +1,53 @@
-"""The protocol of a model. A model of your own subclasses Model and is named "package.module:Class"."""
+"""The protocol of a model.
+
+A user's model subclasses Model; a config names it "package.module:Class".
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from stepctl.arena import Arena, Array, Shape, Workspace
 from stepctl.errors import ConfigError
+from stepctl.state.arena import Arena, Array, Shape
+from stepctl.state.workspace import Workspace
 
-# (doutputs, grads): writes the gradient of every parameter into the views of `grads`, and returns that of the inputs,
-# (rows, ...); None will do where the task does not need it (only wgan's critic must).
+# (dy, grads) -> dx, where y are the outputs: writes the gradient of every parameter into the views
+# of `grads`. Returns dx of the shape of x; None is enough unless the task needs it (only wgan's
+# critic).
 Backward = Callable[[Array, Arena], Array | None]
-# (doutputs, dtangents, grads): the same for the outputs and their tangents together.
+# (dy, dw, grads): the same for the outputs y and their tangents w together, without dx.
 TangentBackward = Callable[[Array, Array, Arena], None]
 
 
-class Ends(NamedTuple):
-    """What a model must map to what, and whether the task needs the gradient of its inputs."""
+class ModelShapes(NamedTuple):
+    """A task's demands on a model: the shape of one input, and the number of outputs.
+
+    With `input_gradient`, backward must return dx.
+    """
 
     input_shape: Shape
     n_outputs: int
     input_gradient: bool = False
 
 
-class Model(ABC):
-    """A differentiable function of named parameters; it holds no arrays of its own.
+Ends = ModelShapes  # the former name, which a user's task may import
 
-    Its constructor takes keyword arguments: `input_shape` (one sample's shape, a tuple) and `n_outputs` (int)
-    come from the data and the task if it asks for them, and `input_gradient` (bool), whether backward must return the
-    gradient of the inputs; every other argument comes from the config.
+
+class Model(ABC):
+    """A differentiable function of named parameters; it holds no arrays.
+
+    The constructor takes keyword arguments. `input_shape` (a tuple, the shape of one sample),
+    `n_outputs` (int) and `input_gradient` (bool, whether backward must return dx) come from the
+    data and the task if it has such parameters. All other arguments come from the config.
     """
+
+    # Whether an integer x that is not scaled, such as token ids, keeps its dtype. Otherwise x is
+    # converted to the run's dtype.
+    integer_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def parameter_shapes(self) -> dict[str, Shape]:
@@ -40,33 +55,41 @@ class Model(ABC):
 
     @abstractmethod
     def initialize(self, params: Arena, rng: Callable[[str], np.random.Generator]) -> None:
-        """Fill the parameters; `rng(name)` is a generator of its own for each name."""
+        """Fill the parameters. `rng(name)` returns an independent generator for each name."""
 
     def buffer_shapes(self) -> dict[str, Shape]:
-        """Return the shape of each array that training changes without a gradient, such as a running mean.
+        """Return the shape of each buffer by its path.
 
-        `forward` finds them in `workspace.buffers[path]`. Where `workspace.new_buffers` is not None, in training, it
-        writes there the whole of what each becomes by its rows, one shard of a batch: the mean over the shards is
-        what holds after the step. They are in every checkpoint, under /buffers.
+        Buffers are arrays without a gradient, such as a running mean. `forward` reads
+        `workspace.buffers[path]`. In training `workspace.new_buffers` is not None: then `forward`
+        writes the complete new values, computed from the rows of one shard. The mean over the
+        shards becomes the buffer after the step. Checkpoints hold buffers under /buffers.
         """
         return {}
 
     def initialize_buffers(self, buffers: Arena) -> None:
-        """Fill the buffers; they are zeros before."""
+        """Fill the buffers, which are zeros."""
         return
 
     @abstractmethod
     def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
-        """Map x: (rows, *input_shape) to outputs: (rows, n_outputs), and return the way back.
+        """Return the outputs and the backward function.
 
-        `workspace.empty(shape)` gives temporary arrays without allocating; `workspace.rng` is None in
-        evaluation, and else gives the generator of this step and shard by a name; for buffers see `buffer_shapes`.
-        Nothing else may vary.
+        x is (rows, *input_shape), the outputs are (rows, n_outputs). `workspace.empty(shape)`
+        returns a temporary array, usually without an allocation. `workspace.rng(name)` is a
+        generator for this step and shard; `workspace.rng` is None in evaluation. The result must
+        depend on nothing else.
         """
 
-    def tangent(self, params: Arena, x: Array, v: Array, workspace: Workspace) -> tuple[Array, Array, TangentBackward]:
-        """Map x, and a direction v at each x, to outputs and the derivative along v: both (rows, n_outputs).
+    def tangent(
+        self, params: Arena, x: Array, v: Array, workspace: Workspace
+    ) -> tuple[Array, Array, TangentBackward]:
+        """Return the outputs, their derivative along v, and the backward function of both.
 
-        What a gradient penalty needs: the way back differentiates through both. ConfigError if there is none.
+        x and v are (rows, *input_shape), the outputs and the derivative (rows, n_outputs). Only a
+        gradient penalty needs it. ConfigError if the model does not implement it.
         """
-        raise ConfigError("model: it has no tangent, which a gradient penalty needs; use weight_clip")
+        raise ConfigError(
+            "model: it does not implement tangent, which a gradient penalty needs; implement it, "
+            "or use weight_clip"
+        )

@@ -1,25 +1,30 @@
 """The multilayer perceptron."""
 
-import math
 from typing import Literal
 
-from stepctl.arena import Shape
+from stepctl.config.registry import Fraction, PositiveInt
 from stepctl.errors import ConfigError
-from stepctl.layers.base import Layer
-from stepctl.layers.batch_norm import BatchNorm
-from stepctl.layers.dense import Dense
-from stepctl.layers.dropout import Dropout
-from stepctl.layers.gelu import GELU
-from stepctl.layers.layer_norm import LayerNorm
-from stepctl.layers.leaky_relu import LeakyReLU
-from stepctl.layers.relu import ReLU
-from stepctl.layers.sigmoid import Sigmoid
-from stepctl.layers.tanh import Tanh
-from stepctl.models.sequential import Sequential
-from stepctl.registry import Fraction, PositiveInt
+from stepctl.models.layers.base import Layer
+from stepctl.models.layers.batch_norm import BatchNorm
+from stepctl.models.layers.dense import Dense
+from stepctl.models.layers.dropout import Dropout
+from stepctl.models.layers.gelu import GELU
+from stepctl.models.layers.layer_norm import LayerNorm
+from stepctl.models.layers.leaky_relu import LeakyReLU
+from stepctl.models.layers.relu import ReLU
+from stepctl.models.layers.sigmoid import Sigmoid
+from stepctl.models.layers.tanh import Tanh
+from stepctl.models.sequential import Sequential, flat_size
+from stepctl.state.arena import Shape
 
-_ACTIVATIONS = {"relu": ReLU, "leaky_relu": LeakyReLU, "gelu": GELU, "tanh": Tanh, "sigmoid": Sigmoid}
-_RECTIFIERS = ("relu", "leaky_relu", "gelu")
+_ACTIVATIONS = {
+    "relu": ReLU,
+    "leaky_relu": LeakyReLU,
+    "gelu": GELU,
+    "tanh": Tanh,
+    "sigmoid": Sigmoid,
+}
+_RECTIFIERS = ("relu", "leaky_relu", "gelu")  # initialized with gain 2
 
 
 def mlp(
@@ -34,19 +39,33 @@ def mlp(
     n_outputs: int,
     input_gradient: bool = False,
 ) -> Sequential:
-    """For each hidden size: dense, a norm if asked for, activation, dropout; then a dense one, through `output`.
+    """Hidden layers (dense, norm, activation, dropout), a dense layer, the output activation.
 
-    A dense layer before a batch norm has no bias: the norm would take it out again, and its shift is one.
+    A dense layer before a batch norm has no bias, because the norm's shift replaces it.
+
+    Args:
+        hidden: Number of units of each hidden layer.
+        activation: Activation of the hidden layers; gelu is the tanh form.
+        dropout: Probability with which a hidden unit is dropped during training.
+        layer_norm: Add layer normalization before each activation.
+        batch_norm: Add batch normalization before each activation.
+        output: Activation of the output layer; linear is none.
     """
     if layer_norm and batch_norm:
-        raise ConfigError("mlp: layer_norm and batch_norm are both true; leave one of them out")
+        raise ConfigError("mlp: layer_norm and batch_norm are both true; use one of them")
     gain = 2.0 if activation in _RECTIFIERS else 1.0
     layers: list[Layer] = []
-    n_in = math.prod(input_shape)
+    n_in = flat_size("mlp", input_shape)
     for i, n_out in enumerate(hidden):
-        needed = i > 0 or input_gradient
-        sizes = {"n_in": n_in, "n_out": n_out}
-        layers.append(Dense(name=f"dense{i}", **sizes, gain=gain, input_gradient=needed, bias=not batch_norm))
+        dense = Dense(
+            name=f"dense{i}",
+            n_in=n_in,
+            n_out=n_out,
+            gain=gain,
+            input_gradient=input_gradient or i > 0,
+            bias=not batch_norm,
+        )
+        layers.append(dense)
         if batch_norm:
             layers.append(BatchNorm(name=f"batch_norm{i}", n_features=n_out))
         if layer_norm:
@@ -55,8 +74,13 @@ def mlp(
         if dropout:
             layers.append(Dropout(name=f"dropout{i}", rate=dropout))
         n_in = n_out
-    needed = bool(hidden) or input_gradient
-    layers.append(Dense(name=f"dense{len(hidden)}", n_in=n_in, n_out=n_outputs, input_gradient=needed))
+    last = Dense(
+        name=f"dense{len(hidden)}",
+        n_in=n_in,
+        n_out=n_outputs,
+        input_gradient=input_gradient or bool(hidden),
+    )
+    layers.append(last)
     if output != "linear":
         layers.append(_ACTIVATIONS[output]())
     return Sequential(layers)

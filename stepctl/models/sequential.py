@@ -1,61 +1,86 @@
-"""A model made of layers, one after the other."""
+"""A model made of layers."""
 
+import math
 from collections.abc import Callable
 from typing import final
 
 import numpy as np
 
-from stepctl.arena import Arena, Array, Shape, Workspace
-from stepctl.layers.base import Layer
+from stepctl.errors import ConfigError
 from stepctl.models.base import Backward, Model, TangentBackward
+from stepctl.models.layers.base import Layer
+from stepctl.state.arena import Arena, Array, Shape
+from stepctl.state.workspace import Workspace
+
+
+def flat_size(name: str, input_shape: Shape) -> int:
+    """Return the number of features of a sample; ConfigError if it is a single number."""
+    if not input_shape:
+        raise ConfigError(
+            f"{name} needs x of shape (rows, features, ...), but it has (rows,); save it as "
+            "x[:, None]"
+        )
+    return math.prod(input_shape)
 
 
 @final
 class Sequential(Model):
-    """Layers in a row over samples that are flattened first: (rows, *input_shape) -> (rows, n_outputs)."""
+    """Layers that are applied one after another.
+
+    x (rows, *input_shape) is flattened to (rows, n_in); y is (rows, n_outputs).
+    """
 
     def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
 
     def parameter_shapes(self) -> dict[str, Shape]:
-        return {name: shape for layer in self.layers for name, shape in layer.parameter_shapes().items()}
+        shapes: dict[str, Shape] = {}
+        for layer in self.layers:
+            shapes |= layer.parameter_shapes()
+        return shapes
 
     def initialize(self, params: Arena, rng: Callable[[str], np.random.Generator]) -> None:
         for layer in self.layers:
             layer.initialize(params, rng)
 
     def buffer_shapes(self) -> dict[str, Shape]:
-        return {name: shape for layer in self.layers for name, shape in layer.buffer_shapes().items()}
+        shapes: dict[str, Shape] = {}
+        for layer in self.layers:
+            shapes |= layer.buffer_shapes()
+        return shapes
 
     def initialize_buffers(self, buffers: Arena) -> None:
         for layer in self.layers:
             layer.initialize_buffers(buffers)
 
     def forward(self, params: Arena, x: Array, workspace: Workspace) -> tuple[Array, Backward]:
-        x = x.reshape(len(x), -1)
-        backwards = []
+        y = x.reshape(len(x), -1)
+        layer_backwards = []
         for layer in self.layers:
-            x, layer_backward = layer.forward(params, x, workspace)
-            backwards.append(layer_backward)
+            y, layer_backward = layer.forward(params, y, workspace)
+            layer_backwards.append(layer_backward)
 
         def backward(dy: Array, grads: Arena) -> Array | None:
-            gradient: Array | None = dy
-            for layer_backward in reversed(backwards):
-                if gradient is not None:
-                    gradient = layer_backward(gradient, grads)
-            return gradient
+            dx: Array | None = dy
+            for layer_backward in reversed(layer_backwards):
+                if dx is not None:
+                    dx = layer_backward(dx, grads)
+            return dx
 
-        return x, backward
+        return y, backward
 
-    def tangent(self, params: Arena, x: Array, v: Array, workspace: Workspace) -> tuple[Array, Array, TangentBackward]:
-        x, v = x.reshape(len(x), -1), v.reshape(len(v), -1)
-        backwards = []
+    def tangent(
+        self, params: Arena, x: Array, v: Array, workspace: Workspace
+    ) -> tuple[Array, Array, TangentBackward]:
+        y = x.reshape(len(x), -1)
+        w = v.reshape(len(v), -1)
+        layer_backwards = []
         for layer in self.layers:
-            x, v, layer_backward = layer.tangent(params, x, v, workspace)
-            backwards.append(layer_backward)
+            y, w, layer_backward = layer.tangent(params, y, w, workspace)
+            layer_backwards.append(layer_backward)
 
         def backward(dy: Array, dw: Array, grads: Arena) -> None:
-            for layer_backward in reversed(backwards):
+            for layer_backward in reversed(layer_backwards):
                 dy, dw = layer_backward(dy, dw, grads)
 
-        return x, v, backward
+        return y, w, backward

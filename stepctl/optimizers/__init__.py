@@ -1,4 +1,4 @@
-"""Optimizers: how a gradient changes the parameters."""
+"""Optimizers and learning-rate schedules."""
 
 NAMES = {
     "sgd": "stepctl.optimizers.sgd:SGD",

@@ -1,17 +1,21 @@
-"""Adagrad (Duchi et al. 2011)."""
+"""Adagrad (Duchi et al. 2011, figure 1, diagonal)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from stepctl.arena import Array
-from stepctl.optimizers.base import Block, Optimizer, Tick
-from stepctl.registry import Positive
+from stepctl.config.registry import Positive
+from stepctl.optimizers.base import Block, Optimizer, UpdateInfo
+from stepctl.state.arena import Array
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adagrad(Optimizer):
-    """a <- a + g^2; p <- p - lr g / (sqrt(a) + epsilon)."""
+    """a <- a + g^2; p <- p - lr g / (sqrt(a) + epsilon).
+
+    Args:
+        epsilon: Added to the square root, outside of it.
+    """
 
     epsilon: Positive = 1e-10
 
@@ -19,13 +23,15 @@ class Adagrad(Optimizer):
     def slots(self) -> tuple[str, ...]:
         return ("accumulator",)
 
-    def coefficients(self, tick: Tick) -> tuple[float, ...]:
-        return tick.learning_rate, self.epsilon
+    def coefficients(self, info: UpdateInfo) -> tuple[float, ...]:
+        return info.learning_rate, self.epsilon
 
     def update_block(self, block: Block, *coefficients: Array) -> None:
         learning_rate, epsilon = coefficients
-        (accumulator,), (new_accumulator,) = block.slots, block.new_slots
-        g, scratch = block.grads, block.scratch
+        (accumulator,) = block.slots
+        (new_accumulator,) = block.new_slots
+        g = block.grads
+        scratch = block.scratch
         np.multiply(g, g, out=scratch)
         np.add(accumulator, scratch, out=new_accumulator)
         np.sqrt(new_accumulator, out=scratch)

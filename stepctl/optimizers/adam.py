@@ -6,16 +6,22 @@ from typing import final
 
 import numpy as np
 
-from stepctl.arena import Array
-from stepctl.optimizers.base import Block, Optimizer, Tick
-from stepctl.registry import Fraction, NonNegative, Positive
+from stepctl.config.registry import Fraction, Positive
+from stepctl.optimizers.base import Block, Optimizer, UpdateInfo
+from stepctl.optimizers.groups import WeightDecay
+from stepctl.state.arena import Array
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveMoments(Optimizer):
     """m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2; p <- p - lr m' / (sqrt(v') + epsilon).
 
-    m' = m / (1 - b1^t) and v' = v / (1 - b2^t), with t the number of this optimizer's updates.
+    m' = m / (1 - b1^t) and v' = v / (1 - b2^t), where t is the number of the update (1, 2, ...).
+
+    Args:
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        epsilon: Added to the square root, outside of it.
     """
 
     beta1: Fraction = 0.9
@@ -26,43 +32,60 @@ class AdaptiveMoments(Optimizer):
     def slots(self) -> tuple[str, ...]:
         return ("first_moment", "second_moment")
 
-    def coefficients(self, tick: Tick) -> tuple[float, ...]:
-        # both corrections and the rate folded into two numbers: p - step m / (sqrt(v) + epsilon root)
-        root = math.sqrt(1 - self.beta2**tick.number)
-        step = tick.learning_rate * root / (1 - self.beta1**tick.number)
-        return self.beta1, 1 - self.beta1, self.beta2, (1 - self.beta2) / (1 - self.beta1), step, self.epsilon * root
+    def coefficients(self, info: UpdateInfo) -> tuple[float, ...]:
+        # both bias corrections are in two numbers: p - step_size m / (sqrt(v) + epsilon correction)
+        correction = math.sqrt(1 - self.beta2**info.number)
+        step_size = info.learning_rate * correction / (1 - self.beta1**info.number)
+        # `update_block` multiplies ((1 - beta1) g) g by it, which gives (1 - beta2) g^2
+        square_weight = (1 - self.beta2) / (1 - self.beta1)
+        return (
+            self.beta1,
+            1 - self.beta1,
+            self.beta2,
+            square_weight,
+            step_size,
+            self.epsilon * correction,
+        )
 
     def update_block(self, block: Block, *coefficients: Array) -> None:
-        beta1, share, beta2, ratio, step, epsilon = coefficients
-        (m, v), (new_m, new_v) = block.slots, block.new_slots
-        g, scratch = block.grads, block.scratch
+        beta1, gradient_weight, beta2, square_weight, step_size, epsilon = coefficients
+        m, v = block.slots
+        new_m, new_v = block.new_slots
+        g = block.grads
+        scratch = block.scratch
         np.multiply(m, beta1, out=new_m)
-        np.multiply(g, share, out=scratch)
+        np.multiply(g, gradient_weight, out=scratch)
         np.add(new_m, scratch, out=new_m)
         np.multiply(scratch, g, out=scratch)
-        np.multiply(scratch, ratio, out=scratch)
+        np.multiply(scratch, square_weight, out=scratch)
         np.multiply(v, beta2, out=new_v)
         np.add(new_v, scratch, out=new_v)
         np.sqrt(new_v, out=scratch)
         np.add(scratch, epsilon, out=scratch)
         np.divide(new_m, scratch, out=scratch)
-        np.multiply(scratch, step, out=scratch)
+        np.multiply(scratch, step_size, out=scratch)
         np.subtract(block.params, scratch, out=block.new_params)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Adam(AdaptiveMoments):
-    """The update above; weight decay, if any, is part of the gradient."""
+    """Steps along bias-corrected moments of the gradient; weight decay is part of the gradient."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class AdamW(AdaptiveMoments):
-    """The update above beside a decay of its own: p <- p - lr weight_decay p - lr m' / (sqrt(v') + epsilon)."""
+    """Adam with decoupled weight decay: p is multiplied by 1 - lr weight_decay before its update.
 
-    weight_decay: NonNegative = 0.01
+    Args:
+        weight_decay: Multiple of the parameters that is subtracted from them, times the learning
+            rate; biases decay too. Or one for each pattern of paths.
+    """
 
-    def decay(self, block: Block, tick: Tick) -> Block:
-        np.multiply(block.params, 1 - tick.learning_rate * self.weight_decay, out=block.new_params)
+    weight_decay: WeightDecay = 0.01
+
+    def decay(self, block: Block, info: UpdateInfo) -> Block:
+        kept = 1 - info.learning_rate * info.weight_decay
+        np.multiply(block.params, kept, out=block.new_params)
         return block._replace(params=block.new_params)

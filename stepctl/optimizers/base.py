@@ -1,11 +1,11 @@
-"""What every optimizer shares: clipping, weight decay, and the walk over the flat arenas in blocks."""
+"""The protocol of an optimizer: clipping, parameter groups, and updates of flat arenas in blocks."""
 
 from __future__ import annotations
 
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,31 +14,52 @@ from typing import NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-from stepctl.arena import Arena, Array, aligned_empty, update_target
+from stepctl.config.registry import Positive, is_builtin
 from stepctl.errors import TornUpdate
-from stepctl.problems import reason
-from stepctl.registry import NonNegative, Positive, is_builtin
-from stepctl.schedules import LearningRate
+from stepctl.optimizers.groups import (
+    Frozen,
+    GroupSlice,
+    LearningRateMultipliers,
+    Setting,
+    WeightDecay,
+    group_slices,
+    owned_parts,
+    settings_by_path,
+)
+from stepctl.optimizers.schedules import LearningRate
+from stepctl.state.arena import Arena, Array, aligned_empty, spans, update_target
+from stepctl.system.user_code import describe_error
 
-# Elements of a block. Long enough that a NumPy call outlasts the hand-over of the interpreter lock between threads,
-# and that all blocks of one update still lie in the last-level cache together.
+# Elements of a block. A NumPy call on a block takes longer than passing the interpreter lock to
+# another thread, and all arrays of a block fit in the last-level cache together.
 BLOCK = 1 << 18
-THREADED = 1 << 20  # elements from which a second thread is worth its start
+THREADED = 1 << 20  # elements of an update that is worth a second thread
 
 
-class Tick(NamedTuple):
-    """When an update happens: the learning rate it uses, and its number among this optimizer's (1, 2, ...)."""
+class UpdateInfo(NamedTuple):
+    """The learning rate of an update, and its number among this optimizer's updates (1, 2, ...).
+
+    An optimizer gets the rate and the weight decay of the parameters at hand.
+    """
 
     learning_rate: float
     number: int
+    weight_decay: float = 0.0
+
+
+Tick = UpdateInfo  # the former name, which a user's optimizer may import
+
+
+# Where a range of parameters with one setting starts and stops, and the numbers of its update.
+_Run = tuple[int, int, UpdateInfo, list[Array]]
 
 
 class Block(NamedTuple):
-    """The same range of every arena, and scratch memory of its size.
+    """The same range of every arena: 1-D arrays of one length and dtype.
 
-    `params` and `slots` are read-only. What goes into `new_params` and `new_slots` is taken over once `update_block`
-    returns; they begin as copies of the old values. (For stepctl's own optimizers they are the arenas themselves, with
-    any values.)
+    `params` and `slots` are read-only. `update_block` writes the new values into `new_params` and
+    `new_slots`. For a user's optimizer these are copies of the old values; for stepctl's own they
+    are the target buffers with undefined values. `grads` and `scratch` may be overwritten.
     """
 
     params: Array
@@ -51,146 +72,258 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(ABC):
-    """How a gradient changes the parameters: a description that holds sizes and rates, no arrays.
+    """An update rule: rates and coefficients, without arrays.
 
-    `clip_norm` scales a gradient down to this global norm (Pascanu et al. 2013); `weight_decay` adds that
-    multiple of the parameters to the gradient, all parameters alike, after clipping.
+    `clip_norm` scales a gradient down to this global norm (Pascanu et al. 2013). `weight_decay`
+    times the parameters, biases included, is added to the gradient after clipping.
+
+    Args:
+        learning_rate: The learning rate: a number, or a schedule.
+        weight_decay: Multiple of the parameters that is added to the gradient after clipping;
+            biases decay too. Or one for each pattern of paths.
+        clip_norm: Largest global norm of the gradient, which is scaled down to it; by default it is
+            not clipped.
+        learning_rate_multipliers: Multiple of the learning rate for each pattern of paths; all
+            other parameters have the learning rate itself.
+        frozen: Patterns of the paths of parameters that are not trained. Their gradients do not
+            count in the norm.
     """
 
     learning_rate: LearningRate
-    weight_decay: NonNegative = 0.0
+    weight_decay: WeightDecay = 0.0
     clip_norm: Positive | None = None
+    learning_rate_multipliers: LearningRateMultipliers | None = None
+    frozen: Frozen = ()
 
     @property
     @abstractmethod
     def slots(self) -> tuple[str, ...]:
-        """The names of the arenas that this optimizer keeps beside the parameters."""
+        """The names of the optimizer's arrays per parameter, such as ("momentum",)."""
 
     @abstractmethod
-    def coefficients(self, tick: Tick) -> tuple[float, ...]:
+    def coefficients(self, info: UpdateInfo) -> tuple[float, ...]:
         """Return the numbers that `update_block` needs, the same for every block of an update."""
 
     @abstractmethod
     def update_block(self, block: Block, *coefficients: Array) -> None:
-        """Write `new_params` and `new_slots`, elementwise. `grads` and `scratch` are free to be overwritten.
+        """Write `new_params` and `new_slots`, element by element.
 
-        The coefficients come as 0-d arrays of the parameters' dtype: a ufunc takes these faster than numbers.
+        The coefficients are 0-d arrays of the parameters' dtype, which ufuncs take faster than
+        numbers.
         """
 
     def initial_slots(self, params: Arena) -> dict[str, Arena]:
-        """Return the slots before the first update, each of the parameters' layout."""
+        """Return the slots before the first update: zeros, laid out like the parameters."""
         return {slot: params.like() for slot in self.slots}
 
     @final
-    def update(self, params: Arena, slots: dict[str, Arena], grads: Arena, tick: Tick, *, threads: int = 1) -> None:
-        """Apply one update to this process's part of arenas of one layout.
+    def settings(self, paths: Collection[str]) -> dict[str, Setting]:
+        """Return the setting of each of a model's parameters; ConfigError if a pattern is wrong."""
+        return settings_by_path(
+            paths, self.weight_decay, self.learning_rate_multipliers, self.frozen
+        )
 
-        In place, or out of place where they were handed over. The gradient is used up. The number of threads does not
-        change the result. TornUpdate if it fails when some of the values have changed already.
+    @final
+    def group_slices(self, layout: dict[str, slice]) -> list[GroupSlice]:
+        """Return the ranges of an arena that an update treats alike, given its arrays' spans."""
+        return group_slices(layout, self.settings(layout))
+
+    @final
+    def update(
+        self,
+        params: Arena,
+        slots: dict[str, Arena],
+        grads: Arena,
+        info: UpdateInfo,
+        *,
+        groups: Sequence[GroupSlice] | None = None,
+        threads: int = 1,
+    ) -> None:
+        """Apply one update to this process's slice of the parameters and slots.
+
+        `groups` are those of the parameters' layout, if the caller keeps them. Arenas in a
+        snapshot are updated out of place, others in place. The gradient is overwritten. The number
+        of threads does not change the result. TornUpdate if an update in place fails halfway.
         """
-        arenas = (params, *(slots[name] for name in self.slots))
-        in_place = any(not arena.handed_over for arena in arenas)
-        old, new = [arena.flat for arena in arenas], [update_target(arena) for arena in arenas]
-        walk = partial(self._walk, old, grads.flat, new, tick, self._clip_scale(grads))
-        mine = params.part
-        size = mine.stop - mine.start
+        if groups is None:
+            groups = self.group_slices(spans(params.shapes, params.dtype))
+        arenas = [params, *[slots[name] for name in self.slots]]
+        scale = self._clip_scale(grads, groups)
+        old = [arena.flat for arena in arenas]
+        new = [update_target(arena) for arena in arenas]
+        owned = params.owned_slice
+        n_elements = owned.stop - owned.start
         try:
-            if threads == 1 or size < THREADED:
-                walk(mine.start, mine.stop)
+            runs = self._runs(groups, info, params.dtype)
+            if self.frozen:
+                _copy_frozen(arenas, groups)
+            if threads == 1 or n_elements < THREADED:
+                self._update_range(old, grads.flat, new, runs, scale, owned.start, owned.stop)
             else:
-                each = -(-size // (threads * BLOCK)) * BLOCK
-                starts = range(mine.start, mine.stop, each)
-                list(_pool(threads).map(walk, starts, [min(start + each, mine.stop) for start in starts]))
+                update_range = partial(self._update_range, old, grads.flat, new, runs, scale)
+                per_thread = -(-n_elements // (threads * BLOCK)) * BLOCK
+                starts = range(owned.start, owned.stop, per_thread)
+                ends = [min(start + per_thread, owned.stop) for start in starts]
+                list(_thread_pool(threads).map(update_range, starts, ends))
         except Exception as error:
-            if not in_place:
-                raise  # what was handed over is as it was
-            raise TornUpdate(f"optimizer: failed in the middle of an update ({reason(error)})") from error
+            if all(arena.in_snapshot for arena in arenas):
+                raise  # nothing was updated in place
+            raise TornUpdate(
+                f"optimizer: failed in the middle of an update ({describe_error(error)})"
+            ) from error
         for arena in arenas:
-            arena.turn()
+            arena.swap_buffers()
+
+    def _runs(
+        self, groups: Sequence[GroupSlice], info: UpdateInfo, dtype: np.dtype[np.generic]
+    ) -> list[_Run]:
+        """Return the slices that are trained, with the coefficients of this update."""
+        known: dict[Setting, tuple[UpdateInfo, list[Array]]] = {}
+        runs = []
+        for start, stop, setting in groups:
+            if setting.frozen:
+                continue
+            numbers = known.get(setting)
+            if numbers is None:
+                rate = info.learning_rate * setting.learning_rate_multiplier
+                own_info = UpdateInfo(rate, info.number, setting.weight_decay)
+                coefficients = self.coefficients(own_info)
+                numbers = own_info, [np.array(value, dtype) for value in coefficients]
+                known[setting] = numbers
+            runs.append((start, stop, *numbers))
+        return runs
 
     @final
     def trial(self, dtype: npt.DTypeLike) -> None:
-        """Make an update of small arenas, so that an `update_block` that fails does so before training."""
-        params, grads = Arena({"x": (5,)}, dtype), Arena({"x": (5,)}, dtype)
+        """Update small arenas, so that an error in `update_block` is raised before training."""
+        params = Arena({"x": (5,)}, dtype)
+        grads = params.like()
         params["x"] = np.linspace(-1, 1, 5)
         grads["x"] = np.linspace(0.1, -0.2, 5)
-        slots = {slot: arena.to_read_only(copy=True) for slot, arena in self.initial_slots(params).items()}
-        self.update(params.to_read_only(copy=True), slots, grads, Tick(0.1, 1))
+        slots = {
+            slot: arena.to_read_only(copy=True)
+            for slot, arena in self.initial_slots(params).items()
+        }
+        whole = GroupSlice(0, len(params.flat), Setting(self._largest_weight_decay, 1.0, False))
+        self.update(
+            params.to_read_only(copy=True), slots, grads, UpdateInfo(0.1, 1), groups=[whole]
+        )
 
-    def _walk(
+    @property
+    def _largest_weight_decay(self) -> float:
+        if isinstance(self.weight_decay, Mapping):
+            return max(self.weight_decay.values())
+        return self.weight_decay
+
+    def _update_range(
         self,
         old: Sequence[Array],
         grads: Array,
         new: Sequence[Array],
-        tick: Tick,
+        runs: Sequence[_Run],
         scale: float | None,
         start: int,
         end: int,
     ) -> None:
-        params, *slots = old
-        coefficients = [np.array(value, params.dtype) for value in self.coefficients(tick)]
+        """Update the elements from `start` to `end`, block by block; `scale` is for clipping."""
+        dtype = old[0].dtype
         thread = threading.get_ident()
-        scratch = _scratch(thread, params.dtype)
-        # a user's code gets no view of the state that it could write later
-        copied: list[Array] = []
+        scratch = _scratch(thread, dtype)
+        # a user's optimizer gets copies, because it could keep a view of the state and write it
+        # later
+        copies: list[Array] = []
         if not is_builtin(self):
-            copied = [_scratch(thread, params.dtype, number) for number in range(1, 1 + len(new))]
-        for first in range(start, end, BLOCK):
-            at = slice(first, min(first + BLOCK, end))
-            g = grads[at]
-            written = [array[: len(g)] for array in copied] or [array[at] for array in new]
-            if copied:
-                for array, before in zip(written, old, strict=True):
-                    array[:] = before[at]
-            block = Block(
-                params[at], tuple([slot[at] for slot in slots]), g, written[0], tuple(written[1:]), scratch[: len(g)]
-            )
-            if scale is not None:
-                np.multiply(g, scale, out=g)
-            if self.weight_decay:
-                block = self.decay(block, tick)
-            self.update_block(block, *coefficients)
-            if copied:
-                for array, after in zip(written, new, strict=True):
-                    after[at] = array
+            copies = [_scratch(thread, dtype, index) for index in range(1, 1 + len(new))]
+        for run_start, run_stop, info, coefficients in runs:
+            stop = min(run_stop, end)
+            for first in range(max(run_start, start), stop, BLOCK):
+                at = slice(first, min(first + BLOCK, stop))
+                g = grads[at]
+                if copies:
+                    written = [copy[: len(g)] for copy in copies]
+                    for array, before in zip(written, old, strict=True):
+                        array[:] = before[at]
+                else:
+                    written = [array[at] for array in new]
+                params, *slots = [array[at] for array in old]
+                new_params, *new_slots = written
+                block = Block(
+                    params, tuple(slots), g, new_params, tuple(new_slots), scratch[: len(g)]
+                )
+                if scale is not None:
+                    np.multiply(g, scale, out=g)
+                if info.weight_decay:
+                    block = self.decay(block, info)
+                self.update_block(block, *coefficients)
+                if copies:
+                    for array, after in zip(written, new, strict=True):
+                        after[at] = array
 
-    def decay(self, block: Block, tick: Tick) -> Block:
-        """Add weight_decay * parameters to the gradient (L2 regularisation); return the block to update."""
-        np.multiply(block.params, self.weight_decay, out=block.scratch)
+    def decay(self, block: Block, info: UpdateInfo) -> Block:
+        """Apply weight decay before `update_block`, and return the block to update.
+
+        By default, info.weight_decay * params is added to the gradient (L2 regularisation).
+        """
+        np.multiply(block.params, info.weight_decay, out=block.scratch)
         np.add(block.grads, block.scratch, out=block.grads)
         return block
 
-    def _clip_scale(self, grads: Arena) -> float | None:
+    def _clip_scale(self, grads: Arena, groups: Sequence[GroupSlice]) -> float | None:
+        """Return the factor that brings the gradient to `clip_norm`; None if it needs none."""
         if self.clip_norm is None:
             return None
-        norm = global_norm(grads)
+        norm = gradient_norm(grads, groups)
         return self.clip_norm / norm if norm > self.clip_norm else None
 
 
+def _copy_frozen(arenas: Sequence[Arena], groups: Sequence[GroupSlice]) -> None:
+    """Copy the values of frozen parameters to the arenas that are updated out of place."""
+    for arena in arenas:
+        if arena.in_snapshot:
+            target = update_target(arena)
+            for at in owned_parts(arena, groups, frozen=True):
+                target[at] = arena.flat[at]
+
+
+def gradient_norm(grads: Arena, groups: Sequence[GroupSlice]) -> float:
+    """Return the norm of a gradient, without frozen parameters, whose gradient is set to zero."""
+    for at in owned_parts(grads, groups, frozen=True):
+        grads.flat[at] = 0
+    return global_norm(grads)
+
+
 def global_norm(arena: Arena) -> float:
-    """Return the Euclidean norm over all elements: the sum of the blocks' sums, in fixed order."""
+    """Return the Euclidean norm of all elements; the blocks' sums of squares are added exactly."""
     with np.errstate(over="ignore"):
-        norm = _norm(arena, 1.0)
+        norm = _scaled_norm(arena, 1.0)
     if not math.isinf(norm):
         return norm
-    largest = max(arena.owners.over_blocks(arena.flat, lambda block: float(np.abs(block).max())))
-    return norm if math.isinf(largest) else largest * _norm(arena, 1 / largest)
+    # the squares overflow: scale the elements by the largest
+    largest = max(arena.partition.map_blocks(_max_abs, arena.flat))
+    if math.isinf(largest):
+        return norm
+    return largest * _scaled_norm(arena, 1 / largest)
 
 
-def _norm(arena: Arena, scale: float) -> float:
-    def squares(block: Array) -> float:
+def _scaled_norm(arena: Arena, scale: float) -> float:
+    def sum_of_squares(block: Array) -> float:
         scaled = block if scale == 1 else block * scale
         return float(np.dot(scaled, scaled))
 
-    return math.sqrt(math.fsum(arena.owners.over_blocks(arena.flat, squares)))
+    return math.sqrt(math.fsum(arena.partition.map_blocks(sum_of_squares, arena.flat)))
+
+
+def _max_abs(block: Array) -> float:
+    return float(np.abs(block).max())
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    # an overflow is the guard's business, and NumPy warns in every thread anew
+def _thread_pool(threads: int) -> ThreadPoolExecutor:
+    # non-finite values are checked elsewhere, and each thread has an errstate of its own
     return ThreadPoolExecutor(threads, "optimizer", initializer=lambda: np.seterr(all="ignore"))
 
 
 @lru_cache(maxsize=64)
-def _scratch(thread: int, dtype: np.dtype[np.generic], number: int = 0) -> Array:
+def _scratch(thread: int, dtype: np.dtype[np.generic], index: int = 0) -> Array:
+    """Return the scratch array with this index of a thread, (BLOCK,)."""
     return aligned_empty((BLOCK,), dtype)

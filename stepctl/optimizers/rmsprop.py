@@ -4,14 +4,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stepctl.arena import Array
-from stepctl.optimizers.base import Block, Optimizer, Tick
-from stepctl.registry import Fraction, Positive
+from stepctl.config.registry import Fraction, Positive
+from stepctl.optimizers.base import Block, Optimizer, UpdateInfo
+from stepctl.state.arena import Array
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMSProp(Optimizer):
-    """s <- decay s + (1 - decay) g^2; p <- p - lr g / (sqrt(s) + epsilon)."""
+    """s <- decay_rate s + (1 - decay_rate) g^2; p <- p - lr g / (sqrt(s) + epsilon).
+
+    Args:
+        decay_rate: Decay of the mean square.
+        epsilon: Added to the square root, outside of it.
+    """
 
     decay_rate: Fraction = 0.9
     epsilon: Positive = 1e-8
@@ -20,15 +25,17 @@ class RMSProp(Optimizer):
     def slots(self) -> tuple[str, ...]:
         return ("mean_square",)
 
-    def coefficients(self, tick: Tick) -> tuple[float, ...]:
-        return tick.learning_rate, self.decay_rate, 1 - self.decay_rate, self.epsilon
+    def coefficients(self, info: UpdateInfo) -> tuple[float, ...]:
+        return info.learning_rate, self.decay_rate, 1 - self.decay_rate, self.epsilon
 
     def update_block(self, block: Block, *coefficients: Array) -> None:
-        learning_rate, decay_rate, share, epsilon = coefficients
-        (mean_square,), (new_mean_square,) = block.slots, block.new_slots
-        g, scratch = block.grads, block.scratch
+        learning_rate, decay_rate, gradient_weight, epsilon = coefficients
+        (mean_square,) = block.slots
+        (new_mean_square,) = block.new_slots
+        g = block.grads
+        scratch = block.scratch
         np.multiply(g, g, out=scratch)
-        np.multiply(scratch, share, out=scratch)
+        np.multiply(scratch, gradient_weight, out=scratch)
         np.multiply(mean_square, decay_rate, out=new_mean_square)
         np.add(new_mean_square, scratch, out=new_mean_square)
         np.sqrt(new_mean_square, out=scratch)

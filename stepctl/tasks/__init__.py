@@ -1,8 +1,1 @@
-"""Tasks: what one update is, and what is measured. The only code that changes arrays."""
-
-NAMES = {
-    "classification": "stepctl.tasks.supervised:Classification",
-    "binary_classification": "stepctl.tasks.supervised:BinaryClassification",
-    "wgan": "stepctl.tasks.wgan:WGAN",
-    "regression": "stepctl.tasks.supervised:Regression",
-}
+"""The import path `stepctl.tasks.base` for tasks of your own; tasks are in `stepctl.programs`."""

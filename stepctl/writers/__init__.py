@@ -1,1 +1,1 @@
-"""Writers: where rows of metrics go."""
+"""Writers of metrics rows: metrics.jsonl, metrics.csv, TensorBoard, the console."""

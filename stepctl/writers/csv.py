@@ -1,75 +1,69 @@
-"""Rows as lines of comma-separated values."""
-
-from __future__ import annotations
+"""Metrics rows as comma-separated values."""
 
 import csv
 import io
 import os
-import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
-from stepctl.files import fsync
-from stepctl.folder import write_all, writing
-from stepctl.rundir import RunDirectory
-from stepctl.writers.base import Row, Writer
+from stepctl.rundir.directory import RunDirectory
+from stepctl.system.files import write_errors
+from stepctl.writers.base import FIRST_KEYS, FileWriter, MetricsRow
 from stepctl.writers.jsonl import json_value
-
-_FIRST = ("step", "kind", "extra")
 
 
 @final
-class CSV(Writer):
-    """Keeps metrics.csv the same as metrics.jsonl: made anew from it at the start, and when a column is new.
+class CSV(FileWriter):
+    """Keeps metrics.csv equal to metrics.jsonl.
 
-    Columns are step, kind, extra, then every metric as it was first met. Stands behind the writer of
-    metrics.jsonl, so that rows are there when they are asked for.
+    The file is rewritten from metrics.jsonl at the start, and when a row has a new column.
+    The columns are step, kind, extra, then the metrics in order of appearance. Rows must be in
+    metrics.jsonl before they are written here.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
-        self._directory, self._path = directory, directory.shown(directory.csv)
+        super().__init__(directory.display_path(directory.csv))
+        self._directory = directory
         self._columns: list[str] = []
-        self._lock = threading.Lock()  # `sync` comes from another thread
-        self._descriptor = -1
-        self._make_anew()
+        self._rewrite()
 
-    def write(self, rows: Sequence[Row]) -> None:
-        known = set(self._columns)
-        is_ours = self._directory.folder.names_open_file(self._path.name, self._descriptor)
-        if not is_ours or not all(row.keys() <= known for row in rows):
-            self._make_anew()
+    def write(self, rows: Sequence[MetricsRow]) -> None:
+        columns = set(self._columns)
+        is_our_file = self._directory.folder.is_open_file(self._path.name, self._descriptor)
+        if not is_our_file or not all(row.keys() <= columns for row in rows):
+            self._rewrite()
             return
-        with writing(self._path):
-            self._directory.folder.check()
-            write_all(self._descriptor, as_text(self._columns, rows))
+        with write_errors(self._path):
+            self._directory.folder.check_not_moved()
+            self._append(csv_bytes(self._columns, rows))
 
-    def sync(self) -> None:
-        with self._lock, writing(self._path):
-            fsync(self._descriptor)
-
-    def close(self) -> None:
-        with writing(self._path):
-            os.close(self._descriptor)
-
-    def _make_anew(self) -> None:
+    def _rewrite(self) -> None:
         rows = self._directory.read_metrics()
-        self._columns = list(dict.fromkeys([*_FIRST, *(name for row in rows for name in row)]))
-        head: Row = dict(zip(self._columns, self._columns, strict=True))
+        columns = dict.fromkeys(FIRST_KEYS)
+        for row in rows:
+            columns |= dict.fromkeys(row)
+        self._columns = list(columns)
+        header: MetricsRow = {name: name for name in columns}
         with self._lock:
-            self._directory.folder.publish(self._path.name, [as_text(self._columns, [head, *rows])])
-            with writing(self._path):
-                before, self._descriptor = self._descriptor, self._directory.folder.open_to_append(self._path.name)
-                if before >= 0:
-                    os.close(before)
+            content = csv_bytes(self._columns, [header, *rows])
+            self._directory.folder.publish(self._path.name, [content])
+            with write_errors(self._path):
+                old_descriptor = self._descriptor
+                self._descriptor = self._directory.folder.open_to_append(self._path.name)
+                if old_descriptor >= 0:
+                    os.close(old_descriptor)
 
 
-def as_text(columns: Sequence[str], rows: Iterable[Row]) -> bytes:
-    """Return a line a row, with an empty cell where it has nothing for a column."""
+def csv_bytes(columns: Sequence[str], rows: Iterable[MetricsRow]) -> bytes:
+    """Return a CSV line for each row, with an empty cell for a column that the row lacks."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerows([_cell(row.get(name)) for name in columns] for row in rows)
+    for row in rows:
+        lines.writerow([_cell(row.get(name)) for name in columns])
     return text.getvalue().encode()
 
 
 def _cell(value: Any) -> Any:
-    return str(value).lower() if isinstance(value, bool) else json_value(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json_value(value)

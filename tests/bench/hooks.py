@@ -1,4 +1,4 @@
-"""What a run does around its steps: its time as a share of the bare steps', in turns, in one process.
+"""The time spent around the steps (hooks, rows, saves) as a share of the bare steps, in one process.
 
     PYTHONPATH=. python tests/bench/hooks.py
     PYTHONPATH=. python tests/bench/hooks.py --set log.means=true --rounds 1000
@@ -45,27 +45,30 @@ class Stretch(NamedTuple):
 
 def measure(options: argparse.Namespace) -> list[tuple[Stretch, Stretch]]:
     """Return (with everything, bare), one a round."""
-    from stepctl import config as configs
-    from stepctl import numerics, run, yamlio
+    from stepctl.config import yaml
+    from stepctl.config.model import parse_config
+    from stepctl.runs.open import create_run
+    from stepctl.system import blas
 
-    document = yamlio.load(options.config)
+    document = yaml.load(options.config)
     document.set_all([*FAR, *options.set])
-    numerics.pin(*numerics.asked_for(document.value))
-    from stepctl.cli.display import shown
-    from stepctl.rundir import RunDirectory
-    from stepctl.trainer import Trainer
-    from stepctl.writers import rows
+    blas.set_environment(*blas.requested_numerics(document.value))
+    from stepctl.rundir.directory import RunDirectory
+    from stepctl.runs.progress import show_progress
+    from stepctl.training.trainer import Trainer
+    from stepctl.writers import row_buffer
 
     found: list[tuple[Stretch, Stretch]] = []
 
     def measured_run(trainer: Trainer) -> Any:
         trainer.start()
-        rows.HOLD *= 2  # as the bare steps take half of the time
+        row_buffer.HOLD_SECONDS *= 2  # as the bare steps take half of the time
         metrics = segment.directory.metrics
+        bare = Trainer(trainer.task, trainer.batches, trainer.state, stop=[])
 
         def whole() -> None:
             trainer.stop_reason()
-            trainer.make_step()
+            trainer.step()
 
         def stretch(part: Any) -> Stretch:
             seconds, size = [], metrics.stat().st_size
@@ -77,19 +80,23 @@ def measure(options: argparse.Namespace) -> list[tuple[Stretch, Stretch]]:
 
         for number in range(options.rounds + WARM_UP):
             if number % 2:
-                found.append((stretch(whole), stretch(trainer.step)))
+                found.append((stretch(whole), stretch(bare.step)))
             else:
-                bare = stretch(trainer.step)
-                found.append((stretch(whole), bare))
+                second = stretch(bare.step)
+                found.append((stretch(whole), second))
         raise Enough
 
     Trainer.run = measured_run  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder) / "run")
-        with run.create(configs.parse(document), directory) as segment:
+        with create_run(parse_config(document), directory) as segment:
             try:
-                with shown(segment, quiet=False, verbose=False) as (writers, hooks):
-                    segment.train(writers, hooks)
+                with show_progress(segment, quiet=False, verbose=False) as (
+                    writers,
+                    hooks,
+                    messages,
+                ):
+                    segment.train(writers, hooks, messages=messages)
             except Enough:
                 pass
     return found[WARM_UP:]
@@ -105,7 +112,10 @@ def interval(stretches: Sequence[Stretch]) -> float:
 
 def medians(stretches: Sequence[Stretch]) -> list[float]:
     """Return the median of each place in an interval."""
-    return [statistics.median(seconds) for seconds in zip(*(stretch.seconds for stretch in stretches), strict=True)]
+    return [
+        statistics.median(seconds)
+        for seconds in zip(*(stretch.seconds for stretch in stretches), strict=True)
+    ]
 
 
 def quartiles(values: list[float], form: str) -> str:
@@ -116,7 +126,9 @@ def quartiles(values: list[float], form: str) -> str:
 
 def main() -> None:
     """Measure in a process with a clean environment, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default=str(CONFIG))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=3000)
@@ -132,12 +144,23 @@ def main() -> None:
         finally:
             os.dup2(kept, 2)
     size, steps = len(found) // 10, len(found[0][0].seconds)
-    parts = [tuple(map(interval, zip(*found[at : at + size], strict=True))) for at in range(0, 10 * size, size)]
-    print(f"with everything {quartiles([1e6 * whole / steps for whole, _ in parts], '.1f')} us a step")
-    print(f"bare            {quartiles([1e6 * bare / steps for _, bare in parts], '.1f')} us a step")
-    print(f"the difference  {quartiles([1e6 * (whole - bare) / steps for whole, bare in parts], '.1f')} us")
+    parts = [
+        tuple(map(interval, zip(*found[at : at + size], strict=True)))
+        for at in range(0, 10 * size, size)
+    ]
+    print(
+        f"with everything {quartiles([1e6 * whole / steps for whole, _ in parts], '.1f')} us a step"
+    )
+    print(
+        f"bare            {quartiles([1e6 * bare / steps for _, bare in parts], '.1f')} us a step"
+    )
+    print(
+        f"the difference  {quartiles([1e6 * (whole - bare) / steps for whole, bare in parts], '.1f')} us"
+    )
     print(f"as a share      {quartiles([whole / bare - 1 for whole, bare in parts], '.2%')}")
-    print(f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, {len(found)} rounds of {steps} steps")
+    print(
+        f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, {len(found)} rounds of {steps} steps"
+    )
 
 
 if __name__ == "__main__":

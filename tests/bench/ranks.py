@@ -1,4 +1,4 @@
-"""Training on several ranks: the speed of W ranks against one, and of the exchange against MPI's Allreduce.
+"""The speed of training on several ranks against one, and of the gradient sum against MPI's Allreduce.
 
     PYTHONPATH=. python tests/bench/ranks.py
     PYTHONPATH=. python tests/bench/ranks.py --ranks 2 4 --size 784-256-10@128 --rounds 8
@@ -35,15 +35,16 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def rank(options: argparse.Namespace) -> None:
     """Be one rank of a job; the first prints {"step": seconds, "exchange": seconds, "allreduce": seconds}."""
-    from stepctl import comm as comms
-    from stepctl import numerics
+    from stepctl.distributed import comm as comms
+    from stepctl.system import blas
 
-    comm: Any = comms.world()
-    numerics.pin(1, numerics.AUTO)
+    comm: Any = comms.communicator()
+    blas.set_environment(1, blas.AUTO)
     import numpy as np
 
-    from stepctl import assembly, config, ranks, yamlio
-    from stepctl.trainer import Trainer
+    from stepctl.config import model, yaml
+    from stepctl.training import build, ranks
+    from stepctl.training.trainer import Trainer
 
     if options.messages:
         comm._one_host = False
@@ -52,17 +53,26 @@ def rank(options: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "rows.npz")
-        np.savez(path, x=rng.standard_normal((2048, widths[0]), np.float32), y=np.arange(2048) % widths[-1])
+        np.savez(
+            path,
+            x=rng.standard_normal((2048, widths[0]), np.float32),
+            y=np.arange(2048) % widths[-1],
+        )
         document = {
-            "data": {"name": "arrays", "path": path, "batch_size": int(batch_size), "shards": options.shards},
+            "data": {
+                "name": "arrays",
+                "path": path,
+                "batch_size": int(batch_size),
+                "shards": options.shards,
+            },
             "model": {"name": "mlp", "hidden": widths[1:-1]},
             "task": {"name": "classification"},
             "optimizer": {"name": "adam", "learning_rate": 1e-3},
             "stop": {"last_step": 1},
             "numerics": {"threads": 1},
         }
-        made = assembly.assemble(config.parse(yamlio.Document(document)), comm=comm)
-    ranks.take_up(made)
+        made = build.assemble(model.parse_config(yaml.Document(document)), comm=comm)
+    ranks.broadcast_state(made)
     trainer = Trainer(made.task, made.training, made.state, stop=[])
     for _ in range(WARM):
         trainer.step()
@@ -77,8 +87,8 @@ def rank(options: argparse.Namespace) -> None:
     if comm.rank == 0:
         print(json.dumps(found), flush=True)
     else:
-        comm.follow()  # rank 0's word that it is over
-    comms.end(0, failed=False)
+        comm.receive_order()  # END
+    comms.finalize(0, failed=False)
 
 
 def exchanges(comm: Any, layout: Any, shards: int) -> dict[str, float]:
@@ -88,7 +98,7 @@ def exchanges(comm: Any, layout: Any, shards: int) -> dict[str, float]:
 
     def exchange() -> None:
         assert tree.total().first_non_finite() is None
-        with layout.owners.updating():
+        with layout.partition.synchronized_update():
             pass
 
     def allreduce() -> None:
@@ -118,8 +128,22 @@ def job(ranks: int, options: argparse.Namespace) -> dict[str, float]:
         sys.exit("mpiexec is not there: pip install '.[mpi]'")
     environment = {key: value for key, value in os.environ.items() if key not in UNSET}
     launch = [mpiexec, "-n", str(ranks)] if ranks > 1 else []
-    numbers = ["--size", options.size, "--shards", str(options.shards), "--steps", str(options.steps)]
-    command = [*launch, sys.executable, __file__, "--rank", *numbers, *(["--messages"] if options.messages else [])]
+    numbers = [
+        "--size",
+        options.size,
+        "--shards",
+        str(options.shards),
+        "--steps",
+        str(options.steps),
+    ]
+    command = [
+        *launch,
+        sys.executable,
+        __file__,
+        "--rank",
+        *numbers,
+        *(["--messages"] if options.messages else []),
+    ]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
@@ -127,14 +151,18 @@ def job(ranks: int, options: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--size", default="784-1024-1024-10@256")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--messages", action="store_true", help="no memory in common, as between hosts")
+    parser.add_argument(
+        "--messages", action="store_true", help="no memory in common, as between hosts"
+    )
     options = parser.parse_args()
     if options.rank:
         return rank(options)
@@ -143,7 +171,9 @@ def main() -> None:
     for n in options.ranks:
         steps = [1e3 * found[n]["step"] for found in rounds]
         faster = [found[1]["step"] / found[n]["step"] for found in rounds]
-        times = {name: [1e3 * found[n][name] for found in rounds] for name in ("exchange", "allreduce")}
+        times = {
+            name: [1e3 * found[n][name] for found in rounds] for name in ("exchange", "allreduce")
+        }
         ratio = [mine / theirs for mine, theirs in zip(*times.values(), strict=True)]
         print(f"{n} ranks: {spread(steps)} ms a step, {spread(faster)} times as fast")
         print(f"  exchange of {rounds[0][n]['bytes'] / 1e6:.1f} MB: {spread(times['exchange'])} ms; Allreduce "

@@ -1,8 +1,8 @@
-"""What a save costs training: how long it holds the training thread, and what share of the wall time it takes.
+"""The cost of a save: the time it blocks the training thread, and its share of the wall time.
 
-    PYTHONPATH=.:tests python tests/bench/save.py stall            # every step of an MLP of 21 million parameters
-    PYTHONPATH=.:tests python tests/bench/save.py share            # every 100 steps of configs/fashion-mnist.yaml
-    PYTHONPATH=.:tests python tests/bench/save.py memory           # beyond the state, while a save is in flight
+    PYTHONPATH=. python tests/bench/save.py stall            # every step of an MLP of 21 million parameters
+    PYTHONPATH=. python tests/bench/save.py share            # every 100 steps of configs/fashion-mnist.yaml
+    PYTHONPATH=. python tests/bench/save.py memory           # beyond the state, while a save is in flight
 
 stall: each tool in a process of its own saves 252 MB of state (parameters and Adam's two moments, float32) again and
 again, and pauses in between until the disk has it, as a long step would; timed is the call that saves, in
@@ -49,14 +49,18 @@ def spread(values: list[float], digits: int = 3) -> str:
 def stepctl_saves(folder: Path, n: int) -> None:
     import numpy as np
 
-    from helpers import make_config
-    from stepctl import run
     from stepctl.hooks.base import Hook
     from stepctl.hooks.save import Save
-    from stepctl.rundir import RunDirectory
+    from stepctl.rundir.directory import RunDirectory
+    from stepctl.runs.open import create_run
+    from tests.support.runs import make_config
 
     generator = np.random.default_rng(0)
-    np.savez(folder / "x.npz", x=generator.normal(size=(4096, 1024)).astype("f4"), y=generator.integers(0, 10, 4096))
+    np.savez(
+        folder / "x.npz",
+        x=generator.normal(size=(4096, 1024)).astype("f4"),
+        y=generator.integers(0, 10, 4096),
+    )
     calls: list[float] = []
     real = Save.after_step
 
@@ -82,7 +86,12 @@ def stepctl_saves(folder: Path, n: int) -> None:
     times: dict[str, list[float]] = {}
     for name, every in (("without", None), ("with", 1)):
         config = make_config(
-            data={"name": "arrays", "path": str(folder / "x.npz"), "batch_size": 2048, "n_classes": 10},
+            data={
+                "name": "arrays",
+                "path": str(folder / "x.npz"),
+                "batch_size": 2048,
+                "n_classes": 10,
+            },
             model={"name": "mlp", "hidden": [4096, 4096]},
             evaluate={"every": None},
             log={"every": 1000},
@@ -92,7 +101,7 @@ def stepctl_saves(folder: Path, n: int) -> None:
         )
         steps = Steps()
         calls.clear()
-        with run.create(config, RunDirectory(folder / name)) as segment:
+        with create_run(config, RunDirectory(folder / name)) as segment:
             outcome = segment.train(hooks=[steps])
         times[name] = steps.seconds[2:]
     # the first hand-over maps the second set of arrays
@@ -122,7 +131,12 @@ def torch_saves(folder: Path, n: int) -> None:
     import torch
 
     state = torch_state()
-    repeat(f"torch.save {torch.__version__}", n, lambda i: torch.save(state, folder / "a.pt"), lambda _: None)
+    repeat(
+        f"torch.save {torch.__version__}",
+        n,
+        lambda i: torch.save(state, folder / "a.pt"),
+        lambda _: None,
+    )
 
 
 def torch_async_saves(folder: Path, n: int) -> None:
@@ -146,7 +160,11 @@ def orbax_saves(folder: Path, n: int) -> None:
     import orbax.checkpoint as orbax
 
     keys = jax.random.split(jax.random.key(0), 18)
-    state = {f"{copy}-{i}": jax.random.normal(keys[i], shape) for copy in COPIES for i, shape in enumerate(SHAPES)}
+    state = {
+        f"{copy}-{i}": jax.random.normal(keys[i], shape)
+        for copy in COPIES
+        for i, shape in enumerate(SHAPES)
+    }
     jax.block_until_ready(state)
     checkpointer = orbax.AsyncCheckpointer(orbax.StandardCheckpointHandler())
     repeat(
@@ -178,14 +196,14 @@ def digest_only(segment: Any, state: Any, *_: object) -> None:
 def share(saves: int, threads: int | None, publish: Callable[..., None] | None) -> None:
     import numpy as np
 
-    from stepctl import config as configs
-    from stepctl import yamlio
+    from stepctl.config import yaml
+    from stepctl.config.model import parse_config
     from stepctl.hooks.base import Hook
-    from stepctl.run import create
-    from stepctl.rundir import RunDirectory
-    from stepctl.segment import Segment
+    from stepctl.rundir.directory import RunDirectory
+    from stepctl.runs.open import create_run
+    from stepctl.runs.segment import Segment
 
-    document = yamlio.load(str(ROOT / "configs" / "fashion-mnist.yaml"))
+    document = yaml.load(str(ROOT / "configs" / "fashion-mnist.yaml"))
     if not Path(document.value["data"]["images"]).exists():
         sys.exit("share: Debian's package dataset-fashion-mnist is not installed")
     document.value |= {"evaluate": {"every": None}, "stop": {"last_step": EVERY * (saves + 2)}}
@@ -198,8 +216,11 @@ def share(saves: int, threads: int | None, publish: Callable[..., None] | None) 
         def after_step(self, state: Any, metrics: Any) -> None:
             ends.append(time.perf_counter())
 
-    config = configs.parse(document)
-    with tempfile.TemporaryDirectory() as folder, create(config, RunDirectory(Path(folder) / "run")) as segment:
+    config = parse_config(document)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        create_run(config, RunDirectory(Path(folder) / "run")) as segment,
+    ):
         if publish is not None:
             Segment._publish = publish  # type: ignore[method-assign]
         outcome = segment.train(hooks=[Ends()])
@@ -222,9 +243,9 @@ def peak(folder: Path, every: int | None) -> tuple[int, int]:
     """Return the bytes of the state, and the most that were resident while it trained six steps."""
     import numpy as np
 
-    from helpers import make_config
-    from stepctl import run
-    from stepctl.rundir import RunDirectory
+    from stepctl.rundir.directory import RunDirectory
+    from stepctl.runs.open import create_run
+    from tests.support.runs import make_config
 
     np.savez(folder / "x.npz", x=np.ones((64, 1024), "f4"), y=np.arange(64) % 10)
     config = make_config(
@@ -242,7 +263,7 @@ def peak(folder: Path, every: int | None) -> tuple[int, int]:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             most = max(most, pages * os.sysconf("SC_PAGE_SIZE"))
 
-    with run.create(config, RunDirectory(folder / "run")) as segment:
+    with create_run(config, RunDirectory(folder / "run")) as segment:
         watcher = threading.Thread(target=watch)
         watcher.start()
         segment.train()
@@ -254,10 +275,15 @@ def peak(folder: Path, every: int | None) -> tuple[int, int]:
 def memory() -> None:
     found = []
     for every in (None, 1):
-        with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            multiprocessing.get_context("spawn").Pool(1) as pool,
+        ):
             found.append(pool.apply(peak, (Path(folder), every)))
     (size, without), (_, with_saves) = found
-    print(f"memory beyond the state of {size / 1e6:.0f} MB while saving: {(with_saves - without) / size:.2f} times it")
+    print(
+        f"memory beyond the state of {size / 1e6:.0f} MB while saving: {(with_saves - without) / size:.2f} times it"
+    )
 
 
 def in_children(names: list[str], rounds: int, n: int) -> None:
@@ -265,8 +291,23 @@ def in_children(names: list[str], rounds: int, n: int) -> None:
     for _ in range(rounds):
         for name in names:
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-W", "ignore", __file__, "one", "--tool", name, "--saves", str(n)]
-                subprocess.run([*command, "--folder", folder], env=environment, check=True, stderr=subprocess.DEVNULL)
+                command = [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    __file__,
+                    "one",
+                    "--tool",
+                    name,
+                    "--saves",
+                    str(n),
+                ]
+                subprocess.run(
+                    [*command, "--folder", folder],
+                    env=environment,
+                    check=True,
+                    stderr=subprocess.DEVNULL,
+                )
 
 
 def available() -> Iterator[str]:
@@ -277,7 +318,9 @@ def available() -> Iterator[str]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["stall", "share", "memory", "one"])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(available()))
     parser.add_argument("--tool", choices=TOOLS, help=argparse.SUPPRESS)
@@ -286,7 +329,9 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=8)
     parser.add_argument("--shared-saves", type=int, default=60, help="share: saves to average over")
     parser.add_argument("--threads", type=int, help="share: BLAS threads")
-    parser.add_argument("--digest-only", action="store_true", help="share: the least that a save can cost")
+    parser.add_argument(
+        "--digest-only", action="store_true", help="share: the least that a save can cost"
+    )
     options = parser.parse_args()
     if options.what == "stall":
         in_children(options.tools, options.rounds, options.saves)

@@ -1,4 +1,4 @@
-"""What a batch costs when the data set is a hundred times larger, and when the position is far away.
+"""The cost of a batch when the data set is a hundred times larger, and at a distant position.
 
 Three questions, each answered by two cases that take turns in one process:
 
@@ -36,10 +36,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from stepctl.arena import Array
 from stepctl.data.base import Source
-from stepctl.data.batches import Part, TrainingBatches
+from stepctl.data.batches import Subset, TrainingBatches
 from stepctl.data.hdf5 import hdf5
+from stepctl.state.arena import Array
 
 FEATURES, BATCH, BATCHES = 32, 256, 32
 FAR = 10**12
@@ -49,7 +49,12 @@ class Computed(Source):
     """Rows that are a function of their number."""
 
     def __init__(self, n: int) -> None:
-        self.origin, self.n, self.sample_shape, self.target_shape = "computed rows", n, (FEATURES,), ()
+        self.origin, self.n, self.sample_shape, self.target_shape = (
+            "computed rows",
+            n,
+            (FEATURES,),
+            (),
+        )
         self._features = np.arange(FEATURES)
 
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
@@ -65,7 +70,7 @@ class Computed(Source):
 
 def batches(source: Source) -> TrainingBatches:
     """Return the batches of all rows of a source."""
-    return TrainingBatches(Part(source, source.n), seed=0, batch_size=BATCH, dtype="float32")
+    return TrainingBatches(Subset(source, source.n), seed=0, batch_size=BATCH, dtype="float32")
 
 
 def open_file(path: str) -> TrainingBatches:
@@ -96,7 +101,9 @@ def timed(one: TrainingBatches, start: int) -> float:
     return (time.perf_counter() - begin) / BATCHES * 1e6
 
 
-def compare(name: str, small: tuple[TrainingBatches, int], large: tuple[TrainingBatches, int], rounds: int) -> None:
+def compare(
+    name: str, small: tuple[TrainingBatches, int], large: tuple[TrainingBatches, int], rounds: int
+) -> None:
     """Time both by turns, each round at its next position, and print a row."""
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(-3, rounds):
@@ -108,7 +115,10 @@ def compare(name: str, small: tuple[TrainingBatches, int], large: tuple[Training
     cells = [f"{statistics.median(t):.0f} ({min(t):.0f}..{max(t):.0f})" for t in times]
     low, middle, high = statistics.quantiles((b / a for a, b in zip(*times, strict=True)), n=4)
     best = min(times[1]) / min(times[0])
-    print(f"{name:<16}{cells[0]:<22}{cells[1]:<22}{f'{middle:.2f} ({low:.2f}..{high:.2f})':<24}{best:.2f}", flush=True)
+    print(
+        f"{name:<16}{cells[0]:<22}{cells[1]:<22}{f'{middle:.2f} ({low:.2f}..{high:.2f})':<24}{best:.2f}",
+        flush=True,
+    )
 
 
 def memory_child(path: str) -> None:
@@ -133,8 +143,12 @@ def memory(name: str, small: Path, large: Path) -> None:
 
 def main() -> None:
     """Measure and print, or be a child."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs=2, type=int, default=(10**5, 10**7), metavar=("SMALL", "LARGE"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", nargs=2, type=int, default=(10**5, 10**7), metavar=("SMALL", "LARGE")
+    )
     parser.add_argument("--chunk-rows", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--directory", help="where the files are made for the time being (2.8 GB)")
@@ -151,7 +165,12 @@ def main() -> None:
                 make_file(path, n, chunk)
             print(header)
             small, large = (open_file(str(path)) for path in paths)
-            compare(name, (small, 0), (large, 0), options.rounds if chunk is None else -(-options.rounds // 4))
+            compare(
+                name,
+                (small, 0),
+                (large, 0),
+                options.rounds if chunk is None else -(-options.rounds // 4),
+            )
             print(f"{'MiB':<16}{'Python peak':<22}{'private':<22}peak resident")
             memory(name, *paths)
     print(header)

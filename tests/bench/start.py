@@ -1,4 +1,4 @@
-"""Whole commands, start to end, against the imports that they cannot do without.
+"""The duration of whole commands against the imports that they need.
 
 `stepctl --help` against `import click` (target 1.6), and `stepctl resume RUN` of a run that is finished against
 `import numpy, h5py, click, yaml` (target 2.5). Byte code and page cache are warm; the two of a pair take turns in
@@ -67,7 +67,9 @@ def run(command: list[str], folder: Path) -> Times:
     return Times(wall, used.ru_utime + used.ru_stime)
 
 
-def compare(ours: list[str], theirs: list[str], rounds: int, folder: Path) -> tuple[list[Times], list[Times]]:
+def compare(
+    ours: list[str], theirs: list[str], rounds: int, folder: Path
+) -> tuple[list[Times], list[Times]]:
     """Return the times of both commands, round by round; which goes first alternates."""
     mine, others = [], []
     for i in range(-2, rounds):
@@ -86,7 +88,9 @@ def row(name: str, target: float, mine: list[Times], others: list[Times]) -> str
         walls = [one.wall * 1e3 for one in times]
         return f"{statistics.median(walls):.0f} ({min(walls):.0f}..{max(walls):.0f})"
 
-    low, middle, high = statistics.quantiles((a.wall / b.wall for a, b in zip(mine, others, strict=True)), n=4)
+    low, middle, high = statistics.quantiles(
+        (a.wall / b.wall for a, b in zip(mine, others, strict=True)), n=4
+    )
     best = min(one.wall for one in mine) / min(one.wall for one in others)
     cpu = statistics.median(one.cpu for one in mine) / statistics.median(one.cpu for one in others)
     ratio = f"{middle:.2f} ({low:.2f}..{high:.2f})"
@@ -95,7 +99,9 @@ def row(name: str, target: float, mine: list[Times], others: list[Times]) -> str
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -111,8 +117,15 @@ def main() -> None:
             ("resume, finished run", 2.5, ["resume", "run"], "import numpy, h5py, click, yaml"),
         ):
             theirs = [sys.executable, "-c", imports]
-            print(row(label, target, *compare([*stepctl, *arguments], theirs, options.rounds, folder)), flush=True)
-    print(f"Python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
+            print(
+                row(
+                    label, target, *compare([*stepctl, *arguments], theirs, options.rounds, folder)
+                ),
+                flush=True,
+            )
+    print(
+        f"Python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}"
+    )
 
 
 if __name__ == "__main__":

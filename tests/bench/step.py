@@ -45,7 +45,9 @@ class Child:
         program = str(Path(__file__).with_name("step_tools.py"))
         command = [sys.executable, "-W", "ignore", program, tool, size, str(threads)]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=environment
+        )
         ready = json.loads(self.answer())
         self.about: str = ready["about"]
         self.disturbed = 0  # turns
@@ -54,7 +56,9 @@ class Child:
     def answer(self) -> str:
         """Return the next line that the child writes."""
         assert self.process.stdout is not None
-        return self.process.stdout.readline() or sys.exit(f"a child ended: {' '.join(map(str, self.process.args))}")
+        return self.process.stdout.readline() or sys.exit(
+            f"a child ended: {' '.join(map(str, self.process.args))}"
+        )
 
     def turn(self, patience: float, quiet: float) -> float:
         """Return the microseconds per step of one turn, the least disturbed of those that patience allows.
@@ -101,26 +105,41 @@ def ratio(mine: list[float], other: list[float]) -> str:
 def cpu() -> str:
     """Return the name of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def main() -> None:
     """Measure and print."""
     cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="WIDTHS@BATCH")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--threads", type=int, default=cores, help="threads and cores of each child (all)")
-    parser.add_argument("--patience", type=float, default=3.0, help="seconds to wait for a turn without disturbance")
+    parser.add_argument(
+        "--threads", type=int, default=cores, help="threads and cores of each child (all)"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=3.0, help="seconds to wait for a turn without disturbance"
+    )
     options = parser.parse_args()
     tools = [tool for tool in options.tools if importlib.util.find_spec(TOOLS[tool][0])]
     about: list[str] = []
-    print("".join(["size".ljust(24), *(f"{tool} us".ljust(26) for tool in tools), "disturbed"]), flush=True)
+    print(
+        "".join(["size".ljust(24), *(f"{tool} us".ljust(26) for tool in tools), "disturbed"]),
+        flush=True,
+    )
     summary = []
     for size in options.sizes:
         times, about, disturbed = measure(size, tools, options)
-        cells = [f"{statistics.median(t):.0f} ({min(t):.0f}..{max(t):.0f})".ljust(26) for t in times.values()]
+        cells = [
+            f"{statistics.median(t):.0f} ({min(t):.0f}..{max(t):.0f})".ljust(26)
+            for t in times.values()
+        ]
         print("".join([size.ljust(24), *cells, f"{disturbed:.0%}"]), flush=True)
         others = {tool: statistics.median(t) for tool, t in times.items() if tool != "stepctl"}
         if "stepctl" in times and others:

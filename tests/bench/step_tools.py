@@ -32,14 +32,16 @@ def data(widths: list[int]) -> tuple[Any, Any]:
 
 
 def stepctl(widths: list[int], batch_size: int, threads: int) -> Made:
-    from stepctl import numerics
+    from stepctl.system import blas
 
-    numerics.pin(threads, numerics.AUTO)  # as the command does it, before NumPy
+    blas.set_environment(threads, blas.AUTO)  # as the command does it, before NumPy
 
     import numpy
 
-    from stepctl import config, run, yamlio
-    from stepctl.trainer import Trainer
+    from stepctl.config import yaml
+    from stepctl.config.model import parse_config
+    from stepctl.training.build import assemble
+    from stepctl.training.trainer import Trainer
 
     x, y = data(widths)
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
@@ -52,7 +54,7 @@ def stepctl(widths: list[int], batch_size: int, threads: int) -> Made:
             "stop": {"last_step": 1},
             "numerics": {"threads": threads},
         }
-        run_parts = run.assemble(config.parse(yamlio.Document(sections)))
+        run_parts = assemble(parse_config(yaml.Document(sections)))
     trainer = Trainer(run_parts.task, run_parts.training, run_parts.state, stop=[])
     settled = run_parts.numerics
     about = f"numpy {numpy.__version__}, {settled['blas']} {settled['blas_kernel']} x{settled['threads']}"
@@ -92,7 +94,10 @@ def torch_eager(
         adam.step()
         return float(loss.item())
 
-    return step, f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()} x{torch.get_num_threads()}"
+    return (
+        step,
+        f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()} x{torch.get_num_threads()}",
+    )
 
 
 def torch_fused(widths: list[int], batch_size: int, threads: int) -> Made:
@@ -111,7 +116,10 @@ def jax_jit(widths: list[int], batch_size: int, threads: int) -> Made:
     x, y = (jnp.asarray(array) for array in data(widths))
     rng = np.random.default_rng(0)
     params = [
-        (jnp.asarray(rng.normal(0, math.sqrt(2 / n_in), (n_in, n_out)), jnp.float32), jnp.zeros(n_out))
+        (
+            jnp.asarray(rng.normal(0, math.sqrt(2 / n_in), (n_in, n_out)), jnp.float32),
+            jnp.zeros(n_out),
+        )
         for n_in, n_out in itertools.pairwise(widths)
     ]
 
@@ -119,7 +127,9 @@ def jax_jit(widths: list[int], batch_size: int, threads: int) -> Made:
         for weight, bias in params[:-1]:
             x = jax.nn.relu(x @ weight + bias)
         logits = x @ params[-1][0] + params[-1][1]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0])
+        return jnp.mean(
+            jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+        )
 
     def update(state: Any, order: Any, x: Any, y: Any) -> Any:
         params, m, v, t = state
@@ -129,7 +139,9 @@ def jax_jit(widths: list[int], batch_size: int, threads: int) -> Made:
         m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
         v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
         rate, root = 1e-3 / (1 - 0.9**t), jnp.sqrt(1 - 0.999**t)
-        params = jax.tree.map(lambda p, m, v: p - rate * m / (jnp.sqrt(v) / root + 1e-8), params, m, v)
+        params = jax.tree.map(
+            lambda p, m, v: p - rate * m / (jnp.sqrt(v) / root + 1e-8), params, m, v
+        )
         return (params, m, v, t), loss
 
     jitted = jax.jit(update, donate_argnums=0)
@@ -154,7 +166,12 @@ def scikit_learn(widths: list[int], batch_size: int, threads: int) -> Made:
 
     x, y = data(widths)
     model = MLPClassifier(
-        widths[1:-1], solver="adam", alpha=0.0, batch_size=batch_size, learning_rate_init=1e-3, shuffle=False
+        widths[1:-1],
+        solver="adam",
+        alpha=0.0,
+        batch_size=batch_size,
+        learning_rate_init=1e-3,
+        shuffle=False,
     )
     rng, classes = np.random.default_rng(0), np.arange(widths[-1])
 

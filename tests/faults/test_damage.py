@@ -1,4 +1,4 @@
-"""Damage to the newest checkpoint of a real run: always noticed, never loaded, never in the way."""
+"""Damage to the newest checkpoint is always detected, and an older checkpoint is used."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import start
 
-from helpers import content, make_config, rows, train
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
 from stepctl.errors import CheckpointError
 from stepctl.hooks.base import Hook
-from stepctl.state import TrainState
-from stepctl.tasks.base import Metrics
+from stepctl.programs.base import Metrics
+from stepctl.state.train_state import TrainState
+from tests.support.processes import start
+from tests.support.runs import content, make_config, rows, train
 
 Figure = Callable[[str, int], None]
 Damage = Callable[[bytes, bytes, random.Random], bytes]  # of the newest, given the one before it
@@ -51,7 +51,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     x = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
     np.savez(folder / "points.npz", x=x, y=(x[:, 0] > x[:, 1]).astype(np.int64))
     config = make_config(
-        data={"name": "arrays", "path": str(folder / "points.npz"), "batch_size": 8, "validation_fraction": 0.2},
+        data={
+            "name": "arrays",
+            "path": str(folder / "points.npz"),
+            "batch_size": 8,
+            "validation_fraction": 0.2,
+        },
         model={"name": "linear"},
         checkpoint={"every": 4, "keep_last": None},
         stop={"last_step": 12},
@@ -70,7 +75,9 @@ def store(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     real = codec.Reader
     once = functools.cache(real)
     monkeypatch.setattr(
-        codec, "Reader", lambda path, *vet, **at: once(path) if path.name == OLDER else real(path, *vet, **at)
+        codec,
+        "Reader",
+        lambda path, *vet, **at: once(path) if path.name == OLDER else real(path, *vet, **at),
     )
     return Store(Path(shutil.copytree(runs["killed"] / "checkpoints", tmp_path / "checkpoints")))
 
@@ -194,11 +201,15 @@ N_PARTS = 4
 
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(N_PARTS))
-def test_every_flipped_byte_of_a_runs_checkpoint_is_noticed(part: int, store: Store, figure: Figure) -> None:
+def test_every_flipped_byte_of_a_runs_checkpoint_is_noticed(
+    part: int, store: Store, figure: Figure
+) -> None:
     data = (store.path / NEWEST).read_bytes()
     positions = range(part, len(data), N_PARTS)
     for position in positions:
-        assert_passed_over(store, data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
+        assert_passed_over(
+            store, data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :]
+        )
     assert_whole_again(store, data)
     figure("damaged checkpoints passed over", len(positions))
 
@@ -217,7 +228,9 @@ def damage_by(kind: str, n_trials: int, seed: int, store: Store) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damage_to_the_newest_checkpoint_is_noticed(kind: str, store: Store, figure: Figure) -> None:
+def test_damage_to_the_newest_checkpoint_is_noticed(
+    kind: str, store: Store, figure: Figure
+) -> None:
     n_changed = damage_by(kind, 20, 0, store)
     assert n_changed > 0
     figure("damaged checkpoints passed over", n_changed)
@@ -225,11 +238,13 @@ def test_damage_to_the_newest_checkpoint_is_noticed(kind: str, store: Store, fig
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
-def test_much_damage_to_the_newest_checkpoint_is_noticed(kind: str, store: Store, figure: Figure) -> None:
+def test_much_damage_to_the_newest_checkpoint_is_noticed(
+    kind: str, store: Store, figure: Figure
+) -> None:
     figure("damaged checkpoints passed over", damage_by(kind, 240, 1, store))
 
 
-def test_an_older_checkpoint_in_the_newest_ones_place_is_noticed(store: Store) -> None:
+def test_an_older_checkpoint_renamed_to_the_newest_is_detected(store: Store) -> None:
     shutil.copy(store.path / OLDER, store.path / NEWEST)
     said: list[str] = []
     with store.newest(said.append) as reader:

@@ -1,4 +1,4 @@
-"""As process 1 of a container, which the kernel gives no default action for any signal, and every run the same pid."""
+"""As process 1 of a container, where no signal has a default action and every run has the same pid."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM, SIGUSR1
 
 import pytest
-from gates import GATE_AT, Gated, at_the_gate, make_gated
-from processes import start_cold, until
-from trials import acknowledged, assert_nothing_lost, checkpoints, ledger
+
+from tests.support.paused_runs import GATE_AT, Gated, at_the_gate, make_gated
+from tests.support.processes import start_cold, until
+from tests.support.run_checks import acknowledged, assert_nothing_lost, checkpoints, ledger
 
 Figure = Callable[[str, int], None]
 STOPPED, IN_USE = 75, 4
@@ -42,7 +43,9 @@ class First:
     """`stepctl` as process 1 of a namespace of its own, below a process that ends as it does."""
 
     def __init__(self, gated: Gated, run: Path, *arguments: object) -> None:
-        self.outer = start_cold(arguments, cwd=gated.trial.folder, env=gated.environment(run), before=ALONE)
+        self.outer = start_cold(
+            arguments, cwd=gated.trial.folder, env=gated.environment(run), before=ALONE
+        )
         self._descriptor = os.pidfd_open(until(self._pid))
 
     def __enter__(self) -> First:
@@ -72,7 +75,9 @@ class First:
         return 0
 
 
-@pytest.mark.parametrize("number", [SIGTERM, pytest.param(SIGINT, marks=LONG), pytest.param(SIGUSR1, marks=LONG)])
+@pytest.mark.parametrize(
+    "number", [SIGTERM, pytest.param(SIGINT, marks=LONG), pytest.param(SIGUSR1, marks=LONG)]
+)
 def test_a_signal_to_process_1_stops_it_with_a_durable_checkpoint(
     number: signal.Signals, gated: Gated, tmp_path: Path, figure: Figure
 ) -> None:
@@ -88,13 +93,15 @@ def test_a_signal_to_process_1_stops_it_with_a_durable_checkpoint(
     assert_nothing_lost(run, gated.trial.keep_last)
     with First(gated, run, "resume", run) as first:
         assert first.wait() == 0, first.said()
-        assert "letting go" not in first.said()
+        assert "stale lock" not in first.said()
     assert [line["pid"] for line in ledger(run, "start")] == [1, 1]
     gated.trial.assert_finished(run)
     figure("signals to process 1", 1)
 
 
-def test_the_lock_of_a_killed_process_1_does_not_bar_the_next(gated: Gated, tmp_path: Path, figure: Figure) -> None:
+def test_the_lock_of_a_killed_process_1_does_not_bar_the_next(
+    gated: Gated, tmp_path: Path, figure: Figure
+) -> None:
     run = gated.trial.new_run(tmp_path.name)
     with First(gated, run, *gated.trial.begin(run)) as first:
         until(lambda: at_the_gate(run))
@@ -108,7 +115,7 @@ def test_the_lock_of_a_killed_process_1_does_not_bar_the_next(gated: Gated, tmp_
     with First(gated, run, "resume", run) as first:
         assert first.wait() == 0, first.said()
         assert "process 1 on" in first.said()
-        assert "ended without letting go" in first.said()
+        assert "removed a stale lock" in first.said()
     gated.trial.assert_finished(run)
     figure("kills", 1)
 

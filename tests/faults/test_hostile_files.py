@@ -1,10 +1,11 @@
-"""Hostile structure behind a right digest: refused by name and at once, with no other file opened."""
+"""Hostile HDF5 with a valid digest is refused by name, quickly, and opens no other file."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -20,19 +21,24 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import processes
 import pytest
-from attempts import MANNERS, attempt, large
-from hostile import GOOD, HOSTILE, UNFIT
-from hostile_parts import OTHER, good_body, sealed, tampered
-from metadata_bytes import patched, sealed_spans
+from click.testing import CliRunner
 
-from helpers import make_config, resume, rows, train
-from states import NAME, small_state, written
+import stepctl
 from stepctl.__main__ import main
-from stepctl.checkpoint import codec, walk
+from stepctl.checkpoint import walk
 from stepctl.checkpoint.store import Store
-from stepctl.state import Counters
+from stepctl.cli.main import cli
+from stepctl.errors import CheckpointError
+from stepctl.state.counters import Counters
+from tests.support import processes
+from tests.support.checkpoints import NAME, small_state, written
+from tests.support.hdf5_metadata import patched, sealed_spans
+from tests.support.hostile_files import GOOD, HOSTILE, UNFIT
+from tests.support.hostile_parts import OTHER, good_body, sealed, tampered
+from tests.support.hostile_programs import UNFIT_PROGRAMS
+from tests.support.load_attempts import ACCEPTED, MANNERS, attempt, large
+from tests.support.runs import make_config, resume, rows, train
 
 # To a command these are a run, a mistake of the user's, a disk that is not mounted, and one that fails.
 NO_FILE = ("a directory", "nothing", "a symbolic link to nowhere", "a file whose reading fails")
@@ -58,7 +64,9 @@ class Opens:
     def __init__(self, folder: Path) -> None:
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.descriptor = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        assert self.libc.inotify_add_watch(self.descriptor, os.fsencode(folder), 0x20) > 0  # IN_OPEN
+        assert (
+            self.libc.inotify_add_watch(self.descriptor, os.fsencode(folder), 0x20) > 0
+        )  # IN_OPEN
 
     def names(self) -> set[str]:
         try:
@@ -87,10 +95,21 @@ def decoys(folder: Path) -> None:
 
 # HDF5 1 writes the new manner into a file that is in it, so that these are as they should be
 NEEDS_HDF5_2 = {"a group in the old manner", "an array in the old manner"}
-CASES = [case for case in HOSTILE if case not in NEEDS_HDF5_2 or h5py.version.hdf5_version_tuple >= (2,)]
+CASES = [
+    case for case in HOSTILE if case not in NEEDS_HDF5_2 or h5py.version.hdf5_version_tuple >= (2,)
+]
+
+_EVERY = 3  # of the cases, without --faults; and the first of each code
+_FIRST_OF_CODE = set({HOSTILE[case].code: case for case in reversed(CASES)}.values())
+SOME_CASES = [
+    case
+    if number % _EVERY == 0 or case in _FIRST_OF_CODE
+    else pytest.param(case, marks=pytest.mark.faults)
+    for number, case in enumerate(CASES)
+]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME_CASES)
 def test_a_hostile_file_is_refused_by_name_at_once_and_no_other_is_opened(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
 ) -> None:
@@ -99,6 +118,7 @@ def test_a_hostile_file_is_refused_by_name_at_once_and_no_other_is_opened(
     hostile = HOSTILE[case]
     path = hostile.build(tmp_path)
     decoys(tmp_path)
+    gc.collect()  # files that earlier tests left to the garbage collector
     n_open = len(os.listdir("/proc/self/fd"))
     with Opens(tmp_path) as opens:
         start = time.process_time()
@@ -121,7 +141,9 @@ def test_a_hostile_file_is_refused_by_name_at_once_and_no_other_is_opened(
 def passed_over(folder: Path) -> str:
     """Load the newest checkpoint of a folder that has an older good one; return what is said of the newest."""
     said = list[str]()
-    state = dataclasses.replace(small_state(), counters=Counters(dict(small_state().counters) | {"global_step": 5}))
+    state = dataclasses.replace(
+        small_state(), counters=Counters(dict(small_state().counters) | {"global_step": 5})
+    )
     written(folder, state, OLDER)
     with Store(folder).newest(said.append) as reader:
         assert reader.name == OLDER
@@ -131,12 +153,35 @@ def passed_over(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_a_checkpoint_of_another_state_is_refused(case: str, tmp_path: Path, figure: Figure) -> None:
+def test_a_checkpoint_of_another_state_is_refused(
+    case: str, tmp_path: Path, figure: Figure
+) -> None:
     about, change = UNFIT[case]
     code, message = attempt(tampered(change)(tmp_path))
     assert code == "mismatch"
     assert about in message
     figure("hostile files refused", 1)
+
+
+@pytest.mark.parametrize("case", UNFIT_PROGRAMS)
+def test_a_program_that_does_not_fit_is_refused(case: str, tmp_path: Path, figure: Figure) -> None:
+    code, about, build, manner = UNFIT_PROGRAMS[case]
+    found, message = attempt(build(tmp_path), manner)
+    assert (found, about in message) == (code, True), message
+    assert "\n" not in message or code == "mismatch"
+    figure("hostile files refused", 1)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff"])
+def test_the_commands_refuse_bools_other_than_0_and_1(command: str, tmp_path: Path) -> None:
+    _, _, build, _ = UNFIT_PROGRAMS["a bool of two"]
+    path = str(build(tmp_path))
+    paths = [path, path] if command == "diff" else [path]
+    result = CliRunner().invoke(cli, [command, *paths])
+    assert result.exit_code == (1 if command == "verify" else 3)
+    assert f"{NAME}: /state/flags: a byte that is neither 0 nor 1" in result.output
+    with pytest.raises(CheckpointError, match="/state/flags"):
+        stepctl.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("manner", [manner for manner in MANNERS if manner != "restored"])
@@ -149,14 +194,12 @@ def test_harm_that_is_done_while_a_file_is_open_is_noticed(manner: str, tmp_path
 @pytest.mark.parametrize("case", GOOD)
 def test_a_checkpoint_that_is_odd_but_good_is_read(case: str, tmp_path: Path) -> None:
     """Else the refusals would prove nothing."""
-    state = small_state()
-    state.params["weight"][:] = 0
-    with codec.Reader(GOOD[case](tmp_path)) as reader:
-        codec.restore(reader, state)
-    assert state.same_bits(small_state())
+    assert attempt(GOOD[case](tmp_path)) == ACCEPTED
 
 
-@pytest.mark.parametrize("case", ["external link", "cycle to itself", "two dots", "an array more", "unchanged"])
+@pytest.mark.parametrize(
+    "case", ["external link", "cycle to itself", "two dots", "an array more", "unchanged"]
+)
 def test_a_run_with_a_hostile_newest_file_ends_exactly(case: str, tmp_path: Path) -> None:
     """`unchanged` is a whole checkpoint, of another run."""
     build = HOSTILE[case].build if case in HOSTILE else None
@@ -170,7 +213,9 @@ def test_a_run_with_a_hostile_newest_file_ends_exactly(case: str, tmp_path: Path
     state = resume(tmp_path / "run", last_step=10, say=said.append)
     assert state.same_bits(expected)
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
-    assert [line for line in said if line.startswith(NAME) and line.endswith("using step-00000005.h5")]
+    assert [
+        line for line in said if line.startswith(NAME) and line.endswith("using step-00000005.h5")
+    ]
 
 
 @dataclass(frozen=True)
@@ -201,7 +246,9 @@ def _measuring() -> None:
     try:
         main()
     finally:
-        own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        own, others = (
+            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
         seconds = time.process_time() - before + others.ru_utime + others.ru_stime
         n_bytes = max(own.ru_maxrss, others.ru_maxrss) * 1024
         Path("taken").write_text(json.dumps({"seconds": seconds, "n_bytes": n_bytes}))
@@ -221,7 +268,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """The time that each command takes for a good file."""
     folder = tmp_path_factory.mktemp("good")
     path = written(folder, small_state())
-    return {command: measured([command, str(path)], folder).seconds for command in ("inspect", "verify")}
+    return {
+        command: measured([command, str(path)], folder).seconds for command in ("inspect", "verify")
+    }
 
 
 @pytest.mark.faults
@@ -251,14 +300,30 @@ def test_the_commands_refuse_a_hostile_file_within_a_second_and_200_megabytes(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-@pytest.mark.parametrize("case", [name for name in HOSTILE if "external" in name or "virtual" in name])
-def test_the_commands_open_no_file_that_a_hostile_one_names(command: str, case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "case", [name for name in HOSTILE if "external" in name or "virtual" in name]
+)
+def test_the_commands_open_no_file_that_a_hostile_one_names(
+    command: str, case: str, tmp_path: Path
+) -> None:
     if shutil.which("strace") is None:
         pytest.skip("strace is missing")
     decoys(tmp_path)
     path = HOSTILE[case].build(tmp_path)
-    watched = ["strace", "-f", "-qq", "-e", "trace=open,openat,openat2", "-o", str(tmp_path / "trace")]
-    subprocess.run([*watched, sys.executable, "-m", "stepctl", command, str(path)], cwd=tmp_path, capture_output=True)
+    watched = [
+        "strace",
+        "-f",
+        "-qq",
+        "-e",
+        "trace=open,openat,openat2",
+        "-o",
+        str(tmp_path / "trace"),
+    ]
+    subprocess.run(
+        [*watched, sys.executable, "-m", "stepctl", command, str(path)],
+        cwd=tmp_path,
+        capture_output=True,
+    )
     trace = (tmp_path / "trace").read_text()
     assert trace.count(NAME) == 1
     assert "other" not in trace
@@ -268,16 +333,23 @@ def test_the_commands_open_no_file_that_a_hostile_one_names(command: str, case: 
 def test_a_file_that_may_not_be_read_now_is_not_called_damaged(tmp_path: Path) -> None:
     path = written(tmp_path, small_state())
     path.chmod(0)
-    without_rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    without_rights = (
+        ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    )
     if without_rights and shutil.which("setpriv") is None:
         pytest.skip("setpriv is missing: root may read any file")
     command = [*without_rights, sys.executable, "-m", "stepctl", "inspect", str(path)]
     child = subprocess.run(command, capture_output=True, text=True)
     assert child.returncode == 1
-    assert f"{NAME}: cannot be read now: Permission denied; let this user read it" in child.stderr
+    assert (
+        f"{NAME}: cannot be read now: Permission denied; make it readable for this user"
+        in child.stderr
+    )
 
 
-def test_a_broken_inside_behind_a_right_digest_is_refused_by_code_or_harmless(tmp_path: Path) -> None:
+def test_a_broken_inside_behind_a_right_digest_is_refused_by_code_or_harmless(
+    tmp_path: Path,
+) -> None:
     body, n_refused = good_body(), 0
     for position in range(0, len(body), 41):
         broken = bytearray(body)
@@ -288,7 +360,9 @@ def test_a_broken_inside_behind_a_right_digest_is_refused_by_code_or_harmless(tm
     assert n_refused > 50
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, 11))])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, 11))]
+)
 def test_metadata_changed_behind_right_checksums_is_refused_by_code_or_harmless(
     seed: int, tmp_path: Path, figure: Figure
 ) -> None:
@@ -297,7 +371,9 @@ def test_metadata_changed_behind_right_checksums_is_refused_by_code_or_harmless(
     positions = [at for start, end in sealed_spans(body) for at in range(start, end)]
     for _ in range(n_trials):
         at, size = generator.choice(positions), generator.choice((1, 1, 1, 2, 8))
-        new = bytes(generator.choice((0, 1, 0x80, 0xFF, generator.randrange(256))) for _ in range(size))
+        new = bytes(
+            generator.choice((0, 1, 0x80, 0xFF, generator.randrange(256))) for _ in range(size)
+        )
         code, message = attempt(sealed(tmp_path / NAME, patched(body, at, new)))
         assert code in CODES, message
         refused += code != "accepted"

@@ -1,33 +1,48 @@
-"""Every check of the loader is needed: with any one of them taken out, some file of the corpus tells."""
+"""Every check of the loader is needed: without it, some hostile file is accepted."""
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
 
-import mutants
 import pytest
-from attempts import ACCEPTED, MANNERS, large
-from hostile import GOOD, HOSTILE, UNFIT
-from hostile_parts import tampered
-from lone_loader import MAX_OBJECTS, Corpus, find_difference
 
-from states import NAME, encoded, small_state
 from stepctl.checkpoint import walk
+from tests.support import loader_mutants
+from tests.support.checkpoints import NAME, encoded, small_state
+from tests.support.hostile_files import GOOD, HOSTILE, UNFIT
+from tests.support.hostile_parts import tampered
+from tests.support.hostile_programs import UNFIT_PROGRAMS
+from tests.support.load_attempts import ACCEPTED, MANNERS, large
+from tests.support.loader_without_check import MAX_OBJECTS, Corpus, find_difference
 
 Figure = Callable[[str, int], None]
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["numpy", "h5py", "yaml", "pytest", "stepctl.run"])
+PROCESSES.set_forkserver_preload(["numpy", "h5py", "yaml", "pytest", "stepctl.runs.compatibility"])
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """All files, each in a folder of its own."""
-    cases = {name: (hostile.build, "restored", hostile.code, hostile.about) for name, hostile in HOSTILE.items()}
-    cases |= {name: (tampered(change), "restored", "mismatch", about) for name, (about, change) in UNFIT.items()}
+    cases = {
+        name: (hostile.build, "restored", hostile.code, hostile.about)
+        for name, hostile in HOSTILE.items()
+    }
+    cases |= {
+        name: (tampered(change), "restored", "mismatch", about)
+        for name, (about, change) in UNFIT.items()
+    }
+    cases |= {
+        name: (build, manner, code, about)
+        for name, (code, about, build, manner) in UNFIT_PROGRAMS.items()
+    }
     cases |= {name: (build, "restored", *ACCEPTED) for name, build in GOOD.items()}
-    cases |= {manner: (large, manner, code, "") for manner, (_, code) in MANNERS.items() if manner != "restored"}
+    cases |= {
+        manner: (large, manner, code, "")
+        for manner, (_, code) in MANNERS.items()
+        if manner != "restored"
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "MAX_OBJECTS", MAX_OBJECTS)
         folder = tmp_path_factory.mktemp("corpus")
@@ -38,7 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return files
 
 
-def difference(check: mutants.Check | None, corpus: Corpus) -> str | None:
+def difference(check: loader_mutants.Check | None, corpus: Corpus) -> str | None:
     """Return what tells that a check is gone: a file of the corpus, or the death of the process."""
     answer, other_end = PROCESSES.Pipe(duplex=False)
     child = PROCESSES.Process(target=find_difference, args=(check, corpus, other_end))
@@ -57,23 +72,38 @@ def test_the_whole_loader_treats_every_file_as_it_should(corpus: Corpus) -> None
     assert difference(None, corpus) is None
 
 
-CHECKS = mutants.checks()
+CHECKS = loader_mutants.checks()
 
 
 @pytest.mark.parametrize(
     "check",
-    [pytest.param(check, marks=[pytest.mark.faults] * (n % 10 != 9)) for n, check in enumerate(CHECKS)],
+    [
+        pytest.param(check, marks=[pytest.mark.faults] * (n % 10 != 9))
+        for n, check in enumerate(CHECKS)
+    ],
     ids=str,
 )
-def test_a_check_that_is_taken_out_is_missed(check: mutants.Check, corpus: Corpus, figure: Figure) -> None:
-    assert difference(check, corpus) is not None, "no file of the corpus tells that this check is gone"
+def test_a_removed_check_is_noticed(
+    check: loader_mutants.Check, corpus: Corpus, figure: Figure
+) -> None:
+    assert difference(check, corpus) is not None, (
+        "no file of the corpus tells that this check is gone"
+    )
     figure("checks of the loader that are missed when taken out", 1)
 
 
 def test_the_checks_are_found() -> None:
     words = [str(check) for check in CHECKS]
     assert len(words) > 70
-    for part in ("sha256", "get_external_count", "TYPE_HARD", "self.seen", "O_NOFOLLOW", "_SUPERBLOCK", "Counters("):
+    for part in (
+        "sha256",
+        "get_external_count",
+        "TYPE_HARD",
+        "self._addresses",
+        "O_NOFOLLOW",
+        "superblock",
+        "Counters(",
+    ):
         assert any(part in word for word in words), part
 
 

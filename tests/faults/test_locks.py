@@ -1,4 +1,4 @@
-"""What is left in a lock file, or of a holder, never bars the next one; and nothing in it lets a second one in."""
+"""Leftover lock files never block a run, and never admit a second process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gates import ORPHANS, Gated, make_gated
-from processes import start, until
-from trials import ledger
+
+from tests.support.paused_runs import ORPHANS, Gated, make_gated
+from tests.support.processes import start, until
+from tests.support.run_checks import ledger
 
 DONE, IN_USE, STOPPED = 0, 4, 75
 
@@ -33,7 +34,9 @@ def run(gated: Gated, tmp_path: Path) -> Path:
 
 def some(names: Iterable[str], quick: str) -> list[Any]:
     """Return the names as parameters of which only the quick one is not a long attack."""
-    return [pytest.param(name, marks=[] if name == quick else [pytest.mark.faults]) for name in names]
+    return [
+        pytest.param(name, marks=[] if name == quick else [pytest.mark.faults]) for name in names
+    ]
 
 
 def resume(gated: Gated, run: Path, *more: object, code: int = DONE) -> str:
@@ -43,12 +46,12 @@ def resume(gated: Gated, run: Path, *more: object, code: int = DONE) -> str:
         return child.said()
 
 
-def test_taking_over_from_a_killed_holder_is_said_once(gated: Gated, run: Path) -> None:
+def test_taking_over_from_a_killed_holder_is_reported_once(gated: Gated, run: Path) -> None:
     (dead,) = (line["pid"] for line in ledger(run, "start"))
-    words = f"{run}: process {dead} on {socket.gethostname()} ended without letting go; taking over"
+    words = f"{run}: removed a stale lock left by process {dead} on {socket.gethostname()}"
     assert resume(gated, run).splitlines()[0] == words
     gated.trial.assert_finished(run)
-    assert "letting go" not in resume(gated, run, "--num-steps", 1)
+    assert "stale lock" not in resume(gated, run, "--num-steps", 1)
 
 
 # --- what a lock file may hold
@@ -60,7 +63,9 @@ def rewritten(run: Path, **facts: object) -> str:
 
 LOCKS: dict[str, Callable[[Path], str]] = {
     "the pid of a process that lives": lambda run: rewritten(run, pid=os.getpid()),
-    "the pid of a process that is gone": lambda run: rewritten(run, pid=ledger(run, "start")[0]["pid"]),
+    "the pid of a process that is gone": lambda run: rewritten(
+        run, pid=ledger(run, "start")[0]["pid"]
+    ),
     "the pid of the first process": lambda run: rewritten(run, pid=1),
     "another host": lambda run: rewritten(run, host="elsewhere", pid=os.getpid()),
     "another boot": lambda run: rewritten(run, boot_id="before", pid=os.getpid()),
@@ -75,14 +80,16 @@ LOCKS: dict[str, Callable[[Path], str]] = {
 
 
 @pytest.mark.parametrize("left", some(LOCKS, "the pid of a process that lives"))
-def test_what_is_left_in_a_lock_bars_nobody(left: str, gated: Gated, run: Path) -> None:
+def test_a_leftover_lock_file_blocks_no_run(left: str, gated: Gated, run: Path) -> None:
     (run / "lock").write_text(LOCKS[left](run))
     resume(gated, run)
     gated.trial.assert_finished(run)
 
 
 @pytest.mark.parametrize("forged", some(LOCKS, "the pid of a process that is gone"))
-def test_what_is_written_into_a_lock_lets_nobody_in(forged: str, gated: Gated, run: Path) -> None:
+def test_the_content_of_a_lock_file_admits_no_second_process(
+    forged: str, gated: Gated, run: Path
+) -> None:
     with gated.start(["resume", run], run) as holder:
         until(lambda: len(ledger(run, "start")) == 2)
         (run / "lock").write_text(LOCKS[forged](run))
@@ -115,7 +122,9 @@ def test_a_child_that_outlives_its_run_does_not_bar_it(
 ) -> None:
     number, code = ENDS[end]
     with gated.start(["resume", run], run, ORPHAN=how, ORPHAN_PID=str(orphan)) as parent:
-        until(lambda: not parent.running() or (orphan.exists() and orphan.read_text().endswith("\n")))
+        until(
+            lambda: not parent.running() or (orphan.exists() and orphan.read_text().endswith("\n"))
+        )
         assert ": in use by " in resume(gated, run, code=IN_USE)
         parent.kill(number)
         gated.open(run)

@@ -1,4 +1,4 @@
-"""As a container is run: process 1 of its namespace, told to end by SIGTERM, then killed, and started anew."""
+"""A container's life cycle: SIGTERM to process 1 of its namespace, SIGKILL, and a restart."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import processes
 import pytest
-from processes import Process, until
-from run_files import arrays, events, metrics, saved
+
+from tests.support import processes
+from tests.support.processes import Process, until
+from tests.support.run_files import arrays, events, metrics, saved
 
 NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child")
 LAST = 2000
@@ -36,7 +37,9 @@ def refusal() -> str:
     return tried.stderr.strip()
 
 
-pytestmark = pytest.mark.skipif(bool(refusal()), reason=f"no namespace of processes can be made: {refusal()}")
+pytestmark = pytest.mark.skipif(
+    bool(refusal()), reason=f"no namespace of processes can be made: {refusal()}"
+)
 
 
 def inside(pod: Process) -> int:
@@ -45,18 +48,22 @@ def inside(pod: Process) -> int:
     return int(until(children.read_text).split()[0])
 
 
-def test_process_1_of_a_container_is_stopped_killed_and_started_anew(tmp_path: Path) -> None:
+def test_process_1_of_a_container_is_stopped_killed_and_restarted(tmp_path: Path) -> None:
     for name in ("pods", "unbroken"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "digits.yaml").write_text(CONFIG)
     run, unbroken = (tmp_path / name / "runs" / "digits" for name in ("pods", "unbroken"))
-    subprocess.run([sys.executable, "-m", "stepctl", *TRAIN, "--quiet"], cwd=unbroken.parents[1], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "stepctl", *TRAIN, "--quiet"], cwd=unbroken.parents[1], check=True
+    )
     codes = []
     for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, None):
         start = saved(run)
         with processes.start_cold(TRAIN, cwd=run.parents[1], before=NAMESPACE) as pod:
             if end == signal.SIGKILL:
-                os.kill(inside(pod), signal.SIGTERM)  # before Python has loaded: process 1 never hears of it
+                os.kill(
+                    inside(pod), signal.SIGTERM
+                )  # before Python has loaded: process 1 never hears of it
             if end is not None:
                 until(lambda at=start: saved(run) > at)
                 os.kill(inside(pod), end)

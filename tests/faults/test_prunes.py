@@ -1,4 +1,4 @@
-"""`stepctl prune` beside others on one run, and killed: what it removes it has said before, and the newest stays."""
+"""`stepctl prune` beside other processes and under SIGKILL: it removes what it announced, never the newest."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from apart import apart
-from gates import Gated, at_the_gate, make_gated
-from moments import after
-from places import mount_memory, own_mounts
-from processes import Process, hold, start, until
-from trials import assert_nothing_lost, checkpoints, ledger
 
-from stepctl.verify import verify
+from stepctl.reports.verify import verify
+from tests.support.attack_moments import after
+from tests.support.file_systems import mount_memory, own_mounts
+from tests.support.isolated import apart
+from tests.support.paused_runs import Gated, at_the_gate, make_gated
+from tests.support.processes import Process, hold, start, until
+from tests.support.run_checks import assert_nothing_lost, checkpoints, ledger
 
 Figure = Callable[[str, int], None]
 DONE, IN_USE = 0, 4
@@ -29,7 +29,9 @@ START_UP = 0.04  # seconds, or so, from the first line of a prune to its last
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Gated:
     """A run with a checkpoint at every other step, of which a prune leaves one; none at the gate's own."""
     every = {"every": 2, "keep_last": None}
-    return make_gated(tmp_path_factory.mktemp("prunes") / "gated", random.Random(1), checkpoint=every)
+    return make_gated(
+        tmp_path_factory.mktemp("prunes") / "gated", random.Random(1), checkpoint=every
+    )
 
 
 def prune(run: Path) -> list[object]:
@@ -89,13 +91,17 @@ def test_a_prune_makes_room_on_a_full_disk(torn: str, gated: Gated, tmp_path: Pa
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_a_prune_and_a_resume_at_once_lose_nothing(seed: int, gated: Gated, tmp_path: Path, figure: Figure) -> None:
+def test_a_prune_and_a_resume_at_once_lose_nothing(
+    seed: int, gated: Gated, tmp_path: Path, figure: Figure
+) -> None:
     chance = random.Random(seed)
     for number in range(10):
         run = gated.copy_of_killed(f"{tmp_path.name}-{number}")
         commands = [prune(run), ["resume", run], prune(run)]
         with contextlib.ExitStack() as stack:
-            racers = [stack.enter_context(hold(command, cwd=gated.trial.folder)) for command in commands]
+            racers = [
+                stack.enter_context(hold(command, cwd=gated.trial.folder)) for command in commands
+            ]
             order = chance.sample(racers, len(racers))
             for racer in order:
                 racer.release()
@@ -110,7 +116,9 @@ def test_a_prune_and_a_resume_at_once_lose_nothing(seed: int, gated: Gated, tmp_
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(1, 3))
-def test_a_killed_prune_has_said_what_it_removed(seed: int, gated: Gated, tmp_path: Path, figure: Figure) -> None:
+def test_a_killed_prune_has_announced_what_it_removed(
+    seed: int, gated: Gated, tmp_path: Path, figure: Figure
+) -> None:
     chance, killed = random.Random(seed), 0
     for number in range(20):
         run = gated.copy_of_killed(f"{tmp_path.name}-{number}")
@@ -127,4 +135,6 @@ def some_moment(chance: random.Random) -> Callable[[Process, Path], object]:
     if chance.random() < 0.5:
         return after(chance.uniform(0, START_UP))
     n_left = chance.randint(1, 5)
-    return lambda child, run: until(lambda: len(checkpoints(run)) <= n_left or not child.running(), every=0)
+    return lambda child, run: until(
+        lambda: len(checkpoints(run)) <= n_left or not child.running(), every=0
+    )

@@ -1,4 +1,4 @@
-"""Several processes on one run at once: one of them trains, and the others say who does, and leave."""
+"""Several processes on one run: one trains, the others name it and exit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from gates import Gated, at_the_gate, make_gated
-from processes import Process, hold, until
-from trials import Trial, assert_nothing_lost, ledger
+
+from tests.support.paused_runs import Gated, at_the_gate, make_gated
+from tests.support.processes import Process, hold, until
+from tests.support.run_checks import Trial, assert_nothing_lost, ledger
 
 Figure = Callable[[str, int], None]
 DONE, USAGE, IN_USE, STOPPED = 0, 2, 4, 75
@@ -52,7 +53,9 @@ MEETINGS: dict[str, Meeting] = {
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(1, 5))
 @pytest.mark.parametrize("meeting", MEETINGS)
-def test_of_several_processes_exactly_one_trains(meeting: str, seed: int, tmp_path: Path, figure: Figure) -> None:
+def test_of_several_processes_exactly_one_trains(
+    meeting: str, seed: int, tmp_path: Path, figure: Figure
+) -> None:
     compete(MEETINGS[meeting], 8, seed, tmp_path, figure)
 
 
@@ -76,14 +79,22 @@ def race(gated: Gated, run: Path, commands: Sequence[Command], chance: random.Ra
     starts = len(ledger(run, "start"))
     with contextlib.ExitStack() as stack:
         racers = [
-            stack.enter_context(hold(command(gated.trial, run), cwd=gated.trial.folder, env=gated.environment(run)))
+            stack.enter_context(
+                hold(command(gated.trial, run), cwd=gated.trial.folder, env=gated.environment(run))
+            )
             for command in commands
         ]
         spread = chance.choice((0, 0, 0.01, 0.2))
         for racer in racers:
             racer.release()
             racer.running(after=spread * chance.random())
-        until(lambda: sum(racer.running() for racer in racers) <= 1 or len(ledger(run, "start")) > starts + 1, SOON)
+        until(
+            lambda: (
+                sum(racer.running() for racer in racers) <= 1
+                or len(ledger(run, "start")) > starts + 1
+            ),
+            SOON,
+        )
         running = [racer for racer in racers if racer.running()]
         assert len(running) == 1, [racer.said() for racer in racers]
         (winner,) = running
@@ -101,7 +112,7 @@ def assert_left(loser: Process, holders: set[int], may_find_a_run: bool) -> None
     """Assert that a process left because another holds the run, and said which; or because a run is there."""
     said = loser.said().splitlines()[-1]
     if loser.wait() == USAGE and may_find_a_run:
-        assert "holds a run already; go on with: stepctl resume" in said
+        assert "already contains a run; continue with: stepctl resume" in said
         return
     assert loser.wait() == IN_USE, loser.said()
     match = re.search(r": in use by process (\d+) on (\S+); wait for it, or stop it$", said)

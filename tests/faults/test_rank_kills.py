@@ -1,4 +1,4 @@
-"""Jobs of ranks, killed or signalled at any moment: no rank outlives its job, and the resumed run ends exactly."""
+"""Kills and signals to ranks: no rank outlives its job, and the resumed run has the same bits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 from typing import Any
 
 import pytest
-from moments import Moment, after, some_moment, when_there_are
-from processes import Process, start_cold, until
-from trials import Trial, acknowledged, assert_nothing_lost, checkpoints, content, ledger, make_trial, random_config
 
-from jobs import HERE, LONGEST, launcher, needs_mpi
+from tests.support.attack_moments import Moment, after, some_moment, when_there_are
+from tests.support.mpi_jobs import LONGEST, launcher, needs_mpi
+from tests.support.processes import Process, start_cold, until
+from tests.support.run_checks import (
+    Trial,
+    acknowledged,
+    assert_nothing_lost,
+    checkpoints,
+    content,
+    ledger,
+    make_trial,
+    random_config,
+)
 
 Figure = Callable[[str, int], None]
 pytestmark = needs_mpi
@@ -36,7 +45,9 @@ def test_killed_a_few_times_a_run_on_ranks_loses_nothing(tmp_path: Path, figure:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(1, 11))
-def test_killed_at_random_moments_a_run_on_ranks_loses_nothing(seed: int, tmp_path: Path, figure: Figure) -> None:
+def test_killed_at_random_moments_a_run_on_ranks_loses_nothing(
+    seed: int, tmp_path: Path, figure: Figure
+) -> None:
     attack(seed, 10, tmp_path, figure, sizes=(2, 2, 2, 4))
 
 
@@ -61,16 +72,26 @@ def small_config(**sections: Any) -> dict[str, Any]:
 
 
 def shared_config(chance: random.Random, **sections: Any) -> dict[str, Any]:
-    data = {"name": "digits", "batch_size": chance.choice((16, 48)), "shards": SHARDS, "validation_fraction": 0.9}
+    data = {
+        "name": "digits",
+        "batch_size": chance.choice((16, 48)),
+        "shards": SHARDS,
+        "validation_fraction": 0.9,
+    }
     return random_config(chance, data=data, **sections)
 
 
-def broken_run(trial: Trial, run: Path, kills: int, chance: random.Random, sizes: tuple[int, ...]) -> int:
+def broken_run(
+    trial: Trial, run: Path, kills: int, chance: random.Random, sizes: tuple[int, ...]
+) -> int:
     """Start a run, kill its job up to so many times, and finish it on one process; return the kills that it met."""
     killed = 0
     while killed < kills:
         size = chance.choice(sizes)
-        with started(size, trial.go_on(run, either=chance.random() < 0.5), trial.folder) as (job, others):
+        with started(size, trial.go_on(run, either=chance.random() < 0.5), trial.folder) as (
+            job,
+            others,
+        ):
             victim = chance.choice((job, *others))
             kill_moment(chance)(job, run)
             met = victim.kill()
@@ -98,14 +119,21 @@ def assert_gone(others: list[Process]) -> None:
 
 def shared_memory(pid: int) -> list[str]:
     """Return the names of the files in memory that a process maps."""
-    names = (line.split(maxsplit=5)[-1] for line in content(Path(f"/proc/{pid}/maps")).decode().splitlines())
+    names = (
+        line.split(maxsplit=5)[-1]
+        for line in content(Path(f"/proc/{pid}/maps")).decode().splitlines()
+    )
     return [name for name in names if name.startswith("/dev/shm/")]
 
 
-@pytest.mark.parametrize("who", [pytest.param("the launcher", marks=pytest.mark.faults), "what holds the ranks"])
+@pytest.mark.parametrize(
+    "who", [pytest.param("the launcher", marks=pytest.mark.faults), "what holds the ranks"]
+)
 def test_a_job_whose_launcher_is_killed_lets_the_run_go(who: str, tmp_path: Path) -> None:
     """The lock is free as soon as the ranks are gone: a resume right after it finds nobody there."""
-    trial = make_trial(tmp_path, small_config(stop={"last_step": 100}, checkpoint={"every": 1, "keep_last": 3}))
+    trial = make_trial(
+        tmp_path, small_config(stop={"last_step": 100}, checkpoint={"every": 1, "keep_last": 3})
+    )
     run = trial.new_run("killed")
     with started(2, trial.begin(run), trial.folder) as (job, others):
         when_there_are(5, "ledger.jsonl", 0)(job, run)
@@ -131,8 +159,11 @@ def test_the_memory_that_ranks_share_is_gone_with_them_however_they_end(tmp_path
         assert all(name.endswith("(deleted)") for name in names)
 
 
-def test_a_rank_that_mpi_keeps_waiting_ends_with_what_holds_it(tmp_path: Path) -> None:
-    with started(2, [], tmp_path, program=[HERE / "rank_waits.py"]) as (job, (waits, _, holds)):
+def test_a_rank_blocked_in_mpi_ends_with_its_job(tmp_path: Path) -> None:
+    with started(2, [], tmp_path, program=["-m", "tests.support.rank_blocked"]) as (
+        job,
+        (waits, _, holds),
+    ):
         until(lambda: "waits" in job.said())
         assert holds.kill()
         assert_gone([waits])
@@ -141,19 +172,27 @@ def test_a_rank_that_mpi_keeps_waiting_ends_with_what_holds_it(tmp_path: Path) -
 # --- signalled
 
 TO = {"rank 0": [0], "rank 1": [1], "all ranks": [0, 1], "the launcher": [-1]}
-LONG = {"stop": {"last_step": 300}, "log": {"every": 1}, "checkpoint": {"every": 1000, "keep_last": None}}
+LONG = {
+    "stop": {"last_step": 300},
+    "log": {"every": 1},
+    "checkpoint": {"every": 1000, "keep_last": None},
+}
 QUICK = [("rank 1", SIGTERM), ("the launcher", SIGINT)]
 
 
 @pytest.mark.parametrize(("to", "number"), QUICK)
-def test_a_signal_ends_in_one_checkpoint_and_75(to: str, number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_in_one_checkpoint_and_75(
+    to: str, number: signal.Signals, tmp_path: Path
+) -> None:
     stopped(to, number, tmp_path)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT, SIGUSR1])
 @pytest.mark.parametrize("to", TO)
-def test_so_does_any_signal_to_anybody(to: str, number: signal.Signals, tmp_path: Path, figure: Figure) -> None:
+def test_any_signal_to_any_process_of_a_job_stops_it(
+    to: str, number: signal.Signals, tmp_path: Path, figure: Figure
+) -> None:
     stopped(to, number, tmp_path)
     figure("jobs stopped by a signal", 1)
 
@@ -168,12 +207,15 @@ def stopped(to: str, number: signal.Signals, folder: Path) -> None:
         assert job.wait(LONGEST) == STOPPED, job.said()
     [(first, _), (step, _)] = acknowledged(run)
     assert (first, [*checkpoints(run)]) == (0, [0, step])
-    assert f"stopped at global step {step} (signal {number.name}); go on with: stepctl resume {run}" in job.said()
+    assert (
+        f"stopped at global step {step} (signal {number.name}); continue with: stepctl resume {run}"
+        in job.said()
+    )
     assert [row["reason"] for row in ledger(run, "end")] == [f"signal {number.name}"]
     trial.finish(run)
 
 
-def test_a_request_to_save_is_answered_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_request_to_save_is_answered_and_training_continues(tmp_path: Path) -> None:
     trial = make_trial(tmp_path, small_config())
     run = trial.new_run("saved")
     with started(2, trial.begin(run), trial.folder) as (job, others):
@@ -196,7 +238,9 @@ def started(
 ) -> Iterator[tuple[Process, list[Process]]]:
     """Start `mpiexec -n <size> stepctl *arguments`; yield the launcher, and its ranks with, at -1, what holds them."""
     with contextlib.ExitStack() as stack:
-        job = stack.enter_context(start_cold(arguments, cwd=folder, before=launcher(size), **options))
+        job = stack.enter_context(
+            start_cold(arguments, cwd=folder, before=launcher(size), **options)
+        )
         yield job, [stack.enter_context(member) for member in members(job, size)]
 
 
@@ -208,7 +252,10 @@ def members(job: Process, size: int) -> list[Process]:
         for child in children(job.pid):
             found[size] = child
             for grandchild in children(child):
-                match = re.search(r"(?:^|\0)PMI_RANK=(\d+)\0", content(Path(f"/proc/{grandchild}/environ")).decode())
+                match = re.search(
+                    r"(?:^|\0)PMI_RANK=(\d+)\0",
+                    content(Path(f"/proc/{grandchild}/environ")).decode(),
+                )
                 found.update({int(match[1]): grandchild} if match else {})
         return len(found) == size + 1
 

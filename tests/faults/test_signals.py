@@ -1,4 +1,4 @@
-"""Signals at any moment: the exit code tells the truth, what it promises is on disk, and the run goes on exactly."""
+"""Signals at random moments: the exit code is true, and the run resumes exactly."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, Signals
 
 import pytest
-from moments import some_moment, when_there_are
-from processes import Process, rows_at_once, start, start_cold
-from trials import Trial, acknowledged, assert_nothing_lost, checkpoints, content, ledger, make_trial, random_config
+
+from tests.support.attack_moments import some_moment, when_there_are
+from tests.support.processes import Process, rows_at_once, start, start_cold
+from tests.support.run_checks import (
+    Trial,
+    acknowledged,
+    assert_nothing_lost,
+    checkpoints,
+    content,
+    ledger,
+    make_trial,
+    random_config,
+)
 
 Figure = Callable[[str, int], None]
 STOPS = {SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGXCPU}
@@ -25,7 +35,9 @@ COLD = 0.1  # the share of processes that are not forked off a warm server: they
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(1, 21))
-def test_signalled_at_random_moments_a_run_keeps_its_word(seed: int, tmp_path: Path, figure: Figure) -> None:
+def test_signalled_at_random_moments_a_run_keeps_its_word(
+    seed: int, tmp_path: Path, figure: Figure
+) -> None:
     attack(seed, 25, tmp_path, figure)
 
 
@@ -41,7 +53,9 @@ def attack(seed: int, signals: int, folder: Path, figure: Figure) -> None:
         trial = make_trial(folder / f"config-{runs}", long_config(chance))
         for _ in range(4):
             if done < signals:
-                done += signalled_run(trial, trial.new_run(runs), min(3, signals - done), chance, figure)
+                done += signalled_run(
+                    trial, trial.new_run(runs), min(3, signals - done), chance, figure
+                )
                 runs += 1
     figure("signalled processes", done)
 
@@ -58,16 +72,26 @@ def long_config(chance: random.Random) -> dict[str, object]:
     )
 
 
-def signalled_run(trial: Trial, run: Path, attacks: int, chance: random.Random, figure: Figure) -> int:
+def signalled_run(
+    trial: Trial, run: Path, attacks: int, chance: random.Random, figure: Figure
+) -> int:
     """Start a run, signal it up to so many times, and finish it; return how many processes were signalled."""
     done, code = 0, STOPPED
     while done < attacks and code != 0:
         before, cold = Before.of(run), chance.random() < COLD
         words = trial.go_on(run, either=chance.random() < 0.5)
-        begin = start_cold(words, cwd=trial.folder) if cold else start(words, cwd=trial.folder, call=rows_at_once)
+        begin = (
+            start_cold(words, cwd=trial.folder)
+            if cold
+            else start(words, cwd=trial.folder, call=rows_at_once)
+        )
         with begin as child:
             # a new interpreter cannot answer any signal: its first moments are not ours
-            moment = when_there_are(chance.randint(1, 9), "ledger.jsonl", 0) if cold else some_moment(chance)
+            moment = (
+                when_there_are(chance.randint(1, 9), "ledger.jsonl", 0)
+                if cold
+                else some_moment(chance)
+            )
             moment(child, run)
             shots = shoot(child, run, trial, before, chance, told=not cold)
             code = child.wait()
@@ -110,7 +134,9 @@ class Shot:
     row_after: int
 
 
-def shoot(child: Process, run: Path, trial: Trial, before: Before, chance: random.Random, *, told: bool) -> list[Shot]:
+def shoot(
+    child: Process, run: Path, trial: Trial, before: Before, chance: random.Random, *, told: bool
+) -> list[Shot]:
     """Send a signal, or two shortly after one another, or one again and again until the process has ended.
 
     Return those that it was there for. Where it holds rows back, so that they are not `told`, any step may be meant.
@@ -120,10 +146,15 @@ def shoot(child: Process, run: Path, trial: Trial, before: Before, chance: rando
     plans: tuple[Iterable[Signals], ...] = ([first], [first, second], itertools.repeat(first))
     pause, shots = chance.choice((0, 0.002, 0.02)), []
     for number in chance.choices(plans, weights=(3, 2, 1))[0]:
-        training, row_before = before.began(run), newest_row(run, trial) if told else trial.config["initial_step"]
+        training, row_before = (
+            before.began(run),
+            newest_row(run, trial) if told else trial.config["initial_step"],
+        )
         if not child.kill(number):
             break
-        shots.append(Shot(number, training, row_before, newest_row(run, trial) if told else trial.last_step))
+        shots.append(
+            Shot(number, training, row_before, newest_row(run, trial) if told else trial.last_step)
+        )
         if not child.running(after=pause * chance.random()):
             break
     return shots
@@ -143,17 +174,23 @@ def judge(code: int, said: str, shots: list[Shot], before: Before, run: Path, tr
     """Assert that the exit code tells the truth about what the signals did."""
     if code == 0:
         trial.assert_finished(run)
-        assert all(shot.row_after >= trial.last_step - 1 for shot in shots if shot.number in STOPS), shots
+        assert all(
+            shot.row_after >= trial.last_step - 1 for shot in shots if shot.number in STOPS
+        ), shots
     elif code == STOPPED:
         judge_stop(said, shots, run)
     else:
-        assert -code in {shot.number for shot in shots} or code == INTERRUPTED, f"{code}, {shots}: {said[-300:]}"
+        assert -code in {shot.number for shot in shots} or code == INTERRUPTED, (
+            f"{code}, {shots}: {said[-300:]}"
+        )
         # a fresh run begins with its first checkpoint
         began = before.began(run) and before.acknowledged
         assert not began, f"exit code {code} after training began: {shots}, {said[-300:]}"
         assert list(acknowledged(run)) == before.acknowledged
     if "stopped at once" not in said:
-        judge_publications([shot for shot in shots if shot.number == SIGUSR2 and shot.training], run, trial)
+        judge_publications(
+            [shot for shot in shots if shot.number == SIGUSR2 and shot.training], run, trial
+        )
 
 
 def judge_stop(said: str, shots: list[Shot], run: Path) -> None:
@@ -162,15 +199,22 @@ def judge_stop(said: str, shots: list[Shot], run: Path) -> None:
     newest, _ = list(acknowledged(run))[-1]
     assert newest == max(checkpoints(run))
     if [shot.number for shot in shots].count(SIGINT) > 1 and "stopped at once" in said:
-        assert said.endswith(f"go on from the newest checkpoint with: stepctl resume {run}\n"), said
+        assert said.endswith(f"continue from the newest checkpoint with: stepctl resume {run}\n"), (
+            said
+        )
         return
-    match = re.search(r"stopped at global step (\d+) \(signal (\w+)\); go on with: stepctl resume (.*)\n$", said)
+    match = re.search(
+        r"stopped at global step (\d+) \(signal (\w+)\); continue with: stepctl resume (.*)\n$",
+        said,
+    )
     assert match, said
     assert (int(match[1]), match[3]) == (newest, str(run))
     stops = [shot for shot in shots if shot.number in STOPS]
     assert Signals[match[2]] in {shot.number for shot in stops}
     assert ledger(run, "end")[-1]["reason"] == f"signal {match[2]}"
-    assert not stops[0].training or newest <= stops[0].row_after + 2, f"not at once: step {newest}, {shots}"
+    assert not stops[0].training or newest <= stops[0].row_after + 2, (
+        f"not at once: step {newest}, {shots}"
+    )
 
 
 def judge_publications(shots: list[Shot], run: Path, trial: Trial) -> None:

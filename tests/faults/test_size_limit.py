@@ -1,4 +1,4 @@
-"""Files that may not grow, at every byte, and disks that are really full: a save fails cleanly, the next works."""
+"""File size limits at every byte, and full disks: the save fails cleanly, the next one works."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from apart import apart
-from places import in_memory, mount_memory, own_mounts
-from scenes import SCENES, Stage
-from small_runs import Unbroken
 
-from stepctl import config as configs
-from stepctl import yamlio
-from stepctl.assembly import prepare
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.store import Store
+from stepctl.config import yaml
+from stepctl.config.model import parse_config
 from stepctl.errors import StepctlError
+from stepctl.training.build import prepare
+from tests.support.file_systems import in_memory, mount_memory, own_mounts
+from tests.support.isolated import apart
+from tests.support.saving_commands import SCENES, Stage
+from tests.support.small_runs import Unbroken
 
 SCENE = "saves on the grid and at the end, with pruning"
 PAGE = 4096
@@ -32,13 +32,18 @@ def limit(size: int) -> None:
 
 def saver(unbroken: Unbroken, run: Path, step: int) -> Callable[[], None]:
     """Return a function that publishes the state that the unbroken run had after a step, as a run does."""
-    assembly = prepare(configs.parse(yamlio.load(str(unbroken.config))))
+    assembly = prepare(parse_config(yaml.load(str(unbroken.config))))
     with Store(unbroken.path / "checkpoints").open(
         step, lambda reader: codec.restore(reader, assembly.state)
     ) as reader:
         header = reader.header
     assert header.run_id is not None
-    texts = {"run": header.run, "run_id": header.run_id, "config": header.config, "numerics": header.numerics}
+    texts = {
+        "run": header.run,
+        "run_id": header.run_id,
+        "config": header.config,
+        "numerics": header.numerics,
+    }
     image = codec.encode(assembly.state, **texts)
     return lambda: Store(run / "checkpoints").publish(step, image)
 
@@ -47,7 +52,9 @@ def limit_every_byte(folder: Path, part: slice) -> int:
     """Publish under each limit from 0 to the file's length; return how many there were."""
     folder = in_memory(folder)
     unbroken, run = Unbroken(folder, 2), folder / "limited"
-    files = {path.name: path.read_bytes() for path in sorted((unbroken.path / "checkpoints").iterdir())}
+    files = {
+        path.name: path.read_bytes() for path in sorted((unbroken.path / "checkpoints").iterdir())
+    }
     name, whole = files.popitem()
     (run / "checkpoints").mkdir(parents=True)
     for old, data in files.items():
@@ -57,7 +64,9 @@ def limit_every_byte(folder: Path, part: slice) -> int:
         limit(size)
         with pytest.raises(StepctlError, match="cannot be written: File too large"):
             save()
-        assert {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()} == files, size
+        assert {
+            path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()
+        } == files, size
     limit(resource.RLIM_INFINITY)
     save()
     assert (run / "checkpoints" / name).read_bytes() == whole
@@ -88,7 +97,9 @@ def fill_disks(folder: Path, pages: range) -> tuple[int, list[str]]:
         code = stage.go()
         full += code != 0
         filler.unlink()
-        wrong += [f"{free} pages: {fault}" for fault in stage.faults_of_an_error(code, must_fail=False)]
+        wrong += [
+            f"{free} pages: {fault}" for fault in stage.faults_of_an_error(code, must_fail=False)
+        ]
     return full, wrong
 
 
@@ -102,7 +113,9 @@ def test_a_size_limit_at_every_byte_of_a_checkpoint_leaves_the_old_ones(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(4))
-def test_a_command_under_a_size_limit_fails_cleanly(part: int, tmp_path: Path, figure: Figure) -> None:
+def test_a_command_under_a_size_limit_fails_cleanly(
+    part: int, tmp_path: Path, figure: Figure
+) -> None:
     count, wrong = apart(limit_commands, tmp_path, slice(100 * part, None, 400))
     assert wrong == []
     figure("commands under a size limit", count)
@@ -110,7 +123,9 @@ def test_a_command_under_a_size_limit_fails_cleanly(part: int, tmp_path: Path, f
 
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(2))
-def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(part: int, tmp_path: Path, figure: Figure) -> None:
+def test_a_full_disk_stops_a_run_that_resumes_once_there_is_room(
+    part: int, tmp_path: Path, figure: Figure
+) -> None:
     full, wrong = apart(fill_disks, tmp_path, range(part, 12, 2))
     assert wrong == []
     figure("full disks", full)
@@ -120,7 +135,7 @@ def test_some_size_limits_leave_the_old_checkpoints(tmp_path: Path, figure: Figu
     figure("saves under a size limit", apart(limit_every_byte, tmp_path, slice(0, None, 29)))
 
 
-def test_a_disk_with_little_room_stops_a_run_that_goes_on(tmp_path: Path, figure: Figure) -> None:
+def test_a_nearly_full_disk_stops_a_run_that_can_be_resumed(tmp_path: Path, figure: Figure) -> None:
     full, wrong = apart(fill_disks, tmp_path, range(1, 12, 3))
     assert wrong == []
     assert full

@@ -1,4 +1,4 @@
-"""Every system call of a save, a start and an end: a process killed there, or whose call fails there, loses nothing."""
+"""A kill or an error at every system call of a start, a save and an end loses nothing."""
 
 from __future__ import annotations
 
@@ -9,25 +9,48 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
-from apart import apart
-from scenes import SCENES, SEGMENT_START, Stage
-from tracer import Blow, Call
+
+from tests.support.call_tracer import Blow, Call
+from tests.support.isolated import apart
+from tests.support.saving_commands import SCENES, SEGMENT_START, Stage
 
 PARTS = 2
 WRITES = {"write", "pwrite64"}
 TAKE_ROOM = WRITES | {"open", "mkdir", "rename", "fsync", "fdatasync"}
-TRIED_AGAIN = WRITES | {"open", "read", "pread64", "fsync", "fdatasync", "ftruncate"}  # by Python, after EINTR
-HELD = Call("flock", ".")  # before it, directories are opened by opendir: not tried again, and never interrupted
+TRIED_AGAIN = WRITES | {
+    "open",
+    "read",
+    "pread64",
+    "fsync",
+    "fdatasync",
+    "ftruncate",
+}  # by Python, after EINTR
+HELD = Call(
+    "flock", "."
+)  # before it, directories are opened by opendir: not tried again, and never interrupted
 DIRECTORIES = {".", "checkpoints"}
-NEEDED = WRITES | {"mkdir", "rename", "fsync", "fdatasync"}  # a save that goes on after one of these failed is a lie
+NEEDED = WRITES | {
+    "mkdir",
+    "rename",
+    "fsync",
+    "fdatasync",
+}  # a save that goes on after one of these failed is a lie
 CHANGING = NEEDED | {"open", "unlink", "ftruncate"}
 DISK_ERRORS = (
     "saves on the grid and at the end, with pruning",
     "the first save of a fresh run, and all after it",
     "saves that may fail",
+    "rows of series",
+    "the first rows of series",
     "a damaged file in the way",
 )
-KILLED = [scene for scene in SCENES if scene != "saves that may fail"]  # to a kill it is the first one
+KILLED = [
+    scene for scene in SCENES if scene != "saves that may fail"
+]  # to a kill it is the first one
+A_FEW = {  # scene -> one of so many attacks
+    "saves on the grid and at the end, with pruning": 20,
+    "rows of series": 40,
+}
 Figure = Callable[[str, int], None]
 Attack = Callable[[Stage, slice], tuple[int, list[str]]]
 
@@ -51,7 +74,9 @@ def kills(stage: Stage) -> Iterator[tuple[Call, Blow]]:
 def errors(stage: Stage) -> Iterator[tuple[Call, Blow]]:
     """Yield every error that a disk can give, at every call from the first line in the ledger on; EINTR apart."""
     for call in calls(stage, SEGMENT_START):
-        for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT) if call.name in TAKE_ROOM else (errno.EIO,):
+        for number in (
+            (errno.EIO, errno.ENOSPC, errno.EDQUOT) if call.name in TAKE_ROOM else (errno.EIO,)
+        ):
             yield call, Blow(error=number)
 
 
@@ -72,7 +97,9 @@ def kill_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
     for call, blow in attacks:
         code = struck(stage, (call, blow))
         assert code == -signal.SIGKILL, f"{call}: exit code {code}"
-        wrong += [f"killed at {call}: {fault}" for fault in (*stage.faults(), *stage.faults_of_going_on())]
+        wrong += [
+            f"killed at {call}: {fault}" for fault in (*stage.faults(), *stage.faults_of_going_on())
+        ]
     return len(attacks), wrong
 
 
@@ -89,11 +116,17 @@ def fail_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
 
 def fill_up_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
     """Let each write write half, and the next one find the disk full; return how many did, and what was wrong."""
-    wrong, attacks = list[str](), [call for call in stage.calls if call.name in WRITES and call.file != "lock"][part]
+    wrong, attacks = (
+        list[str](),
+        [call for call in stage.calls if call.name in WRITES and call.file != "lock"][part],
+    )
     for call in attacks:
         rest = call._replace(nth=call.nth + 1)
         code = struck(stage, (call, Blow(half=True)), (rest, Blow(error=errno.ENOSPC)))
-        wrong += [f"a full disk in {call}: {fault}" for fault in stage.faults_of_an_error(code, must_fail=True)]
+        wrong += [
+            f"a full disk in {call}: {fault}"
+            for fault in stage.faults_of_an_error(code, must_fail=True)
+        ]
     return len(attacks), wrong
 
 
@@ -104,7 +137,10 @@ def disturb_all(stage: Stage, part: slice) -> tuple[int, list[str]]:
         code = struck(stage, (call, blow))
         if code:
             wrong.append(f"{blow} at {call}: exit code {code}, {stage.said}")
-        wrong += [f"{blow} at {call}: {fault}" for fault in stage.unbroken.end_faults(stage.run, stage.excused)]
+        wrong += [
+            f"{blow} at {call}: {fault}"
+            for fault in stage.unbroken.end_faults(stage.run, stage.excused)
+        ]
     return len(attacks), wrong
 
 
@@ -130,7 +166,9 @@ def strike(attack: Attack, scene: str, folder: Path, part: slice) -> tuple[int, 
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("scene", KILLED)
-def test_a_kill_at_any_system_call_loses_nothing(scene: str, part: int, tmp_path: Path, figure: Figure) -> None:
+def test_a_kill_at_any_system_call_loses_nothing(
+    scene: str, part: int, tmp_path: Path, figure: Figure
+) -> None:
     count, wrong = apart(strike, kill_all, scene, tmp_path, slice(part, None, PARTS))
     figure("kills at a system call", count)
     assert wrong == []
@@ -139,7 +177,7 @@ def test_a_kill_at_any_system_call_loses_nothing(scene: str, part: int, tmp_path
 @pytest.mark.faults
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("scene", DISK_ERRORS)
-def test_an_error_at_any_system_call_is_said_and_loses_nothing(
+def test_an_error_at_any_system_call_is_reported_and_loses_nothing(
     scene: str, part: int, tmp_path: Path, figure: Figure
 ) -> None:
     count, wrong = apart(strike, fail_all, scene, tmp_path, slice(part, None, PARTS))
@@ -149,7 +187,9 @@ def test_an_error_at_any_system_call_is_said_and_loses_nothing(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("scene", SCENES)
-def test_a_disk_that_is_full_in_the_middle_of_a_write_loses_nothing(scene: str, tmp_path: Path, figure: Figure) -> None:
+def test_a_disk_that_is_full_in_the_middle_of_a_write_loses_nothing(
+    scene: str, tmp_path: Path, figure: Figure
+) -> None:
     count, wrong = apart(strike, fill_up_all, scene, tmp_path, slice(None))
     figure("writes that filled the disk half-way", count)
     assert wrong == []
@@ -157,15 +197,20 @@ def test_a_disk_that_is_full_in_the_middle_of_a_write_loses_nothing(scene: str, 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("scene", [scene for scene in DISK_ERRORS if scene in KILLED])
-def test_interrupted_calls_and_short_writes_do_not_matter(scene: str, tmp_path: Path, figure: Figure) -> None:
+def test_interrupted_calls_and_short_writes_do_not_matter(
+    scene: str, tmp_path: Path, figure: Figure
+) -> None:
     count, wrong = apart(strike, disturb_all, scene, tmp_path, slice(None))
     figure("interrupted calls and short writes", count)
     assert wrong == []
 
 
 @pytest.mark.parametrize("attack", [kill_all, fail_all, fill_up_all, disturb_all])
-def test_a_few_faults_at_system_calls_lose_nothing(attack: Attack, tmp_path: Path, figure: Figure) -> None:
-    count, wrong = apart(strike, attack, next(iter(SCENES)), tmp_path, slice(3, None, 20))
+@pytest.mark.parametrize("scene", A_FEW)
+def test_a_few_faults_at_system_calls_lose_nothing(
+    scene: str, attack: Attack, tmp_path: Path, figure: Figure
+) -> None:
+    count, wrong = apart(strike, attack, scene, tmp_path, slice(3, None, A_FEW[scene]))
     figure("faults at system calls, in passing", count)
     assert wrong == []
 
@@ -178,7 +223,9 @@ def calls_of_a_save(folder: Path) -> list[str]:
     return [f"{call.name} {call.file}" for call in changing[first:] if call.file != "metrics.jsonl"]
 
 
-def test_a_checkpoint_is_durable_before_it_is_acknowledged_and_older_ones_go_after_that(tmp_path: Path) -> None:
+def test_a_checkpoint_is_durable_before_it_is_acknowledged_and_pruning_follows(
+    tmp_path: Path,
+) -> None:
     temporary, name = "checkpoints/.step-00000005.h5.tmp-PID", "checkpoints/step-00000005.h5"
     assert [call for call, _ in groupby(apart(calls_of_a_save, tmp_path))] == [
         f"write {temporary}",

@@ -1,0 +1,75 @@
+"""Types of command-line arguments: steps, paths and durations."""
+
+import os
+import re
+from typing import Any
+
+import click
+
+from stepctl.system import files
+from stepctl.system.files import expand_path
+
+
+class WholeNumber(click.IntRange):
+    """A whole number in decimal digits; Python's int() accepts more, such as "1_000"."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"[-+]?\d+", value, re.ASCII):
+            self.fail(f"{value!r} is not a whole number.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Place(click.Path):
+    """A valid path, which need not exist. Shells complete files and folders, or folders only."""
+
+    def __init__(self, *, folder: bool = False) -> None:
+        super().__init__(file_okay=not folder)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not text:
+            self.fail("it is empty; give a path.", param, ctx)
+        try:
+            text = expand_path(text)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        try:
+            os.stat(text)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and files.is_unavailable(error):
+                raise files.unreadable(text, error) from error
+            reason = getattr(error, "strerror", error)
+            self.fail(f"{text[:60]!r}: {reason}; give another path.", param, ctx)
+        return text
+
+
+_UNIT_SECONDS = (86400, 3600, 60, 1)  # day, hour, minute, second
+_NUMBER = r"(\d+\.?\d*|\.\d+)"
+_WITH_UNITS = re.compile(
+    rf"(?:{_NUMBER}d)?(?:{_NUMBER}h)?(?:{_NUMBER}m(?:in)?)?(?:{_NUMBER}s?)?", re.ASCII
+)
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", re.ASCII)
+_MAX_SECONDS = 10**9
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]  # takes no argument before click 8.4
+    """A time: 90 (seconds), 55m, 1.5h, 1h30m, 2d, or as in Slurm 1:30:00 and 2-00:00:00."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        text = str(value)
+        match = _CLOCK.fullmatch(text) or _WITH_UNITS.fullmatch(text)
+        seconds = 0.0
+        if match is not None:
+            for number, unit in zip(match.groups(), _UNIT_SECONDS, strict=True):
+                seconds += float(number or 0) * unit
+        if not 0 < seconds <= _MAX_SECONDS:
+            remedy = "give one such as 90s, 55m, 1.5h, 2d or 1:30:00 (hours:minutes:seconds)"
+            message = f"{text[:60]!r} is not a time above 0 s, up to {_MAX_SECONDS} s; {remedy}"
+            self.fail(message, param, ctx)
+        return seconds

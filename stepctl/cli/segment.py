@@ -1,0 +1,66 @@
+"""Training one segment from the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from stepctl.errors import Exit
+from stepctl.system import interrupt
+from stepctl.system.shell import command
+from stepctl.system.terminal import say
+
+if TYPE_CHECKING:
+    from stepctl.runs.segment import Outcome, Segment
+
+
+def train_segment(
+    segment: Segment, *, began: float, max_time: float | None, quiet: bool, verbose: bool
+) -> NoReturn:
+    """Train to the segment's target, show the progress, and exit with 0 or 75.
+
+    `max_time`, in seconds, counts from `began`, a time of `time.monotonic`.
+    """
+    run = segment.directory.path
+    start = segment.start
+    if segment.nothing_to_do is not None:
+        say(f"{run}: {segment.nothing_to_do}")
+        raise click.exceptions.Exit(Exit.DONE)
+    if interrupt.was_received():
+        raise KeyboardInterrupt
+    if not quiet:
+        source = segment.restored or "the initial state"
+        say(f"{run}: global step {start} to {segment.target}, from {source}")
+    from stepctl.runs.progress import show_progress
+    from stepctl.stopping.rules import TimeLimit
+
+    if not quiet and segment.config.checkpoint.keep_best is not None:
+        from stepctl.reports.kept_checkpoints import PlannedSteps, keep_best_notes
+
+        planned = PlannedSteps(start, segment.target, segment.store.steps())
+        for note in keep_best_notes(segment.assembly, planned):
+            say(f"note: {note}")
+    stop_rules = []
+    if max_time is not None:
+        stop_rules.append(TimeLimit(max_time, began))
+    with show_progress(segment, quiet=quiet, verbose=verbose) as progress:
+        outcome = segment.train(progress.writers, progress.hooks, stop_rules, progress.messages)
+    _exit_with(outcome, segment, quiet)
+
+
+def _exit_with(outcome: Outcome, segment: Segment, quiet: bool) -> NoReturn:
+    """Report how the segment ended; exit with 0 if the run is done, else with 75."""
+    run = segment.directory.path
+    reason = outcome.reason
+    if outcome.waits and not quiet:
+        waits = f"at {outcome.waits} of {outcome.saves} saves"
+        say(f"{run}: waited {outcome.wait_seconds:.1f} s for the previous save to finish, {waits}")
+    if reason.done and outcome.step >= segment.target:
+        if not quiet:
+            n_steps = outcome.step - outcome.start
+            say(f"{run}: done at global step {outcome.step} (local {n_steps})")
+        raise click.exceptions.Exit(Exit.DONE)
+    remedy = reason.remedy or f"continue with: {command('resume', run)}"
+    say(f"{run}: stopped at global step {outcome.step} ({reason.text}); {remedy}")
+    raise click.exceptions.Exit(Exit.DONE if reason.done else Exit.STOPPED)

@@ -1,0 +1,1 @@
+"""The config: its sections, its components, its YAML and its error messages."""

@@ -1,0 +1,1 @@
+"""Training on several processes: MPI, and the sum of gradients over ranks."""

@@ -1,1 +1,0 @@
-"""Layers: the pieces that models are made of, one a file."""

@@ -1,0 +1,1 @@
+"""Reading commands: each module computes what one command prints."""

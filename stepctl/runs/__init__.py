@@ -1,0 +1,1 @@
+"""Runs: creating, resuming, forking and pruning them."""

@@ -1,0 +1,505 @@
+"""One invocation of train or resume: what it trains, and the segment while it is open."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepctl import __version__
+from stepctl.checkpoint import names
+from stepctl.checkpoint.background import Background
+from stepctl.checkpoint.expected import skipped_checkpoints
+from stepctl.checkpoint.store import Store
+from stepctl.config.model import Config, ScriptConfig, TaskConfig
+from stepctl.errors import (
+    NonFiniteError,
+    RunMovedError,
+    StepctlError,
+    StoppedAtOnce,
+    TornUpdate,
+    UnreadableError,
+)
+from stepctl.hooks.base import Hook
+from stepctl.hooks.histograms import histogram_hooks
+from stepctl.hooks.samples import Samples
+from stepctl.hooks.save import Save
+from stepctl.hooks.slow_threads import SlowThreads
+from stepctl.rundir.directory import RunDirectory
+from stepctl.rundir.ledger import Ledger
+from stepctl.rundir.series import series_folder
+from stepctl.runs.compatibility import StartFacts, report_inexact
+from stepctl.runs.messages import Messages, Say
+from stepctl.runs.publisher import Publisher
+from stepctl.state.arena import Array
+from stepctl.state.train_state import TrainState
+from stepctl.stopping.base import StopReason, StopRule, first_reason
+from stepctl.stopping.rules import StopAtStep, StopFile
+from stepctl.stopping.signals import Signals
+from stepctl.system import blas
+from stepctl.system.shell import command
+from stepctl.system.text import counted, in_one_line
+from stepctl.training.assembly import Assembly, TaskAssembly
+from stepctl.training.ranks import leader, start_ranks
+from stepctl.training.trainer import Trainer
+from stepctl.writers.base import Writer
+from stepctl.writers.evaluation_history import EvaluationHistory
+from stepctl.writers.from_config import open_writers
+from stepctl.writers.jsonl import JSONLines
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a segment ended. `waits` counts the saves that waited for the previous one."""
+
+    reason: StopReason
+    start: int
+    step: int
+    saves: int
+    waits: int
+    wait_seconds: float
+
+
+class Segment:
+    """A restored or fresh assembly, its locked run directory, and the step to train to.
+
+    `ledger` are the run's parsed lines, `restored` the name of the restored checkpoint (None in a
+    fresh run), and `facts` go into the segment's first ledger line. With `going_back` later
+    checkpoints are set aside; with `strict` ranks that compute other bits are refused.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        assembly: Assembly,
+        say: Say,
+        *,
+        run_id: str,
+        target: int,
+        ledger: Ledger | None = None,
+        restored: str | None = None,
+        facts: StartFacts | None = None,
+        going_back: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self.directory = directory
+        self.assembly = assembly
+        self.target = target
+        self.restored = restored
+        self.start = assembly.state.counters.global_step
+        self.store = Store(directory.checkpoint_folder)
+        stop_file = StopFile(directory.stop, shown=directory.display_path(directory.stop))
+        at_target = StopAtStep(target)
+        if isinstance(assembly.config, ScriptConfig):
+            at_target = StopAtStep(target, remedy="more: raise last_step")
+        self.rules: list[StopRule] = [at_target, stop_file, *assembly.stop_rules()]
+        self._say = say
+        self._run_id = run_id
+        self._ledger = ledger or Ledger()
+        self._facts = facts or {}
+        self._going_back = going_back
+        self._strict = strict
+
+    @property
+    def config(self) -> Config:
+        """The resolved config."""
+        return self.assembly.config
+
+    @property
+    def state(self) -> TrainState:
+        """The training state."""
+        return self.assembly.state
+
+    @property
+    def how_to_resume(self) -> str:
+        """The end of a sentence that says how to continue the run."""
+        if isinstance(self.config, ScriptConfig):
+            return "by running the script again"
+        return f"with: {command('resume', self.directory.path)}"
+
+    @functools.cached_property
+    def nothing_to_do(self) -> str | None:
+        """The message of a segment that makes no step: why, and how to continue; None if it has work.
+
+        The stop rules are asked once. A fresh run always has work: its initial checkpoint.
+        """
+        if self.restored is None:
+            return None
+        reason = first_reason(self.rules, self.state.counters)
+        if reason is None:
+            return None
+        return reason.describe_nothing_to_do(self.start, self.target)
+
+    def train(
+        self,
+        writers: Sequence[Writer] = (),
+        hooks: Sequence[Hook] = (),
+        stop: Sequence[StopRule] = (),
+        messages: Messages | None = None,
+    ) -> Outcome:
+        """Train to the target; all rows, checkpoints and ledger lines are on disk at the end.
+
+        `writers` receive the rows too, `hooks` run after the segment's own, and `stop` are further
+        stop rules.
+        """
+        running = None
+        with Signals() as signals:
+            try:
+                with self.open(signals, writers, hooks, stop, messages) as running:
+                    reason = running.trainer.run()
+                outcome = running.finish(reason)
+                signals.ignore_interrupts()
+                return outcome
+            except KeyboardInterrupt as error:
+                if not has_checkpoints(self.store):
+                    raise  # training has not begun
+                if running is not None:
+                    running.record_end("a second SIGINT")
+                remedy = f"continue from the newest checkpoint {self.how_to_resume}"
+                raise StoppedAtOnce(f"{self.directory.path}: stopped at once; {remedy}") from error
+
+    @contextlib.contextmanager
+    def open(
+        self,
+        signals: Signals,
+        writers: Sequence[Writer] = (),
+        hooks: Sequence[Hook] = (),
+        stop: Sequence[StopRule] = (),
+        messages: Messages | None = None,
+    ) -> Iterator[OpenSegment]:
+        """Record the segment's start, and yield it ready to train; close its files at the end.
+
+        On an error the state is saved if the last step is complete, and the error is written to the
+        ledger.
+        """
+        running = self._start(signals, writers, hooks, stop, messages or Messages(self._say))
+        process = os.getpid()
+        try:
+            yield running
+            self.assembly.series.flush()
+            self.assembly.rows.flush()
+        except KeyboardInterrupt:
+            running.background.abandon()
+            raise
+        except BaseException as error:
+            if os.getpid() != process:  # a forked child leaves the run to its parent
+                raise
+            running.record_failure(error)
+            explained = running.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+        finally:
+            if os.getpid() == process:
+                running.background.close()
+                running.report_saved()
+                self.assembly.series.close()
+                self.assembly.rows.close()
+
+    def _start(
+        self,
+        signals: Signals,
+        writers: Sequence[Writer],
+        hooks: Sequence[Hook],
+        stop: Sequence[StopRule],
+        messages: Messages,
+    ) -> OpenSegment:
+        """Start the other ranks, record the start, remove rows past it, and build the trainer."""
+        facts = self._facts | self._start_ranks(messages)
+        later = {
+            step: self.store.aside_name(step) for step in self.store.steps() if step > self.start
+        }
+        if self._going_back:
+            facts["set_aside"] = list(later.values())
+        earlier_rows = self.directory.read_metrics()  # an error here comes before any change
+        number = 1 + len(self._ledger.starts)
+        self._record_start(number, facts)
+        if self._going_back and later:
+            # recorded first: after a kill, the next resume sets aside the rest
+            self.store.set_aside_all(later)
+            names_aside = ", ".join(later.values())
+            messages.say(
+                f"going back to step {self.start}: later checkpoints are kept as {names_aside}"
+            )
+        self.directory.truncate_metrics(self.start, messages.say)
+        self._open_series(messages)
+        evaluations = EvaluationHistory(row for row in earlier_rows if row["step"] <= self.start)
+        beside = open_writers(
+            self.directory,
+            self.config.log,
+            segment=number,
+            start=self.start,
+            batch_size=self.assembly.training.samples,
+        )
+        self.assembly.rows.open([JSONLines(self.directory), evaluations, *beside, *writers])
+        publisher = Publisher(
+            self.directory,
+            self.store,
+            self.assembly,
+            run_id=self._run_id,
+            evaluations=evaluations,
+            protected=self._ledger.forks,  # no new fork while this process holds the run
+            passed_over=skipped_checkpoints(self._ledger) | later.keys(),
+            newest_step=None if self.restored is None else self.start,
+        )
+        own_hooks = [
+            *self.assembly.hooks,
+            *histogram_hooks(self.config.log, beside),
+            *_samples_hooks(self.directory, self.assembly),
+            *_slow_threads_hooks(self.directory, self.assembly, messages.say),
+        ]
+        return OpenSegment(
+            self, number, publisher, signals, messages, own_hooks=own_hooks, hooks=hooks, stop=stop
+        )
+
+    def _open_series(self, messages: Messages) -> None:
+        """Cut the series back to the start, and report rows that are missing."""
+        expected = self._ledger.series_rows(self.start)
+        missing = self.assembly.series.open(series_folder(self.directory), expected)
+        for name, n_rows in missing.items():
+            messages.say(
+                f"{self.directory.path}: series {name!r} lacks {counted(n_rows, 'row')} up to step "
+                f"{self.start}; restore series/{name}.bin from a copy if there is one"
+            )
+
+    def _start_ranks(self, messages: Messages) -> StartFacts:
+        """Give the other ranks rank 0's state, and return the facts about them for the ledger."""
+        facts: StartFacts = {}
+        differences = start_ranks(self.assembly)
+        if differences:
+            facts = report_inexact(differences, messages.say, strict=self._strict)
+        if self.assembly.comm.size == 1:
+            return facts
+        mode = "async" if self.config.is_async else "sync"
+        facts |= {"ranks": self.assembly.comm.size, "mode": mode}
+        if mode == "async":
+            messages.note(
+                "note: asynchronous training: the order of the ranks' updates depends on timing, so "
+                "no two runs end with the same bits"
+            )
+            facts |= {"exact": False, "inexact_because": ["asynchronous"]}
+        return facts
+
+    def _record_start(self, number: int, facts: StartFacts) -> None:
+        if self._ledger.run_id is None:
+            facts["run_id"] = self._run_id
+        self.directory.append_ledger(
+            "start",
+            segment=number,
+            step=self.start,
+            target=self.target,
+            restored=self.restored,
+            host=os.uname().nodename,
+            pid=os.getpid(),
+            argv=sys.orig_argv if isinstance(self.config, ScriptConfig) else sys.argv,
+            version=__version__,
+            numerics=self.assembly.numerics,
+            data=self.assembly.data_fingerprint(),
+            **facts,
+        )
+
+
+class OpenSegment:
+    """A segment in progress: its trainer, its saves, and its lines in the ledger."""
+
+    def __init__(
+        self,
+        segment: Segment,
+        number: int,
+        publisher: Publisher,
+        signals: Signals,
+        messages: Messages,
+        *,
+        own_hooks: Sequence[Hook],
+        hooks: Sequence[Hook],
+        stop: Sequence[StopRule],
+    ) -> None:
+        self._segment = segment
+        self._number = number
+        self._publisher = publisher
+        self._messages = messages
+        self.background = Background()
+        rows = segment.assembly.rows
+        series = segment.assembly.series
+        config = segment.config
+
+        def flush() -> None:
+            rows.flush()
+            series.flush()
+
+        def publish(state: TrainState) -> None:
+            rows.sync()  # rows up to this step must be as durable as the checkpoint
+            series.sync()
+            publisher.publish(state, self.background.abandoned)
+
+        self.saver = Save(
+            config.checkpoint,
+            publish,
+            flush=flush,
+            background=self.background,
+            requested=signals.take_save_request,
+            report=self.report_saved,
+            say=messages.say,
+            note=messages.note,
+            saved_step=publisher.newest_step,
+            target=segment.target,
+        )
+        self.trainer: Trainer = leader(
+            segment.assembly,
+            rules=[*segment.rules, signals, *stop],
+            hooks=[*own_hooks, self.saver, *hooks],
+            signals=signals,
+            skip=self._report_skipped if config.skips_non_finite else None,
+            target=segment.target,
+        )
+
+    def finish(self, reason: StopReason) -> Outcome:
+        """Record the end of the segment, after it was closed."""
+        saver = self.saver
+        waits: dict[str, Any] = {}
+        if saver.waits:
+            waits = {"waits": saver.waits, "wait_seconds": round(saver.wait_seconds, 3)}
+        self.record_end(reason.text, done=reason.done, **waits, **self.trainer.facts)
+        step = self._segment.state.counters.global_step
+        start = self._segment.start
+        return Outcome(reason, start, step, saver.saves, saver.waits, saver.wait_seconds)
+
+    def record_end(self, reason: str, *, done: bool = False, **facts: Any) -> None:
+        """Add the segment's last line to the ledger."""
+        step = self._segment.state.counters.global_step
+        self._segment.directory.append_ledger(
+            "end",
+            segment=self._number,
+            step=step,
+            local_step=step - self._segment.start,
+            reason=reason,
+            done=done,
+            **facts,
+        )
+
+    def report_saved(self) -> None:
+        """Report the checkpoints that became durable since the last call, and warnings about them."""
+        for file in self._publisher.take_saved():
+            self._messages.report_saved(f"saved {file}")
+        for warning in self._publisher.take_warnings():
+            self._messages.say(warning)
+
+    def _report_skipped(self, why: str) -> None:
+        self._messages.say(f"{why}; this batch is skipped")
+
+    def record_failure(self, error: BaseException) -> None:
+        """Save the state if the last step is complete, and write the error to the ledger."""
+        if isinstance(error, RunMovedError):
+            return  # the directory is gone
+        if isinstance(error, TornUpdate):
+            with contextlib.suppress(Exception):  # an error of the save in flight
+                self.saver.wait()
+        else:
+            self.save_complete_state()
+        with contextlib.suppress(StepctlError):  # the disk may be what failed
+            self.record_end(f"{type(error).__name__}: {error}")
+
+    def save_complete_state(self) -> None:
+        """Publish the state if the last step is complete; report the saved or the lost steps."""
+        with contextlib.suppress(Exception):  # an error of the save in flight; another came first
+            self.saver.wait()
+        path = self._segment.directory.path
+        state = self._segment.state
+        step = state.counters.global_step
+        say = self._messages.say
+        if not self.trainer.complete:
+            newest = self._publisher.newest_step
+            if newest is not None and newest < step:
+                say(f"{path}: {self._how_to_continue()}")
+            return
+        try:
+            self.saver.save_now(state)
+        except Exception as error:
+            say(
+                f"{path}: the state of global step {step} could not be saved ({error}): "
+                f"{self._how_to_continue()}"
+            )
+        else:
+            say(f"{path}: the state of global step {step} is saved")
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return an error that adds how to continue to the message, or the error itself."""
+        if isinstance(error, NonFiniteError):
+            return NonFiniteError(f"{error}; {self._how_to_stay_finite()}")
+        if isinstance(error, TornUpdate):
+            text = in_one_line(str(error))
+            return TornUpdate(f"{text}; the state cannot be saved: {self._how_to_continue()}")
+        return error
+
+    def _how_to_continue(self) -> str:
+        """Return the lost steps, and the command that continues from the newest checkpoint."""
+        step = self._segment.state.counters.global_step
+        newest = self._publisher.newest_step
+        if newest is None:
+            return "there is no checkpoint yet; start again with: stepctl train"
+        remedy = f"continue from {names.file_name(newest)} {self._segment.how_to_resume}"
+        if step == newest:
+            return remedy
+        lost = f"step {step} is" if step == newest + 1 else f"steps {newest + 1} to {step} are"
+        return f"{lost} lost; {remedy}"
+
+    def _how_to_stay_finite(self) -> str:
+        if not has_checkpoints(self._segment.store):
+            return "fix the model's initial values, then start again with: stepctl train"
+        path = self._segment.directory.path
+        config = self._segment.config
+        assert isinstance(config, TaskConfig)  # the numbers of a program may be anything
+        key = "optimizer.clip_norm" if config.optimizer.name else "optimizer"
+        clip = command("resume", path, "--set", f"{key}=...", "--allow-change", key)
+        remedy = f"lower the learning rate or clip the gradient: {clip}"
+        if not config.skips_non_finite:
+            skip = command("resume", path, "--set", "on_nonfinite=skip")
+            remedy += f", or skip such batches: {skip}"
+        return remedy
+
+
+def has_checkpoints(store: Store) -> bool:
+    """Tell whether a run has a checkpoint; a directory that cannot be listed now may have one."""
+    try:
+        return bool(store.steps())
+    except UnreadableError:
+        return True
+
+
+def _slow_threads_hooks(directory: RunDirectory, assembly: Assembly, say: Say) -> list[Hook]:
+    threads = assembly.numerics["threads"]
+    if threads == 1 or isinstance(assembly.config, ScriptConfig):  # which sets its threads itself
+        return []
+
+    def warn(ratio: float) -> None:
+        remedy = command("resume", directory.path, "--set", "numerics.threads=1")
+        say(
+            f"warning: {threads} BLAS threads are {ratio:.1f} times slower than one on this busy "
+            "machine: start new runs with --set numerics.threads=1; on this run, no longer exact: "
+            f"{remedy} --allow-change numerics.threads"
+        )
+
+    return [SlowThreads(lambda: blas.slowdown(threads), warn)]
+
+
+def _samples_hooks(directory: RunDirectory, assembly: Assembly) -> list[Hook]:
+    if not isinstance(assembly, TaskAssembly) or assembly.config.samples is None:
+        return []
+    task = assembly.task
+    average = assembly.config.has_average
+
+    def generate(state: TrainState, n: int) -> Array:
+        samples = task.generate(state, n, average=average)
+        assert samples is not None
+        return samples
+
+    folder = directory.folder.subfolder(directory.samples.name)
+    return [
+        Samples(
+            assembly.config.samples, generate, folder, sample_shape=assembly.sources[0].sample_shape
+        )
+    ]

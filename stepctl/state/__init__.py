@@ -1,0 +1,1 @@
+"""The training state: named arrays, counters and random streams."""

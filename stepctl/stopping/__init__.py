@@ -1,0 +1,1 @@
+"""Stop rules and signals: what ends a segment."""

@@ -1,0 +1,42 @@
+"""Stop rules, and the reason that ends a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from stepctl.state.counters import Counters
+
+
+class StopReason(NamedTuple):
+    """Why a segment ends.
+
+    `done` is false for an interruption; `remedy` is the way to continue anyway.
+    """
+
+    text: str
+    done: bool
+    remedy: str = ""
+
+    def describe_nothing_to_do(self, step: int, target: int) -> str:
+        """Return the message of a resume that makes no step."""
+        why = self.remedy
+        if step < target:
+            why = "; ".join(filter(None, (self.text, self.remedy)))
+        return f"at global step {step}, target {target}: nothing to do ({why})"
+
+
+class StopRule(Protocol):
+    """A condition that is checked before every step."""
+
+    def reason(self, counters: Counters) -> StopReason | None:
+        """Return why to stop now, or None."""
+
+
+def first_reason(rules: Iterable[StopRule], counters: Counters) -> StopReason | None:
+    """Return the first rule's reason to stop now; None if no rule has one."""
+    for rule in rules:
+        reason = rule.reason(counters)
+        if reason is not None:
+            return reason
+    return None

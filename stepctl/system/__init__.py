@@ -1,0 +1,1 @@
+"""The operating system and the libraries: files, signals, BLAS, child processes."""

@@ -1,0 +1,1 @@
+"""The training loop, and building its parts from a config."""

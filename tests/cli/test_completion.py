@@ -1,0 +1,116 @@
+"""Shell completion of paths and options, and its speed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.shell_completion import ShellComplete
+
+import stepctl
+from stepctl.cli.main import cli
+from stepctl.cli.parameter_types import Place
+
+ROOT = Path(stepctl.__file__).parents[1]
+RUNS = ["resume", "fork", "prune", "plot", "runs"]  # whose argument is a folder
+ANY = ["train", "plan", "inspect", "verify", "diff", "config check"]
+
+
+def completed(arguments: list[str], incomplete: str = "x") -> list[tuple[str, str]]:
+    completion = ShellComplete(cli, {}, "stepctl", "_STEPCTL_COMPLETE")
+    return [(item.type, item.value) for item in completion.get_completions(arguments, incomplete)]
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [*((name, "dir") for name in RUNS), *((name, "file") for name in ANY)]
+)
+def test_an_argument_completes_to_paths(command: str, kind: str) -> None:
+    assert completed(command.split(), "~/$A/ru") == [(kind, "~/$A/ru")]
+
+
+def place_options() -> list[tuple[str, str, str]]:
+    return [
+        (name, option, "dir" if parameter.metavar in ("DIR", "NEW") else "file")
+        for name, command in cli.commands.items()
+        for parameter in command.params
+        if isinstance(parameter.type, Place) and isinstance(parameter, click.Option)
+        for option in parameter.opts
+    ]
+
+
+@pytest.mark.parametrize(("command", "option", "kind"), place_options())
+def test_an_option_completes_to_paths(command: str, option: str, kind: str) -> None:
+    assert completed([command, option]) == [(kind, "x")]
+
+
+def test_there_are_such_options() -> None:
+    assert {option for _, option, _ in place_options()} >= {
+        "--config",
+        "--run-dir",
+        "--runs",
+        "--png",
+        "--output",
+    }
+
+
+VARIABLES = {
+    "bash": {"COMP_WORDS": "stepctl resume ru", "COMP_CWORD": "2"},
+    "zsh": {"COMP_WORDS": "stepctl resume ru", "COMP_CWORD": "2"},
+    "fish": {"COMP_WORDS": "stepctl resume", "COMP_CWORD": "ru"},
+}
+ANSWERS = {"bash": "dir,ru\n", "zsh": "dir\nru\n_\n", "fish": "dir,ru\n"}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("shell", VARIABLES)
+def test_each_shell_gets_its_answer_without_numpy(shell: str) -> None:
+    """A key press must not wait for a library."""
+    code = (
+        "import sys; sys.argv = ['stepctl']\n"
+        "from stepctl.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: print('LOADED', *{'numpy', 'h5py', 'pydantic', 'yaml', 'rich'} & set(sys.modules))"
+    )
+    variables = (
+        os.environ
+        | VARIABLES[shell]
+        | {"_STEPCTL_COMPLETE": f"{shell}_complete", "PYTHONPATH": str(ROOT)}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+    )
+    answer, _, loaded = done.stdout.rpartition("LOADED")
+    assert loaded == "\n"
+    assert answer.split() == ANSWERS[shell].split()
+
+
+@pytest.mark.process
+def test_bash_completes_a_run(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quiet.txt").touch()
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    command = bin_folder / "stepctl"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m stepctl "$@"\n')
+    command.chmod(0o755)
+    script = """
+        eval "$(_STEPCTL_COMPLETE=bash_source stepctl)"
+        COMP_WORDS=(stepctl resume runs/qui) COMP_CWORD=2 COMPREPLY=()
+        compopt() { [ "$2" = dirnames ] && mapfile -t COMPREPLY < <(compgen -d "${COMP_WORDS[2]}"); }
+        _stepctl_completion stepctl
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    variables = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "runs/quickstart\n", done.stderr
