@@ -156,7 +156,11 @@ def test_training_continues_while_a_checkpoint_is_written(
 
 
 @pytest.mark.training
-def test_every_checkpoint_of_every_step_holds_that_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once_bytes", [-1, save.AT_ONCE_BYTES])
+def test_every_checkpoint_of_every_step_holds_that_step(
+    at_once_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save, "AT_ONCE_BYTES", at_once_bytes)
     train(make_config(stop={"last_step": 12}, checkpoint=ALL), tmp_path / "run")
     for step in range(13):
         expected = train(make_config(stop={"last_step": step}), tmp_path / str(step))
