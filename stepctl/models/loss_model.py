@@ -87,9 +87,21 @@ class LossModel(Model):
         raise NotImplementedError
 
     @final
-    def nested(self, params: Mapping[str, Any]) -> Tree:
-        """Return parameters by path, such as those of a checkpoint, nested as `initial_params`."""
-        return map_leaves(params.__getitem__, self.__layout.tree)
+    def nested(self, params: Mapping[str, Any], prefix: str = "") -> Tree:
+        """Return parameters by path, nested as `initial_params` nests them.
+
+        `params` may be the arrays of a checkpoint, with the prefix "params/", or "ema/" for the
+        moving average; arrays with other paths are not used. ConfigError if one is missing.
+        """
+        if not prefix:
+            return map_leaves(params.__getitem__, self.__layout.tree)
+        missing = [path for path in self.__layout.shapes if prefix + path not in params]
+        if missing:
+            raise ConfigError(
+                f"there is no array {prefix + missing[0]}, which {type(self).__name__} needs; "
+                "construct it with the arguments of the run, and give the prefix params/ or ema/"
+            )
+        return map_leaves(lambda path: params[prefix + path], self.__layout.tree)
 
     @final
     def defines(self, method: str) -> bool:

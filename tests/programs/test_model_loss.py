@@ -17,6 +17,7 @@ import stepctl
 from stepctl.cli.main import cli
 from stepctl.config import yaml
 from stepctl.config.model import Config, parse_config
+from stepctl.errors import ConfigError
 from stepctl.models.trees import leaves
 from stepctl.programs.model_loss import ModelLoss
 from stepctl.state.arena import Arena, Array, Shape
@@ -178,6 +179,7 @@ def test_the_parameters_have_the_dtype_of_the_run_and_the_nesting_of_the_model()
 def test_a_trained_model_predicts(tmp_path: Path) -> None:
     data = {"name": "digits", "batch_size": 48, "validation_fraction": 0.2}
     changes = {"data": data, "optimizer": {"name": "adam", "learning_rate": 0.01}}
+    changes["ema"] = {"decay": 0.9}
     config = make_config(**changes, stop={"last_step": 150}, evaluate={"every": 50})
     with stepctl.create(config.plain(), tmp_path / "run", say=silent) as run:
         run.train()
@@ -185,15 +187,14 @@ def test_a_trained_model_predicts(tmp_path: Path) -> None:
     assert losses == sorted(losses, reverse=True)
     checkpoint = stepctl.load_checkpoint(tmp_path / "run")
     model = Softmax(input_shape=(64,))
-    params = {
-        path.removeprefix("params/"): array
-        for path, array in checkpoint.arrays.items()
-        if path.startswith("params/")
-    }
     assembly = build(**changes)
     batch = next(iter(assembly.validation or ()))
-    predicted = model.predict(model.nested(params), batch.x)
-    assert np.mean(predicted == batch.y.reshape(-1)) > 0.8
+    for prefix in ("params/", "ema/"):
+        predicted = model.predict(model.nested(checkpoint.arrays, prefix), batch.x)
+        assert np.mean(predicted == batch.y.reshape(-1)) > 0.8
+    del checkpoint.arrays["ema/layers/1/0"]
+    with pytest.raises(ConfigError, match="no array ema/layers/1/0, which Softmax needs"):
+        model.nested(checkpoint.arrays, "ema/")
 
 
 # --- random numbers

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stepctl.cli.main import cli
 from stepctl.config import model, yaml
-from tests.support.runs import make_config, train
+from tests.support.run_checks import checkpoints
+from tests.support.runs import make_config, rows, train
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -54,14 +57,32 @@ def test_the_links_of_a_page_lead_to_files(page: str) -> None:
 
 
 @pytest.mark.training
-def test_its_model_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = block("python", "mymodel")
-    (tmp_path / "mymodel.py").write_text(code)
+@pytest.mark.parametrize(
+    ("page", "module", "task"),
+    [(README, "mymodel", "loss"), (PROGRAMS, "squares", "regression")],
+    ids=["README", "programs"],
+)
+def test_the_model_of_a_page_trains(
+    page: str, module: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = block("python", f"# {module}.py", page)
+    (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    named = re.search(r"model: (\{name: \"mymodel:.*?\})", code)
+    named = re.search(rf"model: (\{{name: \"{module}:.*?\}})", code)
     assert named is not None
     section = yaml.loads(f"model: {named[1]}", "README.md").value["model"]
-    state = train(make_config(model=section, stop={"last_step": 3}), tmp_path / "run")
+    np.savez(tmp_path / "line.npz", x=np.ones((8, 2)), y=np.arange(8.0))
+    data = {"name": "arrays", "path": str(tmp_path / "line.npz"), "batch_size": 4}
+    optimizer = {"name": "sgd", "learning_rate": 0.01}
+    config = make_config(
+        data=data,
+        model=section,
+        task={"name": task},
+        optimizer=optimizer,
+        stop={"last_step": 3},
+        evaluate={"every": None},
+    )
+    state = train(config, tmp_path / "run")
     assert state.counters.global_step == 3
 
 
@@ -101,25 +122,83 @@ def test_the_script_the_program_and_the_hook_of_the_page_run(tmp_path: Path) -> 
     (tmp_path / "walk.yaml").write_text(block("yaml", "walk:Walk", PROGRAMS))
     run_in(tmp_path, sys.executable, "-m", "stepctl", "train", "walk.yaml", "-q")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "hooked.py").write_text(block("python", "WorstLoss", PROGRAMS))
-    assert "last_step 100" in run_in(tmp_path, sys.executable, "hooked.py")
-    for run, step in (("sum", "100"), ("walk", "10000"), ("hooked", "100")):
+    (tmp_path / "mean_loss.py").write_text(block("python", "class MeanLoss", PROGRAMS))
+    (tmp_path / "hooked.py").write_text(block("python", "runs/hooked", PROGRAMS))
+    assert "hook mean_loss: mean loss 0.4" in run_in(tmp_path, sys.executable, "hooked.py")
+    for run, step in (("sum", "100"), ("walk", "10000"), ("hooked", "60")):
         inspect = ("inspect", f"runs/{run}", "--step")
         assert run_in(tmp_path, sys.executable, "-m", "stepctl", *inspect) == f"{step}\n"
 
 
 @pytest.mark.process
-def test_the_loss_of_the_page_trains_and_predicts(tmp_path: Path) -> None:
-    model = block("python", "class Autoencoder", PROGRAMS)
-    (tmp_path / "autoencoder.py").write_text(model)
-    (tmp_path / "autoencoder.yaml").write_text(block("yaml", "autoencoder:Autoencoder", PROGRAMS))
+def test_the_losses_of_the_page_train_and_predict(tmp_path: Path) -> None:
+    for file in (
+        "autoencoder.yaml",
+        "autoencoder.py",
+        "reconstruct.py",
+        "bigram.yaml",
+        "bigram.py",
+    ):
+        code = block(file.rpartition(".")[2].replace("py", "python"), f"# {file}", PROGRAMS)
+        (tmp_path / file).write_text(code)
     run_in(tmp_path, sys.executable, "-m", "stepctl", "train", "autoencoder.yaml", "-q")
-    use = block("python", "model.nested", PROGRAMS)
-    before = "from stepctl.data.digits import digits\n"
-    before += "[(_, x, _)] = digits(targets='values', dtype='float32').train.slices()\n"
-    after = "print(np.mean((outputs - x) ** 2) < 0.4 * np.var(x, axis=0).mean())\n"
-    (tmp_path / "use.py").write_text(f"{model}\n{before}{use}{after}")
-    assert run_in(tmp_path, sys.executable, "use.py") == "True\n"
+    assert run_in(tmp_path, sys.executable, "reconstruct.py") == "(3, 64)\n"
+    run_in(tmp_path, sys.executable, "bigram.py")
+    run_in(tmp_path, sys.executable, "-m", "stepctl", "train", "bigram.yaml", "-q")
+    losses = [row["loss"] for row in rows(tmp_path / "runs" / "bigram")]
+    assert losses[0] > 5  # about log(256), that of a guess
+    assert losses[-1] < 2.5
+
+
+@pytest.mark.process
+def test_the_hook_of_the_page_is_changed_on_a_resume_and_in_a_fork(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "mean_loss.py").write_text(block("python", "class MeanLoss", PROGRAMS))
+    named = re.search(r"`(hooks): (\[\{name: \"mean_loss:MeanLoss\".*?\])`", PROGRAMS)
+    assert named is not None
+    stepctl = (sys.executable, "-m", "stepctl")
+    start = ("train", "configs/quickstart.yaml", "-q", "--run-dir", "runs/start")
+    run_in(tmp_path, *stepctl, *start, "--set", f"hooks={named[2]}")
+    fork = re.search(r"`stepctl (fork RUN --at 50 --run-dir NEW .*?)`", PROGRAMS)
+    resume = re.search(r"`stepctl (resume RUN --set hooks.*?)`", PROGRAMS)
+    assert fork is not None
+    assert resume is not None
+    for command in (fork[1], "resume NEW", resume[1]):
+        paths = command.replace("RUN", "runs/start").replace("NEW", "runs/fork")
+        run_in(tmp_path, *stepctl, *paths.split(), *(["-q"] if "fork RUN" not in command else []))
+    steps = [max(checkpoints(tmp_path / "runs" / name)) for name in ("start", "fork")]
+    assert steps == [72, 72]
+
+
+@pytest.mark.process
+def test_the_sessions_of_the_readme_print_what_they_show(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    run_in(tmp_path, sys.executable, "-m", "stepctl", "train", "configs/quickstart.yaml", "-q")
+    text = "".join(re.findall(r"^```\n(\$.*?)^```", README, re.M | re.S))
+    for session in re.split(r"^\$ ", text, flags=re.M)[1:]:
+        command, *shown = session.splitlines()
+        if "Ctrl-C" in command:
+            continue
+        assert command.startswith("stepctl ")
+        words = shlex.split(command, comments=True)[1:]
+        done = subprocess.run(
+            [sys.executable, "-m", "stepctl", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        printed = [without_numbers(line) for line in (done.stderr + done.stdout).splitlines()]
+        for line in shown:
+            if line != "...":
+                assert without_numbers(line) in printed, line
+                del printed[: printed.index(without_numbers(line)) + 1]
+
+
+def without_numbers(line: str) -> str:
+    """Return a line without its decimals, which depend on the machine, and without its spaces."""
+    return re.sub(r"-?\d+\.\d+(e-\d+)?", "X", line).replace(" ", "")
 
 
 @pytest.mark.parametrize("page", PAGES)
