@@ -4,13 +4,16 @@ import contextlib
 import datetime
 import math
 import os
+import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stepctl.checkpoint import names, user_block
 from stepctl.checkpoint.expected import missing_checkpoints
+from stepctl.config.yaml import flatten
 from stepctl.errors import CheckpointError, ConfigError, StepctlError, UnreadableError
+from stepctl.reports.config_columns import differing_values
 from stepctl.rundir.directory import RunDirectory
 from stepctl.rundir.ledger import Ledger
 from stepctl.rundir.lock import Holder
@@ -18,17 +21,21 @@ from stepctl.system import files
 from stepctl.writers.base import ROW_KEYS, MetricsRow
 from stepctl.writers.jsonl import as_number
 
-_LOWER_IS_BETTER = ("loss", "wasserstein")  # ends of metric names
+# ends of metric names
+_LOWER_IS_BETTER = ("loss", "wasserstein", "error", "mse", "rmse", "mae", "perplexity")
+# the reason of a segment that ended with an error: its type, then its message
+_ERROR = re.compile(r"(\w*(Error|Exception)|TornUpdate)\b")
 _KINDS = {"eval": "validation", "train": "training"}
 
-RunState = Literal["running", "held", "finished", "interrupted", "damaged", "unreadable"]
+RunState = Literal["running", "held", "finished", "interrupted", "failed", "damaged", "unreadable"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """One run.
 
-    A run that is "held" by a process of another `host` is running there, or was killed there.
+    A run that is "held" by a process of another `host` is running there, or was killed there; one
+    that "failed" ended with an error, such as a loss that is not finite.
     """
 
     name: str
@@ -42,13 +49,18 @@ class RunSummary:
     # seconds since the last event in the ledger, forks of it aside; if held, since the last write
     age: float | None = None
     host: str | None = None
+    config: dict[str, Any] | None = field(default=None, repr=False)  # by dotted key
+    # its values of the config keys that differ between the listed runs
+    differing: dict[str, Any] = field(default_factory=dict)
+    lower_is_better: bool = True  # of the metric
 
 
-def list_runs(folder: str, now: datetime.datetime) -> list[RunSummary]:
+def list_runs(folder: str, now: datetime.datetime, *, sort: str | None = None) -> list[RunSummary]:
     """Return the runs in a folder by name, or the run that the folder is.
 
-    The newest checkpoint of each run is read, unless the run is held. ConfigError if the folder
-    cannot be listed.
+    With `sort`, the name of a metric, they are in the order of its best value, and those without it
+    are last. The newest checkpoint of each run is read, unless the run is held. ConfigError if the
+    folder cannot be listed, or if there are runs and none has the metric.
     """
     own = RunDirectory(folder)
     folders = (own.checkpoints, own.samples, own.series, own.tensorboard)
@@ -65,8 +77,21 @@ def list_runs(folder: str, now: datetime.datetime) -> list[RunSummary]:
         raise ConfigError(
             f"{folder}: cannot be listed: {error.strerror}; give the folder that holds runs"
         ) from error
-    summaries = [summarize(RunDirectory(path), now) for path in (folder, *paths)]
-    return [summary for summary in summaries if summary is not None]
+    summaries = [summarize(RunDirectory(path), now, metric=sort) for path in (folder, *paths)]
+    found = [summary for summary in summaries if summary is not None]
+    differing = differing_values([run.config for run in found])
+    found = [replace(run, differing=values) for run, values in zip(found, differing, strict=True)]
+    return found if sort is None else _sorted(found, sort)
+
+
+def _sorted(runs: list[RunSummary], metric: str) -> list[RunSummary]:
+    if runs and all(run.metric is None for run in runs):
+        raise ConfigError(f"--sort {metric}: no run has this metric; see: stepctl plot RUN --json")
+    with_value = [run for run in runs if run.best is not None]
+    without = [run for run in runs if run.best is None]
+    is_descending = any(not run.lower_is_better for run in with_value)
+    with_value.sort(key=lambda run: run.best or 0.0, reverse=is_descending)
+    return with_value + without
 
 
 def _may_be_run(entry: os.DirEntry[str]) -> bool:
@@ -78,15 +103,20 @@ def _may_be_run(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-def summarize(directory: RunDirectory, now: datetime.datetime) -> RunSummary | None:
-    """Return the summary of a run, None if there is no run; an error becomes the run's state."""
+def summarize(
+    directory: RunDirectory, now: datetime.datetime, *, metric: str | None = None
+) -> RunSummary | None:
+    """Return the summary of a run, None if there is no run; an error becomes the run's state.
+
+    `metric` is the metric to show; by default it is the main one.
+    """
     name = directory.name
     try:
         holder = directory.holder()
         ledger = directory.read_ledger()
         if holder is None and not directory.holds_run(ledger):
             return None
-        return _summarize(directory, ledger, holder, now)
+        return _summarize(directory, ledger, holder, now, metric)
     except UnreadableError as error:
         return RunSummary(name=name, state="unreadable", reason=str(error))
     except MemoryError:
@@ -97,7 +127,11 @@ def summarize(directory: RunDirectory, now: datetime.datetime) -> RunSummary | N
 
 
 def _summarize(
-    directory: RunDirectory, ledger: Ledger, holder: Holder | None, now: datetime.datetime
+    directory: RunDirectory,
+    ledger: Ledger,
+    holder: Holder | None,
+    now: datetime.datetime,
+    requested: str | None,
 ) -> RunSummary:
     rows = directory.read_metrics()
     steps = names.steps(directory.checkpoint_folder.names())
@@ -115,7 +149,8 @@ def _summarize(
             age = _since_last_write(directory, now)
         started = [start["step"] for start in ledger.starts[-1:]]
         step = max([*steps, *(row["step"] for row in rows), *started], default=0)
-    metric, last, best = _summarize_metric(directory, ledger, rows)
+    config = _newest_config(directory, ledger)
+    metric, last, best, lower_is_better = _summarize_metric(config, rows, requested)
     return RunSummary(
         name=directory.name,
         step=step,
@@ -127,6 +162,8 @@ def _summarize(
         reason=reason,
         age=age,
         host=host,
+        config=None if config is None else flatten(config),
+        lower_is_better=lower_is_better,
     )
 
 
@@ -168,18 +205,28 @@ def _end_of_newest_segment(ledger: Ledger) -> tuple[RunState, str]:
     is_done = newest.get("done")
     if not isinstance(is_done, bool):  # written by an early version
         is_done = ledger.target is not None and newest["step"] >= ledger.target
-    return "finished" if is_done else "interrupted", newest["reason"]
+    if is_done:
+        return "finished", newest["reason"]
+    is_error = _ERROR.match(newest["reason"]) is not None
+    return "failed" if is_error else "interrupted", newest["reason"]
 
 
 def _summarize_metric(
-    directory: RunDirectory, ledger: Ledger, rows: list[MetricsRow]
-) -> tuple[str | None, float | None, float | None]:
-    """Return the main metric, its last value and its best: of the evaluation rows, if there are some."""
-    configured, mode = _configured_metric(directory, ledger)
+    config: dict[str, Any] | None, rows: list[MetricsRow], requested: str | None
+) -> tuple[str | None, float | None, float | None, bool]:
+    """Return a metric, its last value, its best, and whether lower is better.
+
+    The evaluation rows are used if there are some; for a requested metric, if some have it.
+    """
+    configured, mode = _configured_metric(config)
+    if requested is not None:
+        rows = [row for row in rows if as_number(row.get(requested)) is not None]
     kind, rows = _rows_of_main_kind(rows)
-    name = _main_metric(rows, configured)
+    name = requested if rows else None
+    if requested is None:
+        name = _main_metric(rows, configured)
     if name is None:
-        return None, None, None
+        return None, None, None, True
     values = [as_number(row.get(name)) for row in rows]
     numbers = [value for value in values if value is not None]
     finite = [value for value in numbers if math.isfinite(value)]
@@ -188,12 +235,12 @@ def _summarize_metric(
     else:
         is_lower_better = name.endswith(_LOWER_IS_BETTER)
     best = min(finite, default=None) if is_lower_better else max(finite, default=None)
-    return f"{_KINDS[kind]} {name}", numbers[-1], best
+    return f"{_KINDS[kind]} {name}", numbers[-1], best, is_lower_better
 
 
 def main_metric(directory: RunDirectory) -> str | None:
     """Return the metric that the config names, the loss, or the first metric; None without rows."""
-    configured, _ = _configured_metric(directory, directory.read_ledger())
+    configured, _ = _configured_metric(_newest_config(directory, directory.read_ledger()))
     _, rows = _rows_of_main_kind(directory.read_metrics())
     return _main_metric(rows, configured)
 
@@ -218,12 +265,16 @@ def _main_metric(rows: list[MetricsRow], configured: str | None) -> str | None:
     return None
 
 
-def _configured_metric(directory: RunDirectory, ledger: Ledger) -> tuple[str | None, str | None]:
-    """Return metric and mode of the config's `evaluate` or `checkpoint.keep_best`, if set."""
+def _newest_config(directory: RunDirectory, ledger: Ledger) -> dict[str, Any] | None:
     try:
         config: Any = directory.newest_config(ledger).value
     except (StepctlError, OSError):
-        return None, None
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _configured_metric(config: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """Return metric and mode of the config's `evaluate` or `checkpoint.keep_best`, if set."""
     for section in (_item(config, "evaluate"), _item(config, "checkpoint", "keep_best")):
         metric = _item(section, "metric")
         mode = _item(section, "mode")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import json
@@ -16,8 +17,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stepctl.cli.main import cli
+from stepctl.cli.runs import print_table
+from stepctl.errors import NonFiniteError
 from stepctl.hooks.base import Hook
 from stepctl.programs.base import Metrics
+from stepctl.reports.config_columns import differing_values, short_names
 from stepctl.reports.run_table import RunSummary, list_runs, summarize
 from stepctl.rundir.directory import RunDirectory
 from stepctl.state.train_state import TrainState
@@ -56,6 +60,126 @@ def one(path: Path) -> RunSummary:
     found = summarize(RunDirectory(path), NOW)
     assert found is not None
     return found
+
+
+def train_rates(folder: Path) -> None:
+    """Train with four learning rates, the last of them too high."""
+    for rate in (0.01, 0.1, 0.001, 1e30):
+        config = small(
+            optimizer={"name": "adam", "learning_rate": rate}, evaluate={"every": 4}, seed=0
+        )
+        with contextlib.suppress(NonFiniteError):
+            train(config, folder / f"rate-{rate:g}")
+
+
+@pytest.mark.training
+def test_runs_that_differ_in_a_key_are_compared_and_sorted(tmp_path: Path) -> None:
+    train_rates(tmp_path)
+    done = call(tmp_path, "--sort", "accuracy")
+    head, *lines = (line.split() for line in done.stdout.splitlines())
+    assert head == [
+        "run",
+        "step",
+        "target",
+        "learning_rate",
+        "metric",
+        "last",
+        "best",
+        "state",
+        "age",
+    ]
+    best = [float(line[7]) for line in lines]
+    assert best == sorted(best, reverse=True)
+    assert {line[0]: line[3] for line in lines} == {
+        "rate-0.01": "0.01", "rate-0.1": "0.1", "rate-0.001": "0.001", "rate-1e+30": "1e+30",
+    }  # fmt: skip
+    assert {line[0]: line[8] for line in lines if line[8] != "finished"} == {"rate-1e+30": "failed"}
+    assert done.stderr.startswith("rate-1e+30: NonFiniteError: step 2: the loss is ")
+    by_loss = json.loads(call(tmp_path, "--sort", "loss", "--json").stdout)
+    losses = [run["best"] for run in by_loss]
+    assert losses == sorted(losses)
+    assert by_loss[0]["differing"].keys() == {"optimizer.learning_rate.value"}
+    wrong = call(tmp_path, "--sort", "acuracy")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "--sort acuracy: no run has this metric" in wrong.stderr
+
+
+def config_of(**changes: Any) -> dict[str, Any]:
+    common = {
+        "seed": 0,
+        "data.name": "digits",
+        "optimizer.learning_rate.value": 0.1,
+        "log.every": 10,
+    }
+    return {**common, **{key.replace("__", "."): value for key, value in changes.items()}}
+
+
+def test_only_keys_that_two_configs_have_with_different_values_differ() -> None:
+    configs = [
+        config_of(seed=1, model__hidden=[8]),
+        None,
+        config_of(optimizer__learning_rate__value=0.2, stop__last_step=7, checkpoint__every=5),
+        config_of(log__every=20, stop__last_step=8),
+    ]
+    found = differing_values(configs)
+    assert found[1] == {}
+    assert list(found[0]) == ["optimizer.learning_rate.value", "seed", "log.every"]
+    assert found[2] == {"optimizer.learning_rate.value": 0.2, "seed": 0, "log.every": 10}
+
+
+def test_heads_are_the_shortest_ends_that_are_unique() -> None:
+    keys = ["optimizer.learning_rate.value", "log.every", "checkpoint.every", "a.step", "seed"]
+    heads = ["learning_rate", "log.every", "checkpoint.every", "a.step", "seed"]
+    assert short_names(keys, ["run", "step"]) == heads
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_values(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        RunSummary(
+            name=f"run-{number}",
+            step=1000,
+            target=1000,
+            metric="validation accuracy",
+            last=0.912345,
+            best=0.923456,
+            state="finished",
+            reason="",
+            age=90,
+            differing={"optimizer.learning_rate.value": 0.1 * number, "optimizer.name": "adamw"},
+        )
+        for number in range(3)
+    ]
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(runs)
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "\u2026" not in shown.out
+    kept = lines[0].split()
+    assert {"run", "state"} <= set(kept)
+    for line in lines[1:]:
+        values = (
+            line.replace("validation accuracy", "validation_accuracy").replace(" s", "s").split()
+        )
+        assert len(values) == len(kept)
+    dropped = shown.err.removeprefix(f"left out in {width} columns: ").strip().split(", ")
+    everything = [
+        "run",
+        "step",
+        "target",
+        "learning_rate",
+        "name",
+        "metric",
+        "last",
+        "best",
+        "state",
+        "age",
+    ]
+    assert sorted([*kept, *dropped] if shown.err else kept) == sorted(everything)
+    assert ("target" in kept) == (width >= 100)
 
 
 def call(*arguments: object) -> Result:
@@ -312,6 +436,7 @@ def test_lines_and_json_say_the_same(tmp_path: Path) -> None:
     head, *lines = call(tmp_path).stdout.splitlines()
     assert head.split() == ["run", "step", "target", "metric", "last", "best", "state", "age"]
     runs = json.loads(call(tmp_path, "--json").stdout)
+    assert [run["differing"] for run in runs] == [{}, {}]
     assert [line.split()[:3] for line in lines] == [["a", "12", "12"], ["b", "7", "7"]]
     for line, run in zip(lines, runs, strict=True):
         assert line.split()[3:8] == [
