@@ -7,7 +7,8 @@
 
 `loop` saves and continues the loop of a script. `Program` is the base class for a step of your
 own; `Model`, `LossModel`, `Source`, `Optimizer` and `Hook` are base classes for your own components.
-`load_checkpoint`, `load_series` and `global_step` read a run. `errors` holds the exceptions.
+`load_model` predicts with a trained
+model; `load_checkpoint`, `load_series` and `global_step` read a run. `errors` holds the exceptions.
 """
 
 from __future__ import annotations
@@ -19,10 +20,19 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from stepctl import errors
-    from stepctl.api import Checkpoint, Run, create, global_step, load_checkpoint, resume
+    from stepctl.api import (
+        Checkpoint,
+        Run,
+        create,
+        global_step,
+        load_checkpoint,
+        load_model,
+        resume,
+    )
     from stepctl.config.registry import File
     from stepctl.data.base import Source
     from stepctl.hooks.base import Hook
+    from stepctl.inference.trained_model import TrainedModel
     from stepctl.models.base import Model
     from stepctl.models.loss_model import LossModel
     from stepctl.optimizers.base import Optimizer
@@ -41,9 +51,11 @@ _MODULES = {
     "Program": "stepctl.programs.program",
     "Run": "stepctl.api",
     "Source": "stepctl.data.base",
+    "TrainedModel": "stepctl.inference.trained_model",
     "create": "stepctl.api",
     "global_step": "stepctl.api",
     "load_checkpoint": "stepctl.api",
+    "load_model": "stepctl.api",
     "load_series": "stepctl.rundir.series",
     "loop": "stepctl.runs.loop",
     "resume": "stepctl.api",
@@ -59,11 +71,13 @@ __all__ = [
     "Program",
     "Run",
     "Source",
+    "TrainedModel",
     "__version__",
     "create",
     "errors",
     "global_step",
     "load_checkpoint",
+    "load_model",
     "load_series",
     "loop",
     "resume",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 
 from stepctl.checkpoint.codec import Reader
 from stepctl.config import yaml
@@ -21,6 +22,9 @@ from stepctl.config.model import Config, StopConfig, TaskConfig, parse_config
 from stepctl.distributed.launcher import refuse_job
 from stepctl.errors import ConfigError, StepctlError
 from stepctl.hooks.base import Hook
+from stepctl.inference import load
+from stepctl.inference.load import Selection
+from stepctl.inference.trained_model import TrainedModel
 from stepctl.programs.base import Metrics, as_numbers
 from stepctl.reports import inspect
 from stepctl.rundir.directory import RunDirectory
@@ -39,6 +43,7 @@ from stepctl.system import blas
 from stepctl.system.arguments import MAX_STEP, whole_number
 from stepctl.system.files import expand_path
 from stepctl.system.text import in_one_line
+from stepctl.training.assembly import TaskAssembly
 
 PathLike = str | os.PathLike[str]
 
@@ -154,6 +159,24 @@ class Run:
                 assembly.task.evaluate(self.state, assembly.validation, average=average),
                 "task: evaluate returned",
             )
+
+    def predict(self, x: npt.ArrayLike, *, average: bool = False) -> Array:
+        """Return the class or the values of each row of x, as `TrainedModel.predict` does.
+
+        `average`: with the moving average of the weights. ConfigError if the run has no model.
+        """
+        assembly = self._segment.assembly
+        if not isinstance(assembly, TaskAssembly):
+            raise ConfigError(f"{self.path}: is of a program, which has no model")
+        model = TrainedModel(
+            assembly.task,
+            self.state,
+            assembly.config,
+            origin=str(self.path),
+            threads=assembly.numerics["threads"],
+            average=average,
+        )
+        return model.predict(x)
 
     def close(self) -> Outcome | None:
         """Write the last row and checkpoint, and release the run; None if no segment was started.
@@ -356,6 +379,26 @@ def load_checkpoint(path: PathLike) -> Checkpoint:
             created_by=header.created_by,
             sha256=header.sha256,
         )
+
+
+def load_model(
+    path: PathLike,
+    *,
+    step: SupportsIndex | None = None,
+    best: bool = False,
+    ema: bool = False,
+    imports: Sequence[str] = (),
+    say: Say = print,
+) -> TrainedModel:
+    """Load the model of a run, or of a checkpoint file alone, to predict with it.
+
+    Of a run: the newest good checkpoint, the one of `step`, or the `best` one, which
+    `checkpoint.keep_best` keeps. `ema`: the moving average of the weights. A file may come from
+    elsewhere, so the import path of a model of your own must be in `imports`. ConfigError if there
+    is no model, CheckpointError if the checkpoint is refused.
+    """
+    selection = Selection(step=_step("step", step), best=best, average=ema, imports=tuple(imports))
+    return load.load_model(_expand(path), selection, say)
 
 
 def global_step(path: PathLike) -> int:

@@ -453,6 +453,41 @@ def restore(reader: Reader, state: TrainState, changed_hooks: Collection[str] = 
     restore_counters(state.counters, reader.header.counters)
 
 
+def restore_arenas(reader: Reader, state: TrainState) -> None:
+    """Read a checkpoint into the arenas, buffers and counters of a state, and nothing else.
+
+    CheckpointError lists every one of them that is missing, extra, or of another shape or dtype.
+    """
+    arenas = {**state.arenas, "buffers": state.buffers}
+    expected = {
+        f"{folder}/{name}": (shape, arena.dtype.name)
+        for folder, arena in arenas.items()
+        for name, shape in arena.shapes.items()
+    }
+    expected |= {f"counters/{name}": ((), "int64") for name in state.counters}
+    refuse_other_arrays(reader, [*arenas, "counters"], expected)
+    for folder, arena in arenas.items():
+        for name, array in update_views(arena).items():
+            reader.read_into(f"{folder}/{name}", array)
+        arena.swap_buffers()
+    reader.check_unchanged()
+    restore_counters(state.counters, reader.header.counters)
+
+
+def refuse_other_arrays(
+    reader: Reader, folders: Collection[str], expected: Mapping[str, tuple[tuple[int, ...], str]]
+) -> None:
+    """Raise CheckpointError unless some folders of a checkpoint hold just the `expected` arrays.
+
+    expected: path -> (shape, dtype).
+    """
+    found = reader.array_shapes()
+    found |= {f"counters/{name}": ((), "int64") for name in reader.header.counters}
+    inside = tuple(f"{folder}/" for folder in folders)
+    found = {path: entry for path, entry in found.items() if path.startswith(inside)}
+    _refuse_differences(reader, expected, found)
+
+
 def restore_hook(reader: Reader, hook: StatefulHook) -> None:
     """Restore the arrays of one hook, unless the checkpoint has none, or other ones."""
     shapes = reader.array_shapes()
@@ -487,6 +522,12 @@ def _refuse_mismatch(reader: Reader, state: TrainState, changed_hooks: Collectio
     tolerated = one_sided & {*changed_hooks, *_LATER_HOOKS}
     expected = _without_hooks(expected, tolerated)
     found = _without_hooks(found, tolerated)
+    _refuse_differences(reader, expected, found)
+
+
+def _refuse_differences(
+    reader: Reader, expected: Mapping[str, Any], found: Mapping[str, Any]
+) -> None:
     differences = list(_describe_differences(expected, found))
     if differences:
         raise CheckpointError(

@@ -69,12 +69,15 @@ def _newest_and_best(
 ) -> set[int]:
     kept = set(ordered[-keep_last:])
     if keep_best is not None:
-        kept.update(_best(ordered, keep_best, metrics))
+        kept.update(best_steps(ordered, keep_best, metrics))
     return kept
 
 
-def _best(steps: list[int], keep_best: KeepBestConfig, metrics: MetricsByStep) -> list[int]:
-    """Return the best steps by a metric, of equals the earlier, without non-finite values."""
+def best_steps(steps: list[int], keep_best: KeepBestConfig, metrics: MetricsByStep) -> list[int]:
+    """Return the best steps by a metric, the best first; of equals the earlier is better.
+
+    Steps whose value is not finite are left out.
+    """
     sign = 1 if keep_best.mode == "min" else -1
     ranked: list[tuple[float, int]] = []
     for step in steps:

@@ -189,13 +189,7 @@ class Store:
         ledger = self.ledger_with(sha256)
         if ledger is None or sha256 in ledger.acknowledged:
             return
-        from stepctl.system.sandbox import Sandbox
-
-        path = self.file(step)
-        with Sandbox() as sandbox:
-            answer = sandbox.call(codec.check, str(path))
-        if answer["sha256"] != sha256:
-            raise CheckpointError("changed", f"{path.name}: changed while it was read")
+        check_in_sandbox(self.file(step), sha256)
 
     def open_verified(self, step: int) -> user_block.Verified:
         """Open a step's file and check its digest only; errors as in `user_block.open_verified`."""
@@ -233,6 +227,21 @@ class Store:
 
     def _exists(self, step: int) -> bool:
         return self._folder.stat(names.file_name(step)) is not None
+
+
+def open_file(path: str) -> codec.Reader:
+    """Open a checkpoint that belongs to no known run; it is first opened in a sandbox."""
+    return codec.Reader(path, lambda sha256: check_in_sandbox(Path(path), sha256))
+
+
+def check_in_sandbox(path: Path, sha256: str) -> None:
+    """Open a checkpoint with this digest in a sandbox, which may refuse it."""
+    from stepctl.system.sandbox import Sandbox
+
+    with Sandbox() as sandbox:
+        answer = sandbox.call(codec.check, str(path))
+    if answer["sha256"] != sha256:
+        raise CheckpointError("changed", f"{path.name}: changed while it was read")
 
 
 def _write_image(

@@ -13,6 +13,7 @@ from stepctl import __version__
 from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
+from stepctl.cli.evaluate import evaluate
 from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
 from stepctl.cli.interrupts import WHOLE_PROCESS
@@ -20,6 +21,7 @@ from stepctl.cli.output import prepare_stdout
 from stepctl.cli.output_queue import drain_output
 from stepctl.cli.plan import plan
 from stepctl.cli.plot import plot
+from stepctl.cli.predict import predict
 from stepctl.cli.prune import prune
 from stepctl.cli.resume import resume
 from stepctl.cli.runs import runs
@@ -139,7 +141,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 _COMMANDS = (
-    train, resume, fork, plan, inspect, verify, diff, prune, runs, plot, config, doctor
+    train, resume, evaluate, predict, fork, plan, inspect, verify, diff, prune, runs, plot, config,
+    doctor,
 )  # fmt: skip
 for _command in _COMMANDS:
     cli.add_command(_command)

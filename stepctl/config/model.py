@@ -6,7 +6,7 @@ The "Args:" blocks describe the keys; they become the descriptions of the JSON S
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -86,6 +86,9 @@ class DataConfig(ComponentConfig):
         validation_fraction: Fraction of the samples that is held out for validation: random
             samples, or with the order sequential the last ones.
         n_classes: Number of classes; by default it is determined from the labels.
+        sample_shape: Shape of one sample. It is recorded when the run starts, so that the trained
+            model can be used without the data.
+        target_shape: Shape of one target, [] for a label. It is recorded as sample_shape is.
     """
 
     batch_size: PositiveInt = 32
@@ -93,6 +96,8 @@ class DataConfig(ComponentConfig):
     order: Order = "shuffled"
     validation_fraction: Fraction = 0.0
     n_classes: PositiveInt | None = None
+    sample_shape: list[NonNegativeInt] | None = None
+    target_shape: list[NonNegativeInt] | None = None
 
     @model_validator(mode="after")
     def _check_shards(self) -> DataConfig:
@@ -699,18 +704,18 @@ def _with_value(section: Any, path: Sequence[str], value: Any) -> Any:
 # --- checking a document
 
 
-def parse_config(document: Document, *, check_hooks: bool = True) -> Config:
+def parse_config(document: Document, *, unchecked: Collection[str] = ()) -> Config:
     """Check a document, including the arguments of components; ConfigError with all problems.
 
-    Without `check_hooks` the user's hooks are not imported.
+    The components of `unchecked` sections are not imported, so their defaults are not filled in.
     """
     value = dict(document.value)
     problems: list[ConfigProblem] = []
     for section in COMPONENT_SECTIONS:
-        if section in document.value:
+        if section in document.value and section not in unchecked:
             value[section], found = _check_section(section, document.value[section])
             problems += [problem.below(section) for problem in found]
-    if check_hooks and isinstance(value.get("hooks"), list):
+    if "hooks" not in unchecked and isinstance(value.get("hooks"), list):
         value["hooks"], found = _check_hooks(value["hooks"])
         problems += [problem.below("hooks") for problem in found]
     try:

@@ -54,14 +54,22 @@ class Document:
             path = path[:-1]
         return self.places.get(path, "config")
 
-    def set(self, assignment: str) -> None:
-        """Apply "a.b=VALUE", where VALUE is YAML; ConfigError if it does not have this form."""
+    def set(self, assignment: str, section: str | None = None) -> None:
+        """Apply "a.b=VALUE", where VALUE is YAML; ConfigError if it does not have this form.
+
+        The text is the argument of --set, or with a `section` of the option of its name, whose keys
+        are those of the section.
+        """
         key, equals, text = assignment.partition("=")
         path = tuple(key.split("."))
-        option = in_one_line(f"--set {key}", _MAX_NAME)
+        name = "--set" if section is None else f"--{section}"
+        option = in_one_line(f"{name} {key}", _MAX_NAME)
         if not equals or not all(path):
-            given = in_one_line(f"--set {assignment}", _MAX_NAME)
-            raise ConfigError(f"{given}: give KEY=VALUE, such as optimizer.learning_rate=1e-3")
+            given = in_one_line(f"{name} {assignment}", _MAX_NAME)
+            example = "optimizer.learning_rate=1e-3" if section is None else "path=FILE"
+            raise ConfigError(f"{given}: give KEY=VALUE, such as {example}")
+        if section is not None:
+            path = (section, *path)
         if len(path) > _MAX_DEPTH:
             raise ConfigError(f"{option}: nested deeper than {_MAX_DEPTH} levels")
         if len(assignment) > MAX_BYTES:
@@ -71,12 +79,12 @@ class Document:
         parsed = _Parser(text, option).parse()
         self._put(path, parsed.root, option, *parsed.places_in(option))
 
-    def set_all(self, assignments: Iterable[str]) -> None:
-        """Apply several "a.b=VALUE"; ConfigError with all problems."""
+    def set_all(self, assignments: Iterable[str], section: str | None = None) -> None:
+        """Apply several "a.b=VALUE"; ConfigError with all problems. See `set` for `section`."""
         problems: list[str] = []
         for assignment in assignments:
             try:
-                self.set(assignment)
+                self.set(assignment, section)
             except ConfigError as error:
                 problems += str(error).splitlines()
         if problems:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -127,6 +127,17 @@ def _exact_sum(values: list[float]) -> float:
         return sum(values)
 
 
+class Predictions(NamedTuple):
+    """The predictions for some rows.
+
+    values: (rows,) int64 classes, or (rows, n_outputs) numbers; probabilities: (rows, n_classes),
+    None unless the task classifies.
+    """
+
+    values: Array
+    probabilities: Array | None = None
+
+
 class Task(ABC):
     """One update of the state, and its evaluation.
 
@@ -156,6 +167,7 @@ class Task(ABC):
     # them. `step` must sum gradients with ShardSum and change arenas only through `Learner.update`.
     sliced: ClassVar[bool] = False
     buffered: ClassVar[bool] = False  # `step` updates the buffers of its one model
+    classifies: ClassVar[bool] = False  # `predict` returns classes and their probabilities
 
     def attach(self, learners: dict[str, Learner], comm: Comm) -> None:
         """Complete the construction; called once, before any step."""
@@ -209,10 +221,20 @@ class Task(ABC):
         With `average`, the weights are their moving average.
         """
 
-    def generate(self, state: TrainState, n: int, *, average: bool = False) -> Array | None:
-        """Return n samples, always from the same noise: (n, *sample_shape).
+    def predict(self, state: TrainState, x: Array, *, average: bool = False) -> Predictions | None:
+        """Return the predictions for x, (rows, *sample_shape); None if the task makes none.
 
-        None if the task has no generator. With `average`, the weights are their moving average.
+        With `average`, the weights are their moving average.
+        """
+        return None
+
+    def generate(
+        self, state: TrainState, n: int, *, average: bool = False, seed: int | None = None
+    ) -> Array | None:
+        """Return n samples, (n, *sample_shape), which depend on the weights and the seed alone.
+
+        None if the task has no generator. `seed` is by default the run's. With `average`, the
+        weights are their moving average.
         """
         return None
 

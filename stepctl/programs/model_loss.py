@@ -12,9 +12,10 @@ import numpy as np
 from stepctl.data.base import NO_TARGETS, Targets
 from stepctl.data.batches import Batch
 from stepctl.distributed.comm import Comm
+from stepctl.errors import ConfigError
 from stepctl.models.base import ModelShapes
 from stepctl.models.loss_model import LossModel
-from stepctl.programs.base import Metrics, Mode, sum_metrics
+from stepctl.programs.base import Metrics, Mode, Predictions, sum_metrics
 from stepctl.programs.learner import MODEL, Learner
 from stepctl.programs.loss_gradients import LossGradients, Rows
 from stepctl.programs.one_model import OneModel
@@ -22,6 +23,7 @@ from stepctl.programs.shards import ShardFunction
 from stepctl.state.arena import Arena, Array, Shape
 from stepctl.state.rng import NamedGenerators, rng
 from stepctl.state.train_state import TrainState
+from stepctl.system.user_code import defined_at
 
 
 @final
@@ -90,6 +92,20 @@ class ModelLoss(OneModel):
         if self._model.has_penalty:
             loss += self._model.penalty(params)
         return {"loss": loss}
+
+    def predict(self, state: TrainState, x: Array, *, average: bool = False) -> Predictions | None:
+        model = self._learner.model
+        assert isinstance(model, LossModel)
+        if not model.defines("predict"):
+            return None
+        params = self._learner.params(state, average=average)
+        values = np.array(model.predict(model.nested(params), x))
+        if len(values.shape) == 0 or len(values) != len(x):
+            raise ConfigError(
+                f"model: predict returned shape {values.shape} for {len(x)} rows of x; return "
+                f"({len(x)}, ...) ({defined_at(type(model))})"
+            )
+        return Predictions(values)
 
     def _evaluation_rng(self, batch: int, name: str) -> np.random.Generator:
         return rng(self._seed, f"evaluation/{name}", batch)

@@ -14,7 +14,7 @@ from stepctl.data.batches import Batch
 from stepctl.errors import ConfigError
 from stepctl.models.base import ModelShapes
 from stepctl.programs import losses
-from stepctl.programs.base import Metrics, Mode, sum_metrics
+from stepctl.programs.base import Metrics, Mode, Predictions, sum_metrics
 from stepctl.programs.learner import MODEL
 from stepctl.programs.one_model import OneModel
 from stepctl.programs.shards import ShardFunction
@@ -79,12 +79,26 @@ class Supervised(OneModel):
             n += len(batch.x)
         return {name: value / n for name, value in sum_metrics(parts).items()}
 
+    @final
+    def predict(self, state: TrainState, x: Array, *, average: bool = False) -> Predictions:
+        workspace = self._evaluation
+        workspace.start(buffers=state.buffers)
+        params = self._learner.params(state, average=average)
+        outputs, _ = self._learner.forward(params, x, workspace)
+        return self.interpret(outputs)
+
+    @staticmethod
+    def interpret(outputs: Array) -> Predictions:
+        """Return the predictions that the model's outputs, (rows, n_outputs), stand for."""
+        return Predictions(outputs.copy())
+
 
 @final
 class Classification(Supervised):
     """Softmax cross-entropy of labels 0..n_classes-1; one output (a logit) per class."""
 
     targets: Targets = "classes"
+    classifies = True
     metrics: ClassVar[dict[str, Mode]] = {"loss": "min", "accuracy": "max"}
     training_metrics = ("loss", "accuracy")
 
@@ -99,12 +113,19 @@ class Classification(Supervised):
         loss, doutputs = losses.softmax_cross_entropy(outputs, y, n, workspace)
         return {"loss": loss, "accuracy": correct / n}, doutputs
 
+    @staticmethod
+    def interpret(outputs: Array) -> Predictions:
+        probabilities = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        return Predictions(outputs.argmax(axis=1), probabilities)
+
 
 @final
 class BinaryClassification(Supervised):
     """Binary cross-entropy of labels 0 and 1; one output, the logit of label 1."""
 
     targets: Targets = "classes"
+    classifies = True
     metrics: ClassVar[dict[str, Mode]] = {"loss": "min", "accuracy": "max"}
     training_metrics = ("loss", "accuracy")
 
@@ -130,6 +151,17 @@ class BinaryClassification(Supervised):
         correct = int(np.count_nonzero((outputs[:, 0] > 0) == y))
         loss, doutputs = losses.binary_cross_entropy(outputs, y, n, workspace)
         return {"loss": loss, "accuracy": correct / n}, doutputs
+
+    @staticmethod
+    def interpret(outputs: Array) -> Predictions:
+        logits = outputs[:, 0]
+        exponential = np.exp(-np.abs(logits))
+        likelier = 1 / (1 + exponential)
+        is_one = logits > 0
+        probabilities = np.empty((len(outputs), 2), outputs.dtype)
+        probabilities[:, 1] = np.where(is_one, likelier, exponential * likelier)
+        probabilities[:, 0] = np.where(is_one, exponential * likelier, likelier)
+        return Predictions(is_one.astype(np.int64), probabilities)
 
 
 @final

@@ -152,11 +152,13 @@ class WGAN(Task):
             n += len(batch.x)
         return {name: value / n for name, value in sum_metrics(parts).items()}
 
-    def generate(self, state: TrainState, n: int, *, average: bool = False) -> Array:
+    def generate(
+        self, state: TrainState, n: int, *, average: bool = False, seed: int | None = None
+    ) -> Array:
         workspace = self._evaluation
         workspace.start()
         like = np.empty((n, *self.learners[_CRITIC].shapes.input_shape), workspace.dtype)
-        noise = rng(self._seed, "generate/latent")
+        noise = rng(self._seed if seed is None else seed, "generate/latent")
         return self._generated(state, like, noise, workspace, average=average).copy()
 
     def _generated(

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.expected import describe_missing, missing_checkpoints
+from stepctl.checkpoint.retention import best_steps
 from stepctl.checkpoint.store import Store
 from stepctl.config import yaml
 from stepctl.config.changes import HOOKS
-from stepctl.config.model import Config, StopConfig, TaskConfig, parse_config
+from stepctl.config.model import Config, KeepBestConfig, StopConfig, TaskConfig, parse_config
 from stepctl.config.registry import is_builtin
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.rundir.directory import RunDirectory
@@ -30,6 +31,7 @@ from stepctl.runs.records import RunRecords
 from stepctl.state.counters import GLOBAL_STEP
 from stepctl.system import shell
 from stepctl.training.assembly import Assembly, with_stored_hooks
+from stepctl.writers.evaluation_history import EvaluationHistory
 
 
 class ResumeOptions(NamedTuple):
@@ -60,7 +62,7 @@ def read_run(records: RunRecords) -> RunFiles:
     """Check the newest config of a run, except its hooks; ConfigError if it is wrong."""
     directory = records.directory
     # with other hooks a resume needs no module of the former ones
-    config = parse_config(records.document, check_hooks=False)
+    config = parse_config(records.document, unchecked=(HOOKS,))
     store = Store(directory.checkpoint_folder, lambda: records.ledger)
     return RunFiles(directory, records.ledger, config, store)
 
@@ -124,7 +126,7 @@ def open_at_step(
         run.store.open(step, restore).close()
     at = restored[-1]
     if step is None:
-        _report_missing(run, at.step, say)
+        _report_missing(run.directory, run.ledger, at.step, say)
     return at
 
 
@@ -159,9 +161,44 @@ def _open(store: Store, step: int | None, say: Say) -> codec.Reader:
         raise CheckpointError(error.code, f"{error}; available steps: {others}") from error
 
 
-def _report_missing(run: RunFiles, step: int, say: Say) -> None:
+def open_checkpoint(records: RunRecords, *, step: int | None, best: bool, say: Say) -> codec.Reader:
+    """Open the newest good checkpoint of a run, the one of `step`, or the `best` one.
+
+    Nothing is compared with the run's config. Errors as in `open_at_step`; ConfigError for the best
+    one of a run that does not keep it.
+    """
+    store = Store(records.directory.checkpoint_folder, lambda: records.ledger)
+    if best:
+        step = _best_step(records, store)
+    reader = _open(store, step, say)
+    if step is None:
+        _report_missing(records.directory, records.ledger, reader.header.global_step, say)
+    return reader
+
+
+def _best_step(records: RunRecords, store: Store) -> int:
+    """Return the step of the best checkpoint, as `checkpoint.keep_best` decides."""
+    path = records.directory.path
+    section = records.document.value.get("checkpoint")
+    spec = section.get("keep_best") if isinstance(section, dict) else None
+    if spec is None:
+        steps = ", ".join(map(str, store.steps())) or "none"
+        raise ConfigError(
+            f"{path}: the run keeps no best checkpoint (checkpoint.keep_best); name a step: {steps}"
+        )
+    keep_best = KeepBestConfig.model_validate(spec)
+    evaluations = EvaluationHistory(records.directory.read_metrics())
+    found = best_steps(store.steps(), keep_best, evaluations.rows)
+    if not found:
+        raise CheckpointError(
+            "none", f"{path}: no checkpoint has an evaluation of {keep_best.metric}; name a step"
+        )
+    return found[0]
+
+
+def _report_missing(directory: RunDirectory, ledger: Ledger, step: int, say: Say) -> None:
     """Report missing checkpoints that are newer than `step`, the newest good one."""
-    message = describe_missing(missing_checkpoints(run.directory, run.ledger), step)
+    message = describe_missing(missing_checkpoints(directory, ledger), step)
     if message is not None:
         say(message)
 
@@ -181,8 +218,9 @@ def changed_config(run: RunFiles, options: ResumeOptions) -> Config:
         for key, value in yaml.flatten(config.numerics.model_dump()).items()
         if value == "auto"
     ]
-    if isinstance(config, TaskConfig) and config.data.n_classes is None:
-        open_keys.append("data.n_classes")
+    if isinstance(config, TaskConfig):
+        recorded = ("n_classes", "sample_shape", "target_shape")
+        open_keys += [f"data.{key}" for key in recorded if getattr(config.data, key) is None]
     before = yaml.flatten(run.config.plain())
     for key in config.horizon_keys():
         if before.get(key) is None:

@@ -88,11 +88,10 @@ def build(resolved: ResolvedConfig, hooks: Sequence[Hook] = ()) -> TaskAssembly:
     """Build the state, the batches and the hooks of a resolved config."""
     config = resolved.config
     task = resolved.task
-    task.attach(_learners(resolved), resolved.sharing)
+    state = initial_state(resolved)
     numerics = resolved.numerics
     if task.needs_autograd:
         numerics = {**numerics, "autograd": optional.version("autograd")}
-    state = _initial_state(resolved)
     training = TrainingBatches(
         resolved.training,
         seed=config.seed,
@@ -157,9 +156,11 @@ def _learners(resolved: ResolvedConfig) -> dict[str, Learner]:
     }
 
 
-def _initial_state(resolved: ResolvedConfig) -> TrainState:
+def initial_state(resolved: ResolvedConfig) -> TrainState:
+    """Attach the learners to the task, and return the state before the first update."""
     config = resolved.config
     task = resolved.task
+    task.attach(_learners(resolved), resolved.sharing)
     try:
         state = task.initial_state(config.initial_step)
     except ValueError as error:

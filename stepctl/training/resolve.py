@@ -79,20 +79,11 @@ def resolve(
     config. ConfigError or DataError if the parts do not fit.
     """
     check_packages(config.log)
-    task = _build_task(config)
+    task = build_task(config)
     sharing = _sharing(config, task, comm)
     specs = config.model.specs()
-    # known before the models are built, whose shapes come from the data
-    integer_inputs = all(_takes_integers(spec) for spec in specs.values())
-    with default_signal_actions(is_rank=comm.rank > 0):
-        train, validation = sources or build_component(
-            "data",
-            config.data.spec(),
-            targets=task.targets,
-            dtype=config.dtype,
-            integer_inputs=integer_inputs,
-            needs_targets=task.needs_targets,
-        )
+    integer_inputs = _take_integers(config)
+    train, validation = sources or read_sources(config, task, is_rank=comm.rank > 0)
     all_sources = [train] if validation is None else [train, validation]
     decided: dict[str, Any] = {}
     check_targets(config, task)
@@ -103,6 +94,8 @@ def resolve(
         with default_signal_actions(is_rank=comm.rank > 0):
             n_classes = count_classes(all_sources)
         decided["data.n_classes"] = n_classes
+    decided["data.sample_shape"] = [*train.sample_shape]
+    decided["data.target_shape"] = [*train.target_shape]
     training_subset, validation_subset = _subsets(config, train, validation)
     check_names(config, task)
     decided |= _open_horizons(config, task, target)
@@ -122,8 +115,7 @@ def resolve(
     numerics = blas.set_threads(_threads(config, models.values()))
     if record_numerics:
         decided |= decided_numerics(config, numerics)
-    if decided:
-        config = config.with_values(decided)
+    config = config.with_values(decided)
     check_size(config)
     optimizers = _build_optimizers(config, task)
     for name, optimizer in optimizers.items():
@@ -187,7 +179,7 @@ def check_without_data(config: Config) -> None:
         build_program(config).close()
         return
     assert isinstance(config, TaskConfig)
-    task = _build_task(config)
+    task = build_task(config)
     check_names(config, task)
     horizons = _open_horizons(config, task, config.target(config.initial_step))
     if horizons:
@@ -195,7 +187,8 @@ def check_without_data(config: Config) -> None:
     _build_optimizers(config, task)
 
 
-def _build_task(config: TaskConfig) -> Task:
+def build_task(config: TaskConfig) -> Task:
+    """Build the task of a config; ConfigError if that fails."""
     found = cast(type[Task], registry.resolve("task", config.task.name))
     if getattr(found, "targets", None) not in get_args(Targets):
         known = ", ".join(get_args(Targets))
@@ -211,6 +204,28 @@ def _build_task(config: TaskConfig) -> Task:
         shards=config.data.shards,
     )
     return cast(Task, task)
+
+
+def read_sources(config: TaskConfig, task: Task, *, is_rank: bool = False) -> Sources:
+    """Build the data sources of a config; DataError if they cannot be read."""
+    with default_signal_actions(is_rank=is_rank):
+        sources: Sources = build_component(
+            "data",
+            config.data.spec(),
+            targets=task.targets,
+            dtype=config.dtype,
+            integer_inputs=_take_integers(config),
+            needs_targets=task.needs_targets,
+        )
+        return sources
+
+
+def _take_integers(config: TaskConfig) -> bool:
+    """Return whether all models declare that they take integers.
+
+    It is known before they are built, because their shapes come from the data.
+    """
+    return all(_takes_integers(spec) for spec in config.model.specs().values())
 
 
 def _takes_integers(spec: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import stepctl
@@ -21,6 +22,8 @@ COMMANDS = {
     "train": "train é.yaml --run-dir new-é",
     "train --dry-run": "train é.yaml --dry-run",
     "resume": "resume runs/é --num-steps 1",
+    "evaluate": "evaluate runs/é -v",
+    "predict": "predict runs/é x.npy -o é.csv",
     "fork": "fork runs/é --run-dir new-é",
     "plan": "plan runs/é",
     "inspect": "inspect runs/é",
@@ -44,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("é")
     for name in ("é", "ü"):
         train(make_config(stop={"last_step": 20}), folder / "runs" / name)
+    np.save(folder / "x.npy", np.zeros((2, 64)))
     (folder / "é.yaml").write_text(yaml.dumps({**BASE, "stop": {"last_step": 2}}), encoding="utf-8")
     return folder
 

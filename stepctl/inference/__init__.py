@@ -1,0 +1,1 @@
+"""Using a trained run: predictions, evaluation on other data, samples, export."""

@@ -1,0 +1,51 @@
+"""Files that the inference commands write: complete and durable, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from stepctl.errors import ConfigError
+from stepctl.system.folder import Folder
+from stepctl.system.text import in_one_line
+
+STDOUT = "-"
+
+
+def check_output(path: str, extensions: Collection[str], *, inputs: Collection[str] = ()) -> str:
+    """Return the extension of an output file, such as ".csv".
+
+    ConfigError if it is none of the `extensions`, or if the file is one of the `inputs`. An
+    existing file of that name will be replaced.
+    """
+    extension = os.path.splitext(path)[1].lower()
+    shown = in_one_line(path)
+    if extension not in extensions:
+        raise ConfigError(f"{shown}: unknown extension; name a file {_listed(extensions)}")
+    for name in inputs:
+        if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
+            raise ConfigError(f"{shown}: is the input too; write to another file")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise ConfigError(f"{shown}: its folder does not exist; create it, or give another path")
+    if os.path.isdir(path):
+        raise ConfigError(f"{shown}: is a folder; give the path of a file")
+    return extension
+
+
+def _listed(extensions: Collection[str]) -> str:
+    *others, last = extensions
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[BinaryIO]:
+    """Yield a new file for writing, which then takes the path; after an error nothing is left."""
+    place = Path(path)
+    with (
+        Folder(place.parent).publishing(place.name) as descriptor,
+        os.fdopen(os.dup(descriptor), "wb") as file,
+    ):
+        yield file

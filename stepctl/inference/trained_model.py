@@ -1,0 +1,185 @@
+"""A trained model: predictions for rows of x, and generated samples.
+
+    model = stepctl.load_model("runs/digits")
+    model.predict(x)          # (rows,) classes, or values
+    model.predict_proba(x)    # (rows, n_classes)
+
+The methods follow the conventions of scikit-learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from stepctl.config.model import TaskConfig
+from stepctl.data.base import row_name
+from stepctl.data.batches import Batch
+from stepctl.errors import ConfigError
+from stepctl.inference.inputs import InputFormat
+from stepctl.models.base import Model
+from stepctl.programs.base import Metrics, Predictions, Task, as_numbers
+from stepctl.programs.learner import MODEL
+from stepctl.state.arena import Array
+from stepctl.state.train_state import TrainState
+from stepctl.system import blas
+
+BATCH_ROWS = 1024  # of one forward pass: the last bits of a prediction depend on it
+
+
+class TrainedModel:
+    """The weights of one step, and the preprocessing of their inputs.
+
+    `predict` and `predict_proba` take x as the data files have it: (rows, features), or (rows,
+    *input_shape). A config's `scale` is applied here.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        state: TrainState,
+        config: TaskConfig,
+        *,
+        origin: str,
+        threads: int,
+        average: bool = False,
+    ) -> None:
+        """`origin` is the model's name in messages, `threads` the number of BLAS threads.
+
+        With `average`, the weights are their moving average.
+        """
+        if average and not config.has_average:
+            raise ConfigError(
+                f"{origin}: there is no moving average of the weights; leave out ema, or train with "
+                "ema: {decay: 0.999}"
+            )
+        self.config = config
+        self.origin = origin
+        self._task = task
+        self._state = state
+        self._threads = threads
+        self._average = average
+        self.inputs = InputFormat.of(config, [learner.model for learner in task.learners.values()])
+        self.class_names: list[str] | None = None
+        if task.classifies:
+            assert config.data.n_classes is not None
+            self.class_names = [str(number) for number in range(config.data.n_classes)]
+
+    def __repr__(self) -> str:
+        return f"TrainedModel({self.origin!r}, global step {self.global_step})"
+
+    @property
+    def global_step(self) -> int:
+        """The number of updates that made the weights."""
+        return self._state.counters.global_step
+
+    @property
+    def parameters(self) -> dict[str, Array]:
+        """The weights by path, such as "dense0/weight"; read-only.
+
+        With several models, a path begins with the model's name.
+        """
+        found = {}
+        for name, learner in self._task.learners.items():
+            prefix = "" if name == MODEL else f"{name}/"
+            for path, array in learner.params(self._state, average=self._average).items():
+                found[f"{prefix}{path}"] = array
+        return found
+
+    @property
+    def buffers(self) -> dict[str, Array]:
+        """The arrays without a gradient by path, such as "batch_norm0/mean"; read-only."""
+        return dict(self._state.buffers)
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """The models by name; a single one is called "model"."""
+        return {name: learner.model for name, learner in self._task.learners.items()}
+
+    def predict(self, x: npt.ArrayLike) -> Array:
+        """Return the class of each row, (rows,), or its values: (rows,) or (rows, n_outputs).
+
+        ConfigError if the task makes no predictions, DataError if x does not fit the model.
+        """
+        return self.named(self.predictions(x).values)
+
+    def named(self, values: Array) -> Array:
+        """Return the values of `predictions` as `predict` does."""
+        return values
+
+    def predict_proba(self, x: npt.ArrayLike) -> Array:
+        """Return the probability of each class: (rows, n_classes), in the order of `class_names`.
+
+        ConfigError unless the model is a classifier, DataError if x does not fit it.
+        """
+        if self.class_names is None:
+            raise ConfigError(
+                f"{self.origin}: the task {self.config.task.name} is no classification, so there "
+                "are no probabilities; use predict"
+            )
+        probabilities = self.predictions(x).probabilities
+        assert probabilities is not None
+        return probabilities
+
+    def predictions(
+        self,
+        x: npt.ArrayLike,
+        *,
+        origin: str = "x",
+        first_row: int = 0,
+        place: Callable[[int], str] = row_name,
+    ) -> Predictions:
+        """Return values and probabilities together; classes are numbers from 0.
+
+        `origin` is the name of x in messages; see `InputFormat.preprocessed` for the others.
+        """
+        rows = self.inputs.array(x, origin)
+        blas.restore_threads(self._threads)
+        parts = []
+        for first in range(0, max(len(rows), 1), BATCH_ROWS):
+            inputs = self.inputs.preprocessed(
+                rows[first : first + BATCH_ROWS],
+                origin=origin,
+                first_row=first_row + first,
+                place=place,
+            )
+            parts.append(self.predict_batch(inputs))
+        values = np.concatenate([part.values for part in parts])
+        if self.config.data.target_shape == [1] and values.ndim == 2:
+            values = values[:, 0]  # of y: (rows,)
+        if parts[0].probabilities is None:
+            return Predictions(values)
+        return Predictions(values, np.concatenate([part.probabilities for part in parts]))
+
+    def predict_batch(self, x: Array) -> Predictions:
+        """Return the predictions for x as the data source gives it: (rows, *input_shape)."""
+        predictions = self._task.predict(self._state, x, average=self._average)
+        if predictions is None:
+            remedy = "for a LossModel, define predict"
+            if self._task.generate(self._state, 1) is not None:
+                remedy = "it generates samples: use stepctl sample"
+            raise ConfigError(
+                f"{self.origin}: the task {self.config.task.name} makes no predictions; {remedy}"
+            )
+        return predictions
+
+    def sample(self, n: int, *, seed: int | None = None) -> Array:
+        """Return n generated samples, (n, *sample_shape), which depend on the seed alone.
+
+        `seed` is by default the run's. ConfigError if the task generates none.
+        """
+        blas.restore_threads(self._threads)
+        samples = self._task.generate(self._state, n, average=self._average, seed=seed)
+        if samples is None:
+            raise ConfigError(
+                f"{self.origin}: the task {self.config.task.name} generates no samples; use predict"
+            )
+        return samples
+
+    def evaluate(self, batches: Iterable[Batch]) -> Metrics:
+        """Return the task's metrics over all batches."""
+        blas.restore_threads(self._threads)
+        returned = self._task.evaluate(self._state, batches, average=self._average)
+        return as_numbers(returned, "task: evaluate returned")
