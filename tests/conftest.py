@@ -84,6 +84,16 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def kernel_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep compiled kernels below the cache folder of pytest, for all tests and processes."""
+    cache = request.config.cache
+    assert cache is not None
+    folder = cache.mkdir("kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
     """Return a function that adds a count to the summary: figure("kills", 12); equal names are added up."""
     return record_property

@@ -28,7 +28,7 @@ Lines = Iterator[tuple[str, str]]  # a label and its text
 def doctor(folder: str, as_json: bool) -> None:
     """Report on this machine, for a bug report.
 
-    The report has versions, CPU, BLAS, HDF5, MPI, extras, and the disk. In DIR and in the folder
+    The report has versions, CPU, BLAS, numba, HDF5, MPI, extras, and the disk. In DIR and in the folder
     for temporary files, the operations that a run depends on are tried and their files removed:
     fsync, flock, rename, O_EXCL, O_APPEND, and a checkpoint. Exit 1 if a problem would prevent
     runs.
@@ -51,6 +51,7 @@ def _lines(report: Facts) -> Lines:
         "machine": _machine,
         "environment": _environment,
         "numerics": _numerics,
+        "compiled": _compiled,
         "hdf5": _hdf5,
         "mpi": _mpi,
         "extras": _extras,
@@ -94,6 +95,23 @@ def _numerics(part: Facts) -> Lines:
         threads = library.get("num_threads", "?")
         yield "BLAS", f"{name} {version}, kernel {kernel}, {threads} threads"
     yield "fingerprint", "  ".join(f"{name} {value}" for name, value in part["fingerprint"].items())
+
+
+def _compiled(part: Facts) -> Lines:
+    if part["numba"] is None:
+        yield "compiled", f"no: numba is not installed, updates run in NumPy; {part['pip']}"
+        return
+    if part["reason"] is not None:
+        yield "compiled", f"no: numba {part['numba']}: {part['reason']}; updates run in NumPy"
+        return
+    kept = f"kept in {part['cache']}"
+    if part["cache"] is None:
+        kept = "compiled anew by each run, for there is no private cache folder"
+    seconds = part["milliseconds"] / 1000
+    yield (
+        "compiled",
+        f"numba {part['numba']}: updates of long runs, with NumPy's bits ({seconds:.1f} s); {kept}",
+    )
 
 
 def _hdf5(part: Facts) -> Lines:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, TypedDict
 
 from stepctl.config import registry
-from stepctl.config.model import Config, top_level_field
+from stepctl.config.model import Config, NumericsConfig, top_level_field
 from stepctl.config.yaml import differing_keys, flatten, is_below
 from stepctl.errors import ConfigError
 from stepctl.system.shell import options
@@ -87,7 +87,13 @@ def has_other_state(hooks: Iterable[dict[str, Any]], others: Collection[Any]) ->
 
 def resume_policy(key: str) -> str:
     """Return the resume policy of a dotted key: "live", "locked", or for hooks both."""
-    field = top_level_field(key.partition(".")[0])
+    section, _, name = key.partition(".")
+    field = top_level_field(section)
     assert field is not None
     assert isinstance(field.json_schema_extra, dict)
-    return str(field.json_schema_extra["resume"])
+    policy = field.json_schema_extra["resume"]
+    if section == "numerics" and name:  # a section with keys of both kinds
+        own = NumericsConfig.model_fields[name].json_schema_extra
+        if isinstance(own, dict):
+            policy = own["resume"]
+    return str(policy)

@@ -341,10 +341,18 @@ class NumericsConfig(Section):
     Args:
         threads: Number of BLAS threads.
         blas_kernel: The OpenBLAS kernel, such as Haswell or SkylakeX.
+        compiled: auto: a long run compiles its updates if numba is installed (`pip install
+            'stepctl[numba]'`). off: it does not. The bits are the same, so this is not replaced,
+            and may change on a resume.
     """
 
     threads: PositiveInt | Literal["auto"] = "auto"
     blas_kernel: str = "auto"
+    compiled: Literal["auto", "off"] = Field(default="auto", json_schema_extra=LIVE)
+
+    def deciding_bits(self) -> dict[str, Any]:
+        """Return the settings that the last bits do depend on."""
+        return self.model_dump(exclude={"compiled"})
 
 
 class DistributedConfig(Section):

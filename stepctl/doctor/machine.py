@@ -31,6 +31,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "mpi": ("mpi4py", "mpich"),
     "autograd": ("autograd",),
+    "numba": ("numba",),
     "plot": ("matplotlib", "plotext"),
 }
 # required part -> consequence of its failure
@@ -45,14 +46,15 @@ _REQUIRED = {
 def examine(runs: str) -> Facts:
     """Return the parts of the report by name, and "problems", a list of messages.
 
-    The parts are "stepctl", "machine", "environment", "numerics", "hdf5", "mpi", "extras" and
-    "runs", the file system of the folder `runs`. A part that fails has "error", the reason.
+    The parts are "stepctl", "machine", "environment", "numerics", "compiled", "hdf5", "mpi",
+    "extras" and "runs", the file system of the folder `runs`. A part that fails has "error", the reason.
     """
     parts: dict[str, Callable[[], Facts]] = {
         "stepctl": software,
         "machine": machine,
         "environment": environment,
         "numerics": lambda: child.call(load_numerics),
+        "compiled": lambda: child.call(compile_adam),
         "hdf5": hdf5,
         "mpi": mpi,
         "extras": extras,
@@ -119,6 +121,30 @@ def load_numerics() -> Facts:
     keys = ("internal_api", "version", "architecture", "num_threads", "threading_layer")
     libraries = [{key: library[key] for key in keys if key in library} for library in info]
     return {"numpy": np.__version__, "libraries": libraries, "fingerprint": blas.fingerprint(info)}
+
+
+def compile_adam() -> Facts:
+    """Compile an update and compare its bits with NumPy's; "numba" is None where it is missing."""
+    from stepctl.optimizers import compilation
+    from stepctl.optimizers.adam import Adam
+    from stepctl.optimizers.schedules import Constant
+
+    if not compilation.is_available():
+        return {"numba": None, "pip": _pip_command("numba")}
+    began = time.perf_counter()
+    reason = None
+    folder = None
+    try:
+        compilation.compile_update(Adam(learning_rate=Constant(value=0.1)), "float32")
+        folder = compilation.cache_folder("float32")
+    except compilation.CompilationError as error:
+        reason = str(error)
+    return {
+        "numba": _version("numba"),
+        "cache": None if folder is None else str(folder.parent),
+        "milliseconds": round(1000 * (time.perf_counter() - began), 3),
+        "reason": reason,  # None if all is well
+    }
 
 
 def hdf5() -> Facts:

@@ -85,7 +85,9 @@ class AdamW(AdaptiveMoments):
 
     weight_decay: WeightDecay = 0.01
 
+    def decay_factor(self, info: UpdateInfo) -> float:
+        return 1 - info.learning_rate * info.weight_decay
+
     def decay(self, block: Block, info: UpdateInfo) -> Block:
-        kept = 1 - info.learning_rate * info.weight_decay
-        np.multiply(block.params, kept, out=block.new_params)
+        np.multiply(block.params, self.decay_factor(info), out=block.new_params)
         return block._replace(params=block.new_params)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ from stepctl.optimizers.groups import (
 from stepctl.optimizers.schedules import LearningRate
 from stepctl.state.arena import Arena, Array, aligned_empty, spans, update_target
 from stepctl.system.user_code import describe_error
+
+if TYPE_CHECKING:
+    from stepctl.optimizers.kernels import CompiledUpdate
 
 # Elements of a block. A NumPy call on a block takes longer than passing the interpreter lock to
 # another thread, and all arrays of a block fit in the last-level cache together.
@@ -50,8 +53,13 @@ class UpdateInfo(NamedTuple):
 Tick = UpdateInfo  # the former name, which a user's optimizer may import
 
 
-# Where a range of parameters with one setting starts and stops, and the numbers of its update.
-_Run = tuple[int, int, UpdateInfo, list[Array]]
+class Run(NamedTuple):
+    """A range of the arenas, whose parameters have the same numbers in an update."""
+
+    start: int
+    stop: int
+    info: UpdateInfo
+    coefficients: tuple[float, ...]
 
 
 class Block(NamedTuple):
@@ -138,12 +146,14 @@ class Optimizer(ABC):
         *,
         groups: Sequence[GroupSlice] | None = None,
         threads: int = 1,
+        compiled: CompiledUpdate | None = None,
     ) -> None:
         """Apply one update to this process's slice of the parameters and slots.
 
         `groups` are those of the parameters' layout, if the caller keeps them. Arenas in a
-        snapshot are updated out of place, others in place. The gradient is overwritten. The number
-        of threads does not change the result. TornUpdate if an update in place fails halfway.
+        snapshot are updated out of place, others in place. The gradient is overwritten. Neither the
+        number of threads nor `compiled`, which is that of `compilation.compile_update`, changes the
+        result. TornUpdate if an update in place fails halfway.
         """
         if groups is None:
             groups = self.group_slices(spans(params.shapes, params.dtype))
@@ -154,13 +164,17 @@ class Optimizer(ABC):
         owned = params.owned_slice
         n_elements = owned.stop - owned.start
         try:
-            runs = self._runs(groups, info, params.dtype)
+            runs = self._runs(groups, info)
             if self.frozen:
                 _copy_frozen(arenas, groups)
-            if threads == 1 or n_elements < THREADED:
-                self._update_range(old, grads.flat, new, runs, scale, owned.start, owned.stop)
+            if compiled is not None:
+                sources = [arena.flat if arena.in_snapshot else None for arena in arenas]
+                update_range = partial(compiled, sources, grads.flat, new, runs, scale)
             else:
                 update_range = partial(self._update_range, old, grads.flat, new, runs, scale)
+            if threads == 1 or n_elements < THREADED:
+                update_range(owned.start, owned.stop)
+            else:
                 per_thread = -(-n_elements // (threads * BLOCK)) * BLOCK
                 starts = range(owned.start, owned.stop, per_thread)
                 ends = [min(start + per_thread, owned.stop) for start in starts]
@@ -174,11 +188,9 @@ class Optimizer(ABC):
         for arena in arenas:
             arena.swap_buffers()
 
-    def _runs(
-        self, groups: Sequence[GroupSlice], info: UpdateInfo, dtype: np.dtype[np.generic]
-    ) -> list[_Run]:
+    def _runs(self, groups: Sequence[GroupSlice], info: UpdateInfo) -> list[Run]:
         """Return the slices that are trained, with the coefficients of this update."""
-        known: dict[Setting, tuple[UpdateInfo, list[Array]]] = {}
+        known: dict[Setting, tuple[UpdateInfo, tuple[float, ...]]] = {}
         runs = []
         for start, stop, setting in groups:
             if setting.frozen:
@@ -187,10 +199,9 @@ class Optimizer(ABC):
             if numbers is None:
                 rate = info.learning_rate * setting.learning_rate_multiplier
                 own_info = UpdateInfo(rate, info.number, setting.weight_decay)
-                coefficients = self.coefficients(own_info)
-                numbers = own_info, [np.array(value, dtype) for value in coefficients]
+                numbers = own_info, self.coefficients(own_info)
                 known[setting] = numbers
-            runs.append((start, stop, *numbers))
+            runs.append(Run(start, stop, *numbers))
         return runs
 
     @final
@@ -220,7 +231,7 @@ class Optimizer(ABC):
         old: Sequence[Array],
         grads: Array,
         new: Sequence[Array],
-        runs: Sequence[_Run],
+        runs: Sequence[Run],
         scale: float | None,
         start: int,
         end: int,
@@ -234,7 +245,7 @@ class Optimizer(ABC):
         copies: list[Array] = []
         if not is_builtin(self):
             copies = [_scratch(thread, dtype, index) for index in range(1, 1 + len(new))]
-        for run_start, run_stop, info, coefficients in runs:
+        for run_start, run_stop, info, coefficients in _with_arrays(runs, dtype):
             stop = min(run_stop, end)
             for first in range(max(run_start, start), stop, BLOCK):
                 at = slice(first, min(first + BLOCK, stop))
@@ -259,12 +270,16 @@ class Optimizer(ABC):
                     for array, after in zip(written, new, strict=True):
                         after[at] = array
 
+    def decay_factor(self, info: UpdateInfo) -> float:
+        """Return the number by which `decay` multiplies the parameters."""
+        return info.weight_decay
+
     def decay(self, block: Block, info: UpdateInfo) -> Block:
         """Apply weight decay before `update_block`, and return the block to update.
 
         By default, info.weight_decay * params is added to the gradient (L2 regularisation).
         """
-        np.multiply(block.params, info.weight_decay, out=block.scratch)
+        np.multiply(block.params, self.decay_factor(info), out=block.scratch)
         np.add(block.grads, block.scratch, out=block.grads)
         return block
 
@@ -274,6 +289,19 @@ class Optimizer(ABC):
             return None
         norm = gradient_norm(grads, groups)
         return self.clip_norm / norm if norm > self.clip_norm else None
+
+
+def _with_arrays(
+    runs: Iterable[Run], dtype: np.dtype[np.generic]
+) -> Iterator[tuple[int, int, UpdateInfo, list[Array]]]:
+    """Yield the runs with their coefficients as 0-d arrays."""
+    known: dict[int, list[Array]] = {}  # runs of one setting share their coefficients
+    for start, stop, info, coefficients in runs:
+        arrays = known.get(id(coefficients))
+        if arrays is None:
+            arrays = [np.array(value, dtype) for value in coefficients]
+            known[id(coefficients)] = arrays
+        yield start, stop, info, arrays
 
 
 def _copy_frozen(arenas: Sequence[Arena], groups: Sequence[GroupSlice]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,10 +24,16 @@ class MovingAverage:
     decay: float
     warmup: bool = False
 
-    def update(self, average: Arena, params: Arena, number: int) -> None:
+    def update(
+        self,
+        average: Arena,
+        params: Arena,
+        number: int,
+        compiled: Callable[..., None] | None = None,
+    ) -> None:
         """Update this process's slice of the average after update `number` (1, 2, ...).
 
-        Both arenas have the same layout.
+        Both arenas have the same layout. `compiled` is that of `compilation.compile_average`.
         """
         decay = self.decay
         if self.warmup:
@@ -36,8 +43,14 @@ class MovingAverage:
         values = params.flat
         scratch = _scratch(params.dtype)
         owned = average.owned_slice
+        numbers = np.array([(decay, 1 - decay)], average.dtype)
         for start in range(owned.start, owned.stop, _BLOCK):
             at = slice(start, min(start + _BLOCK, owned.stop))
+            if compiled is not None:
+                if average.in_snapshot:
+                    new[at] = old[at]
+                compiled(np.array([(at.start, at.stop)]), numbers, values, new)
+                continue
             weighted = scratch[: at.stop - start]
             np.multiply(values[at], 1 - decay, out=weighted)
             np.multiply(old[at], decay, out=new[at])

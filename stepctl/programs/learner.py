@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from stepctl.state.train_state import TrainState
 from stepctl.state.workspace import Workspace
 from stepctl.system.text import in_one_line
 from stepctl.system.user_code import defined_at
+
+if TYPE_CHECKING:
+    from stepctl.optimizers.kernels import CompiledUpdate, Kernel
 
 MODEL = "model"  # the name of a task's one model, of its optimizer and of its counter
 _MEASURED = ("learning_rate", "gradient_norm", "parameter_norm")
@@ -56,7 +60,26 @@ class Learner:
         self._suffix = "" if name == MODEL else f"/{name}"  # of folders
         self._prefix = "" if name == MODEL else f"{name}_"  # of metrics
         self._slots = {slot: f"optimizers/{name}/{slot}" for slot in optimizer.slots}
-        self._groups = optimizer.group_slices(spans(model.parameter_shapes(), dtype))
+        layout = spans(model.parameter_shapes(), dtype)
+        self._groups = optimizer.group_slices(layout)
+        self.n_elements = max((span.stop for span in layout.values()), default=0)
+        self._compiled: CompiledUpdate | None = None
+        self._compiled_average: Kernel | None = None
+
+    def compile_update(self) -> bool:
+        """Use compiled kernels from now on; the bits stay the same. False for a user's optimizer.
+
+        It takes a second, and less if they were compiled before. CompilationError if it fails.
+        """
+        from stepctl.optimizers import compilation
+
+        compiled = compilation.compile_update(self.optimizer, self._dtype)
+        average = None
+        if self._average is not None:
+            average = compilation.compile_average(self._dtype)
+        self._compiled = compiled
+        self._compiled_average = average
+        return compiled is not None
 
     def initial_arenas(self) -> dict[str, Arena]:
         """Return the read-only arenas before the first update, by their folders in a checkpoint."""
@@ -154,14 +177,21 @@ class Learner:
         info = UpdateInfo(measured["learning_rate"], number)
         with params.partition.synchronized_update():
             self.optimizer.update(
-                params, slots, gradient, info, groups=self._groups, threads=self._threads
+                params,
+                slots,
+                gradient,
+                info,
+                groups=self._groups,
+                threads=self._threads,
+                compiled=self._compiled,
             )
             if clip is not None:
                 for at in owned_parts(params, self._groups, frozen=False):
                     mine = update_target(params)[at]
                     np.clip(mine, -clip, clip, out=mine)
             if self._average is not None:
-                self._average.update(self.params(state, average=True), params, number)
+                average = self.params(state, average=True)
+                self._average.update(average, params, number, self._compiled_average)
             if self._norms:
                 measured["parameter_norm"] = global_norm(params)
         return {f"{self._prefix}{name}": value for name, value in measured.items()}

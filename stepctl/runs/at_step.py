@@ -215,7 +215,7 @@ def changed_config(run: RunFiles, options: ResumeOptions) -> Config:
     config = parse_config(options.document)
     open_keys = [
         f"numerics.{key}"
-        for key, value in yaml.flatten(config.numerics.model_dump()).items()
+        for key, value in config.numerics.deciding_bits().items()
         if value == "auto"
     ]
     if isinstance(config, TaskConfig):

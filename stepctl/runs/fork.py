@@ -91,7 +91,8 @@ def fork(
             say(f"note: {note}")
         with new_run_directory(child, config, say) as run_id:
             _record(run.directory, child, run_id, at, changes)
-            _publish(child, run_id, at, new_numerics=config.numerics != run.config.numerics)
+            new_numerics = _has_new_numerics(config, run.config)
+            _publish(child, run_id, at, new_numerics=new_numerics)
     reason = first_reason(assembly.stop_rules(), assembly.state.counters)
     stopped = "" if reason is None else f"{reason.text}; {reason.remedy}"
     return Forked(at.step, target, changes, stopped)
@@ -119,8 +120,12 @@ def _assemble(parent: Config, config: Config, step: int, hooks: Sequence[Hook]) 
         raise ConfigError(
             f"{open_keys[0]}: is missing, and the target {target} is not past step {step}; give one"
         )
-    new_numerics = config.numerics != parent.numerics
+    new_numerics = _has_new_numerics(config, parent)
     return assemble(config, hooks, target=target, record_numerics=new_numerics)
+
+
+def _has_new_numerics(config: Config, parent: Config) -> bool:
+    return config.numerics.deciding_bits() != parent.numerics.deciding_bits()
 
 
 def _check_data(assembly: Assembly, run: RunFiles, changes: Changes, say: Say) -> None:

@@ -44,6 +44,7 @@ from stepctl.system import blas
 from stepctl.system.shell import command
 from stepctl.system.text import counted, in_one_line
 from stepctl.training.assembly import Assembly, TaskAssembly
+from stepctl.training.compile_updates import compile_updates
 from stepctl.training.ranks import leader, start_ranks
 from stepctl.training.trainer import Trainer
 from stepctl.writers.base import Writer
@@ -210,6 +211,12 @@ class Segment:
     ) -> OpenSegment:
         """Start the other ranks, record the start, remove rows past it, and build the trainer."""
         facts = self._facts | self._start_ranks(messages)
+        failure = compile_updates(self.assembly, self.target - self.start)
+        if failure is not None:
+            messages.say(
+                f"note: the updates are not compiled ({failure}); NumPy gives the same bits. To "
+                "remove this note: --set numerics.compiled=off"
+            )
         later = {
             step: self.store.aside_name(step) for step in self.store.steps() if step > self.start
         }
@@ -269,7 +276,7 @@ class Segment:
     def _start_ranks(self, messages: Messages) -> StartFacts:
         """Give the other ranks rank 0's state, and return the facts about them for the ledger."""
         facts: StartFacts = {}
-        differences = start_ranks(self.assembly)
+        differences = start_ranks(self.assembly, self.target - self.start)
         if differences:
             facts = report_inexact(differences, messages.say, strict=self._strict)
         if self.assembly.comm.size == 1:

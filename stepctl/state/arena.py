@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import re
 from bisect import bisect_right
@@ -20,6 +21,9 @@ NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # an array name's 
 # Elements of a block that is never divided between processes. OpenBLAS computes a dot product of
 # this size on one thread.
 PARTITION_BLOCK = 1 << 13
+_PAGE = 1 << 12  # bytes
+_STAGGER = 17 * ALIGNMENT  # bytes; four arrays in turn are more than 1,000 apart
+_allocations = itertools.count()
 _MAX_FOLDERS = 16
 _FINITE_CHECK_ELEMENTS = 1 << 18
 _SENTINEL = {4: 0x7FC5CA1E, 8: 0x7FF85CA1E5CA1E00}  # NaNs that no computation produces
@@ -40,8 +44,11 @@ def aligned_zeros(shape: Shape, dtype: npt.DTypeLike) -> Array:
 
 def _aligned(allocate: Callable[..., Array], shape: Shape, dtype: np.dtype[Any]) -> Array:
     n_bytes = math.prod(shape) * dtype.itemsize
-    raw = allocate(n_bytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    raw = allocate(n_bytes + _PAGE, np.uint8)
+    # Successive arrays begin at different offsets in a page: a load waits for an earlier store whose
+    # address has the same low 12 bits.
+    offset = next(_allocations) * _STAGGER
+    start = (offset - raw.ctypes.data) % _PAGE
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 

@@ -28,6 +28,7 @@ from stepctl.system.text import in_one_line
 from stepctl.system.user_code import user_location
 from stepctl.training.assembly import Assembly
 from stepctl.training.build import assemble
+from stepctl.training.compile_updates import compile_updates
 from stepctl.training.trainer import Trainer
 
 
@@ -38,6 +39,7 @@ class _TrainOrder(NamedTuple):
     counters: dict[str, int]
     numerics: blas.Numerics
     data_fingerprint: str
+    n_steps: int
 
 
 class _Answer(NamedTuple):
@@ -47,10 +49,11 @@ class _Answer(NamedTuple):
     difference: str = ""
 
 
-def start_ranks(assembly: Assembly) -> list[str]:
+def start_ranks(assembly: Assembly, n_steps: int) -> list[str]:
     """Have the other ranks build the same assembly, and give them rank 0's state.
 
-    Returns the differences of their numerics. RankError if one of them cannot train.
+    `n_steps` are the steps that are expected of them. Returns the differences of their numerics.
+    RankError if one of them cannot train.
     """
     comm = assembly.comm
     comm.send_order(Order.TRAIN)
@@ -61,6 +64,7 @@ def start_ranks(assembly: Assembly) -> list[str]:
         dict(assembly.state.counters),
         assembly.numerics,
         assembly.data_fingerprint(),
+        n_steps,
     )
     comm.broadcast(order)
     answers = comm.all_gather(_Answer())
@@ -206,6 +210,7 @@ def _join_training(comm: MPIComm) -> Trainer | None:
         return None
     broadcast_state(assembly)
     restore_counters(assembly.state.counters, order.counters)
+    compile_updates(assembly, order.n_steps)  # rank 0 reports a failure
     task = assembly.task
     if isinstance(task, OneUpdate) and assembly.config.is_async:
         from stepctl.training.async_trainer import AsyncTrainer

@@ -179,6 +179,7 @@ POLICIES = {
     "check_determinism": "live",
     "numerics.threads": "locked",
     "numerics.blas_kernel": "locked",
+    "numerics.compiled": "live",
     "distributed.mode": "locked",
 }
 
@@ -403,7 +404,7 @@ def test_defaults_are_written_out() -> None:
         "hooks": [],
         "on_nonfinite": "stop",
         "check_determinism": True,
-        "numerics": {"threads": "auto", "blas_kernel": "auto"},
+        "numerics": {"threads": "auto", "blas_kernel": "auto", "compiled": "auto"},
         "distributed": {"mode": "sync"},
     }
 
@@ -719,9 +720,13 @@ def test_the_schema_refuses_the_configs_that_the_loader_refuses(assignment: str)
 
 
 def test_the_schema_tells_each_section_s_policy() -> None:
-    properties = schemas.schema()["properties"]
+    schema = schemas.schema()
+    properties = schema["properties"]
     of_task = {key.partition(".")[0]: policy for key, policy in POLICIES.items()}
-    assert of_task | {"program": "locked"} == {key: properties[key]["resume"] for key in properties}
+    of_task |= {"program": "locked", "numerics": "locked"}
+    assert of_task == {key: properties[key]["resume"] for key in properties}
+    numerics = schema["$defs"]["NumericsConfig"]["properties"]
+    assert [key for key, own in numerics.items() if own.get("resume") == "live"] == ["compiled"]
 
 
 def test_checking_changes_no_document() -> None:

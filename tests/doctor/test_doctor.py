@@ -34,6 +34,7 @@ PARTS = {
     "machine",
     "environment",
     "numerics",
+    "compiled",
     "hdf5",
     "mpi",
     "extras",
@@ -59,7 +60,7 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.process
 def test_every_part_is_reported_good_and_no_file_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_cache: Path
 ) -> None:
     for name in ("temporary", "here"):
         (tmp_path / name).mkdir()
@@ -76,10 +77,13 @@ def test_every_part_is_reported_good_and_no_file_is_left(
     assert found["environment"]["variables"]["OPENBLAS_NUM_THREADS"] == "1"
     assert found["numerics"]["fingerprint"]["threads"] == found["environment"]["threads"] == 1
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["here", "temporary"]
+    if found["compiled"]["numba"] is not None:
+        assert found["compiled"]["reason"] is None
+        assert found["compiled"]["cache"] == str(kernel_cache / "stepctl" / "kernels")
 
 
 @pytest.mark.process
-def test_the_text_has_a_line_for_each_thing(tmp_path: Path) -> None:
+def test_the_text_has_a_line_for_each_thing(tmp_path: Path, kernel_cache: Path) -> None:
     done = call("--runs", tmp_path)
     assert done.exit_code == 0
     heads = [line[:14].strip() for line in done.stdout.splitlines()]
@@ -91,6 +95,7 @@ def test_the_text_has_a_line_for_each_thing(tmp_path: Path) -> None:
         "environment",
         "NumPy",
         "BLAS",
+        "compiled",
         "HDF5",
         "plot",
         "runs",
@@ -140,6 +145,7 @@ def test_without_any_extra_all_is_well(tmp_path: Path) -> None:
     } == {None}
     assert "error" not in found["mpi"]
     assert (found["mpi"]["library"], found["mpi"]["pip"]) == (None, "pip install 'stepctl[mpi]'")
+    assert found["compiled"] == {"numba": None, "pip": "pip install 'stepctl[numba]'"}
 
 
 @pytest.mark.process
@@ -173,6 +179,7 @@ def test_a_part_that_raises_costs_only_itself(
         "machine",
         "environment",
         "numerics",
+        "compiled",
         "hdf5",
         "mpi",
         "extras",

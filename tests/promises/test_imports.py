@@ -112,7 +112,7 @@ def test_help_is_light(arguments: list[str]) -> None:
     code = (
         "import sys; from stepctl.cli.main import cli\n"
         "try: cli(sys.argv[1:])\n"
-        "except SystemExit: print('LOADED', *{'numpy', 'h5py', 'pydantic', 'yaml', 'rich'} & set(sys.modules))"
+        "except SystemExit: print('LOADED', *{'numpy', 'h5py', 'pydantic', 'yaml', 'rich', 'numba'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True

@@ -417,4 +417,8 @@ def test_a_fork_keeps_the_numerics_of_its_parent_unless_they_are_set(
     assert numerics(tmp_path / "child") == numerics(run)
     forked(run, tmp_path / "auto", 6, "numerics.threads=auto", "numerics.blas_kernel=auto")
     settled = RunDirectory(tmp_path / "auto").newest_config().value["numerics"]
-    assert settled == {key: numerics(tmp_path / "auto")[key] for key in ("threads", "blas_kernel")}
+    recorded = numerics(tmp_path / "auto")
+    decided = {key: recorded[key] for key in ("threads", "blas_kernel")}
+    assert settled == {**decided, "compiled": "auto"}
+    forked(run, tmp_path / "off", 6, "numerics.compiled=off")  # changes no bit
+    assert numerics(tmp_path / "off") == numerics(run)
