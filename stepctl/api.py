@@ -22,6 +22,7 @@ from stepctl.config.model import Config, StopConfig, TaskConfig, parse_config
 from stepctl.distributed.launcher import refuse_job
 from stepctl.errors import ConfigError, StepctlError
 from stepctl.hooks.base import Hook
+from stepctl.hooks.progress import OptionalProgress
 from stepctl.inference import load
 from stepctl.inference.load import Selection
 from stepctl.inference.trained_model import TrainedModel
@@ -31,6 +32,7 @@ from stepctl.rundir.directory import RunDirectory
 from stepctl.runs.at_step import ResumeOptions
 from stepctl.runs.messages import Say
 from stepctl.runs.open import create_run, resume_locked
+from stepctl.runs.progress import display_for
 from stepctl.runs.records import lock_records
 from stepctl.runs.segment import OpenSegment, Outcome, Segment
 from stepctl.state.arena import Array
@@ -62,6 +64,7 @@ class Run:
         self._running: OpenSegment | None = None
         self._is_fresh = segment.restored is None
         self._open_segment = contextlib.ExitStack()
+        self._progress = OptionalProgress()
         self._closed = False
         self._process = os.getpid()
         atexit.register(self._close_at_exit)  # for a program that does not close it
@@ -118,16 +121,22 @@ class Run:
             self._segment.assembly.rows.flush()
         return trainer.last_metrics if self.global_step > before else None
 
-    def train(self) -> StopReason:
+    def train(self, *, progress: bool = False) -> StopReason:
         """Train to the target, or until another stop rule ends the run; return the reason.
 
+        `progress`: show a bar, in a terminal or a notebook; elsewhere print a line every 10 seconds.
         Ctrl-C is handled as in `step`.
         """
         finished = self._finished()
         if finished is not None:
             return finished
         with DeferredInterrupt() as interrupt:
-            reason = self._begin().trainer.train(interrupted=lambda: interrupt.received)
+            trainer = self._begin().trainer
+            shown: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if progress:
+                shown = self._progress.show(display_for(self._segment), self.state)
+            with shown:
+                reason = trainer.train(interrupted=lambda: interrupt.received)
             self._segment.assembly.rows.flush()
         assert reason is not None  # else the interrupt was raised
         return reason
@@ -250,7 +259,9 @@ class Run:
         self._is_fresh = False
         blas.restore_threads(self._segment.assembly.numerics["threads"])
         if self._running is None:
-            self._running = self._open_segment.enter_context(self._segment.open(Signals()))
+            self._running = self._open_segment.enter_context(
+                self._segment.open(Signals(), hooks=[self._progress])
+            )
             self._running.trainer.start()
         trainer = self._running.trainer
         if not trainer.complete or trainer.interrupted_in_step:

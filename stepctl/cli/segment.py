@@ -10,6 +10,7 @@ from stepctl.errors import Exit
 from stepctl.system import interrupt
 from stepctl.system.shell import command
 from stepctl.system.terminal import say
+from stepctl.system.text import local_step_note
 
 if TYPE_CHECKING:
     from stepctl.runs.segment import Outcome, Segment
@@ -58,8 +59,8 @@ def _exit_with(outcome: Outcome, segment: Segment, quiet: bool) -> NoReturn:
         say(f"{run}: waited {outcome.wait_seconds:.1f} s for the previous save to finish, {waits}")
     if reason.done and outcome.step >= segment.target:
         if not quiet:
-            n_steps = outcome.step - outcome.start
-            say(f"{run}: done at global step {outcome.step} (local {n_steps})")
+            note = local_step_note(outcome.step, outcome.start)
+            say(f"{run}: done at global step {outcome.step}{note}")
         raise click.exceptions.Exit(Exit.DONE)
     remedy = reason.remedy or f"continue with: {command('resume', run)}"
     say(f"{run}: stopped at global step {outcome.step} ({reason.text}); {remedy}")

@@ -40,7 +40,7 @@ from stepctl.stopping.signals import Signals
 from stepctl.system.arguments import MAX_STEP, whole_number
 from stepctl.system.files import expand_path
 from stepctl.system.terminal import is_notebook, say
-from stepctl.system.text import a_or_an
+from stepctl.system.text import a_or_an, local_step_note
 from stepctl.system.user_code import describe_with_type
 from stepctl.training.build_program import ProgramAssembly, assemble_script
 from stepctl.training.trainer import Trainer, Update
@@ -343,7 +343,8 @@ class Loop:
         if reason.done and segment.restored is None:
             self._unseen_metrics.warn()
         if reason.done and step >= segment.target:
-            say(f"{self.path}: done at global step {step} (local {step - segment.start})")
+            note = local_step_note(step, segment.start)
+            say(f"{self.path}: done at global step {step}{note}")
             return
         remedy = reason.remedy or f"continue {segment.how_to_resume}"
         say(f"{self.path}: stopped at global step {step} ({reason.text}); {remedy}")

@@ -1,4 +1,4 @@
-"""The progress of a segment: a bar on a terminal, in a notebook a line that is replaced.
+"""The progress of a segment: a bar on a terminal, in a notebook a bar in the output cell.
 
 Elsewhere there is a line per metrics row, on stderr.
 """
@@ -6,20 +6,25 @@ Elsewhere there is a line per metrics row, on stderr.
 from __future__ import annotations
 
 import contextlib
+import html
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from stepctl.errors import StepctlError
 from stepctl.hooks.base import Hook
+from stepctl.hooks.progress import Progress, ProgressBar, ProgressDisplay, ProgressText
 from stepctl.runs.messages import Messages, Say, silent
 from stepctl.runs.segment import Segment
 from stepctl.system.terminal import is_notebook, is_terminal, say
 from stepctl.writers.base import Writer
 from stepctl.writers.console import Console
 
+_LINE_SECONDS = 10.0
+ShowProgress = Callable[[Progress, str], None]
 
-class Progress(NamedTuple):
+
+class Shown(NamedTuple):
     """The writers, hooks and messages that show a segment."""
 
     writers: list[Writer]
@@ -28,29 +33,27 @@ class Progress(NamedTuple):
 
 
 @contextlib.contextmanager
-def show_progress(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[Progress]:
+def show_progress(segment: Segment, *, quiet: bool, verbose: bool) -> Iterator[Shown]:
     """Show the progress of a segment; release the terminal at the end."""
     report_saved = say if verbose else silent
     if quiet:
-        yield Progress([], [], Messages(say, report_saved=report_saved))
+        yield Shown([], [], Messages(say, report_saved=report_saved))
         return
     if is_terminal(sys.stderr):
         with _bar(segment, verbose) as progress:
             yield progress
         return
-    show_text = _notebook_line() if is_notebook() else None
+    show_text = _notebook_output() if is_notebook() else None
     if show_text is not None:
-        yield _line(segment, show_text, verbose)
+        yield _in_notebook(segment, show_text, verbose)
     else:
         console = Console(say, start=segment.start, target=segment.target)
-        yield Progress([console], [], _after_rows(segment, say, verbose))
+        yield Shown([console], [], _after_rows(segment, say, verbose))
 
 
 @contextlib.contextmanager
-def _bar(segment: Segment, verbose: bool) -> Iterator[Progress]:
+def _bar(segment: Segment, verbose: bool) -> Iterator[Shown]:
     from rich.console import Console as Terminal
-
-    from stepctl.hooks.progress import ProgressBar
 
     terminal = Terminal(stderr=True, highlight=False, markup=False)
     bar = ProgressBar(terminal, title=segment.directory.name, target=segment.target)
@@ -63,21 +66,36 @@ def _bar(segment: Segment, verbose: bool) -> Iterator[Progress]:
         print_above_bar, start=segment.start, target=segment.target, kinds=_kinds(verbose)
     )
     try:
-        yield Progress([console], [bar], _after_rows(segment, print_above_bar, verbose))
+        yield Shown([console], [bar], _after_rows(segment, print_above_bar, verbose))
     finally:
         bar.close()
 
 
-def _line(segment: Segment, show_text: Callable[[str], None], verbose: bool) -> Progress:
-    from stepctl.hooks.progress import ProgressLine
-
-    line = ProgressLine(show_text, title=segment.directory.name, target=segment.target)
+def _in_notebook(segment: Segment, show: ShowProgress, verbose: bool) -> Shown:
+    text = ProgressText(show, title=segment.directory.name, target=segment.target)
     console = Console(say, start=segment.start, target=segment.target, kinds=_kinds(verbose))
-    return Progress([console], [line], _after_rows(segment, say, verbose))
+    return Shown([console], [text], _after_rows(segment, say, verbose))
 
 
-def _notebook_line() -> Callable[[str], None] | None:
-    """Return a function that shows a text in the place of the last one; None outside of a notebook."""
+def display_for(segment: Segment) -> ProgressDisplay:
+    """Return the display of a segment that Python code trains: a bar, or a line every 10 seconds."""
+    title = segment.directory.name
+    target = segment.target
+    if is_terminal(sys.stderr):
+        from rich.console import Console as Terminal
+
+        terminal = Terminal(stderr=True, highlight=False, markup=False)
+        return ProgressBar(terminal, title=title, target=target)
+    show = _notebook_output() if is_notebook() else None
+    if show is not None:
+        return ProgressText(show, title=title, target=target)
+    return ProgressText(
+        lambda progress, text: say(text), title=title, target=target, refresh=_LINE_SECONDS
+    )
+
+
+def _notebook_output() -> ShowProgress | None:
+    """Return a function that shows a bar in the place of the last one; None outside of a notebook."""
     from IPython import get_ipython
     from IPython.display import display
 
@@ -85,9 +103,14 @@ def _notebook_line() -> Callable[[str], None] | None:
         return None
     handle: Any = None
 
-    def show(text: str) -> None:
+    def show(progress: Progress, text: str) -> None:
         nonlocal handle
-        content = {"text/plain": text}
+        percent = f"{100 * progress.fraction:.1f}"
+        bar = f'<progress value="{percent}" max="100" style="width: 20em"></progress>'
+        content = {
+            "text/plain": text,
+            "text/html": f"<div>{bar} <code>{html.escape(text)}</code></div>",
+        }
         if handle is None:
             handle = display(content, raw=True, display_id=True)
         else:

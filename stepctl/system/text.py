@@ -37,6 +37,11 @@ def counted(n: int, word: str) -> str:
     return f"{n:,} {word}{plural}"
 
 
+def local_step_note(step: int, start: int) -> str:
+    """Return " (local 20)": the steps since a segment's start; "" where it started at step 0."""
+    return f" (local {step - start})" if start else ""
+
+
 def a_or_an(noun: str) -> str:
     """Return a noun with its article: "a float", "an int"."""
     article = "an" if noun[:1].lower() in "aeiou" else "a"

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import final
 
+from stepctl.system.text import local_step_note
 from stepctl.writers.base import ROW_KEYS, MetricsRow, Writer
 
 
 @final
 class Console(Writer):
-    """Prints a line a row: global step, local step, epoch, metrics."""
+    """Prints a line a row: global step, local step where it is another, epoch, metrics, rate."""
 
     def __init__(
         self,
@@ -30,7 +31,6 @@ class Console(Writer):
 
     def _line(self, row: MetricsRow) -> str:
         step = row["step"]
-        local_step = step - self._start
         parts = []
         if row["kind"] == "eval":
             parts.append("validation")
@@ -41,4 +41,5 @@ class Console(Writer):
             rate = row.get(f"{unit}_per_second")
             if rate is not None:
                 parts.append(f"{rate:,.0f} {unit}/s")
-        return f"step {step}/{self._target} (local {local_step})  {'  '.join(parts)}"
+        note = local_step_note(step, self._start)
+        return f"step {step}/{self._target}{note}  {'  '.join(parts)}"

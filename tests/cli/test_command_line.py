@@ -164,7 +164,7 @@ def test_the_quick_start(tmp_path: Path) -> None:
     first = call("train", "--config", QUICKSTART)
     second = call("resume", "runs/quickstart", "--num-steps", 100)
     assert (first.stdout, second.stdout) == ("", "")
-    assert "step 100/100 (local 100)" in first.stderr
+    assert "step 100/100  epoch" in first.stderr
     assert "global step 100 to 200, from step-00000100.h5" in second.stderr
     assert "step 110/200 (local 10)" in second.stderr
     assert "done at global step 200 (local 100)" in second.stderr
@@ -816,7 +816,7 @@ def test_a_terminal_gets_a_bar_and_no_color_is_heeded() -> None:
     bright = on_a_terminal("resume", "run", "--last-step", 6)
     assert re.search(color, bright)
     assert "6/6" in bright
-    assert "(local 3)" in bright
+    assert "done at global step" in bright
     plain = on_a_terminal("resume", "run", "--last-step", 8, NO_COLOR="1")
     assert "8/8" in plain
     assert not re.search(color, plain)
@@ -831,8 +831,8 @@ def test_anything_but_a_terminal_gets_plain_lines() -> None:
     assert not [line for line in lines if "\x1b" in line or "\r" in line]
     shown = [line.split("  ")[0] for line in lines if line.startswith("step ")]
     assert shown == [
-        "step 1/8 (local 1)",
-        "step 4/8 (local 4)",
-        "step 8/8 (local 8)",
-        "step 8/8 (local 8)",
+        "step 1/8",
+        "step 4/8",
+        "step 8/8",
+        "step 8/8",
     ]

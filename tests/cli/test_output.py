@@ -263,7 +263,7 @@ def test_all_output_is_written_before_a_command_ends() -> None:
     )
     assert (said[0], said[-1]) == (
         "run: global step 0 to 300, from the initial state",
-        "run: done at global step 300 (local 300)",
+        "run: done at global step 300",
     )
 
 
