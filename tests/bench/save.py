@@ -2,12 +2,15 @@
 
     PYTHONPATH=. python tests/bench/save.py stall            # every step of an MLP of 21 million parameters
     PYTHONPATH=. python tests/bench/save.py share            # every 100 steps of configs/fashion-mnist.yaml
+    PYTHONPATH=. python tests/bench/save.py windows          # every 100 steps of a loop, for each tool
     PYTHONPATH=. python tests/bench/save.py memory           # beyond the state, while a save is in flight
 
 stall: each tool in a process of its own saves 252 MB of state (parameters and Adam's two moments, float32) again and
 again, and pauses in between until the disk has it, as a long step would; timed is the call that saves, in
 milliseconds: median (least..most). stepctl trains for real (batch 2048): timed is its hook, and the step after a
 save is compared with steps without one. Tools that cannot be imported are left out.
+
+windows: see tests/bench/save_windows.py; `--saves` is the number of windows with saves.
 
 share: what the steps that a save can touch (the one that begins it and the 20 after it) take longer than the other
 79 of each 100: the median over the saves, its quartiles, and the mean. Where BLAS uses every core, a save takes one of
@@ -31,6 +34,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.bench.save_windows import WINDOWS
 
 UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
 SHAPES = [(1024, 4096), (4096,), (4096, 4096), (4096,), (4096, 10), (10,)]
@@ -286,7 +291,7 @@ def memory() -> None:
     )
 
 
-def in_children(names: list[str], rounds: int, n: int) -> None:
+def in_children(what: str, names: list[str], rounds: int, n: int) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in UNSET}
     for _ in range(rounds):
         for name in names:
@@ -296,7 +301,7 @@ def in_children(names: list[str], rounds: int, n: int) -> None:
                     "-W",
                     "ignore",
                     __file__,
-                    "one",
+                    f"one-{what}",
                     "--tool",
                     name,
                     "--saves",
@@ -310,6 +315,9 @@ def in_children(names: list[str], rounds: int, n: int) -> None:
                 )
 
 
+ONE = ("one-stall", "one-windows")  # of one tool, in a process of its own
+
+
 def available() -> Iterator[str]:
     for name, (module, _) in TOOLS.items():
         if importlib.util.find_spec(module.partition(".")[0]):
@@ -321,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["stall", "share", "memory", "one"])
+    parser.add_argument("what", choices=["stall", "windows", "share", "memory", *ONE])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(available()))
     parser.add_argument("--tool", choices=TOOLS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -333,10 +341,12 @@ def main() -> None:
         "--digest-only", action="store_true", help="share: the least that a save can cost"
     )
     options = parser.parse_args()
-    if options.what == "stall":
-        in_children(options.tools, options.rounds, options.saves)
-    elif options.what == "one":
+    if options.what in ("stall", "windows"):
+        in_children(options.what, options.tools, options.rounds, options.saves)
+    elif options.what == "one-stall":
         TOOLS[options.tool][1](options.folder, options.saves)
+    elif options.what == "one-windows":
+        WINDOWS[options.tool](options.folder, options.saves)
     elif options.what == "share":
         share(options.shared_saves, options.threads, digest_only if options.digest_only else None)
     else:
