@@ -18,13 +18,14 @@ import pytest
 from tests.distributed import test_ranks as ranks
 from tests.support.mpi_jobs import needs_mpi
 from tests.support.processes import start
-from tests.support.program_examples import LAST_STEP, LOSS_EXAMPLES, LossExample, write_data
+from tests.support.program_examples import LOSS_EXAMPLES, LossExample, write_data
 from tests.support.program_runs import LOSS, config, rows, saved_state, train
 from tests.support.run_checks import checkpoints
 
 MOST_LONGER = 10  # lines
+LAST_STEP = 20  # of the runs that are stopped
 STOPS = range(LAST_STEP)
-SOME_STOPS = (0, 1, 8, 39)
+SOME_STOPS = (0, 8, LAST_STEP - 1)
 by_name = pytest.mark.parametrize("name", LOSS_EXAMPLES)
 by_shards = pytest.mark.parametrize("shards", [1, 4])
 Unbroken = Callable[[str, int], tuple[LossExample, Path]]
@@ -39,7 +40,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
 
     def find(name: str, shards: int) -> tuple[LossExample, Path]:
         if (name, shards) not in known:
-            example = LossExample(name, data, shards)
+            example = LossExample(name, data, shards, LAST_STEP)
             run = tmp_path_factory.mktemp("unbroken") / "run"
             train(example, LOSS, run, checkpoint_every=1)
             known[name, shards] = example, run
