@@ -96,7 +96,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @by_config
-@pytest.mark.parametrize("stop", range(LAST + 1))
+@pytest.mark.parametrize("stop", [0, 1, 2, 5, 6, LAST - 1, LAST])
 def test_stopped_at_any_step(
     kind: str, stop: int, unbroken: dict[str, Path], tmp_path: Path
 ) -> None:

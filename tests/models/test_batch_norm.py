@@ -26,6 +26,7 @@ from stepctl.training.build import prepare
 from stepctl.training.trainer import Trainer
 from tests.support.mpi_jobs import job
 from tests.support.runs import BASE, content, make_config, resume, rows, train
+from tests.support.stops import some_stops
 
 LAST = 20
 MLP = {"name": "mlp", "hidden": [12, 8], "batch_norm": True, "dropout": 0.1}
@@ -206,7 +207,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.mark.training
 @pytest.mark.parametrize("shards", [1, 4])
-@pytest.mark.parametrize("stop", range(LAST + 1))
+@pytest.mark.parametrize("stop", some_stops(LAST, every=4))
 def test_stopped_at_any_step(
     stop: int, shards: int, unbroken: dict[int, Path], tmp_path: Path
 ) -> None:

@@ -21,6 +21,19 @@ in_both_forms = [
     pytest.mark.parametrize("form", FORMS),
     pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name),
 ]
+in_one_form = pytest.mark.parametrize(
+    ("example", "form"),
+    [
+        pytest.param(
+            example,
+            form,
+            marks=[pytest.mark.faults] if (number + place) % 2 else [],
+            id=f"{example.name}-{form}",
+        )
+        for number, example in enumerate(EXAMPLES)
+        for place, form in enumerate(FORMS)
+    ],
+)
 Unbroken = Callable[[Example, str], Path]
 
 
@@ -91,7 +104,7 @@ def stop_once(
 
 
 @pytest.mark.process
-@both_forms
+@in_one_form
 def test_a_replay_finds_the_same_bits(
     example: Example, form: str, unbroken: Unbroken, tmp_path: Path
 ) -> None:
@@ -121,7 +134,7 @@ def test_a_replay_of_a_changed_script_finds_the_change(unbroken: Unbroken, tmp_p
 
 
 @pytest.mark.process
-@both_forms
+@in_one_form
 def test_a_fork_continues_as_its_parent_did(
     example: Example, form: str, unbroken: Unbroken, tmp_path: Path
 ) -> None:
