@@ -1,10 +1,11 @@
 """Curves of a metric over the global step, as an image or as text for a terminal."""
 
 import io
+import itertools
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from stepctl.writers.base import FIRST_KEYS, MetricsRow
 from stepctl.writers.jsonl import as_number
 
 FORMATS = ("png", "svg", "pdf")
-_MAX_STEP = (1 << 63) - 1
 _MAX_DRAWN = 1e300  # of absolute values: the difference of two must not overflow
 _MAX_LISTED = 8  # segment boundaries in a legend
 _COLORS = ("blue", "orange", "green", "red", "magenta", "cyan")  # names in plotext
@@ -55,30 +55,42 @@ def read_curves(paths: Sequence[str], metric: str) -> list[RunCurves]:
         boundaries.append(sorted({start["step"] for start in ledger.starts[1:]}))
         if not directory.holds_run(ledger):
             raise ConfigError(f"{directory.path}: no run is there; list them with: stepctl runs")
-    rows_of_runs = [directory.read_metrics() for directory in directories]
-    known = _metric_names(rows_of_runs)
-    if metric not in known:
-        hint = "there are none yet"
-        if known:
-            hint = f"there are: {', '.join(known)}"
-        raise ConfigError(f"--metric {metric}: no such metric{did_you_mean(metric, known)}; {hint}")
     names = [directory.name for directory in directories]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
+    known = set(FIRST_KEYS)
     found = []
-    for name, rows, steps in zip(names, rows_of_runs, boundaries, strict=True):
-        training = _curve(rows, "train", metric)
-        validation = _curve(rows, "eval", metric)
+    for name, directory, steps in zip(names, directories, boundaries, strict=True):
+        points: dict[object, Curve] = {"train": [], "eval": []}
+        for row in directory.read_metrics():
+            known |= _new_metrics(row, known)
+            value = as_number(row.get(metric))
+            kind = row.get("kind")
+            if value is not None and kind in points:
+                points[kind].append((row["step"], value))
+        training = _in_order(points["train"])
+        validation = _in_order(points["eval"])
         found.append(RunCurves(name, training, validation, steps))
+    known.difference_update(FIRST_KEYS)
+    if metric not in known:
+        hint = "there are none yet"
+        if known:
+            hint = f"there are: {', '.join(sorted(known))}"
+        guess = did_you_mean(metric, sorted(known))
+        raise ConfigError(f"--metric {metric}: no such metric{guess}; {hint}")
     return found
 
 
-def _metric_names(rows_of_runs: Sequence[list[MetricsRow]]) -> list[str]:
-    names = set()
-    for rows in rows_of_runs:
-        for row in rows:
-            names |= {name for name, value in row.items() if as_number(value) is not None}
-    return sorted(names.difference(FIRST_KEYS))
+def _new_metrics(row: MetricsRow, known: Collection[str]) -> set[str]:
+    """Return the keys of a row that have numbers and are not known yet."""
+    return {name for name in row if name not in known and as_number(row[name]) is not None}
+
+
+def _in_order(points: Curve) -> Curve:
+    """Return points in ascending order of their steps; of those with one step, the last."""
+    if all(a[0] < b[0] for a, b in itertools.pairwise(points)):
+        return points
+    return sorted(dict(points).items())
 
 
 def default_metric(paths: Sequence[str]) -> str:
@@ -92,15 +104,6 @@ def default_metric(paths: Sequence[str]) -> str:
         if metric is not None:
             return metric
     return "loss"
-
-
-def _curve(rows: list[MetricsRow], kind: str, metric: str) -> Curve:
-    values = {row["step"]: as_number(row.get(metric)) for row in rows if row.get("kind") == kind}
-    return sorted(
-        (step, value)
-        for step, value in values.items()
-        if value is not None and 0 <= step <= _MAX_STEP
-    )
 
 
 def render_image(found: Sequence[RunCurves], metric: str, kind: str) -> bytes:

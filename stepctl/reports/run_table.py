@@ -5,7 +5,7 @@ import datetime
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -133,7 +133,6 @@ def _summarize(
     now: datetime.datetime,
     requested: str | None,
 ) -> RunSummary:
-    rows = directory.read_metrics()
     steps = names.steps(directory.checkpoint_folder.names())
     age = _age(ledger, now)
     host = None
@@ -148,9 +147,10 @@ def _summarize(
             state = "held"
             age = _since_last_write(directory, now)
         started = [start["step"] for start in ledger.starts[-1:]]
+        rows = directory.newest_metrics().rows
         step = max([*steps, *(row["step"] for row in rows), *started], default=0)
     config = _newest_config(directory, ledger)
-    metric, last, best, lower_is_better = _summarize_metric(config, rows, requested)
+    metric, last, best, lower_is_better = _summarize_metric(directory, config, requested)
     return RunSummary(
         name=directory.name,
         step=step,
@@ -212,51 +212,60 @@ def _end_of_newest_segment(ledger: Ledger) -> tuple[RunState, str]:
 
 
 def _summarize_metric(
-    config: dict[str, Any] | None, rows: list[MetricsRow], requested: str | None
+    directory: RunDirectory, config: dict[str, Any] | None, requested: str | None
 ) -> tuple[str | None, float | None, float | None, bool]:
     """Return a metric, its last value, its best, and whether lower is better.
 
     The evaluation rows are used if there are some; for a requested metric, if some have it.
     """
     configured, mode = _configured_metric(config)
-    if requested is not None:
-        rows = [row for row in rows if as_number(row.get(requested)) is not None]
-    kind, rows = _rows_of_main_kind(rows)
-    name = requested if rows else None
-    if requested is None:
-        name = _main_metric(rows, configured)
+    kind = _main_kind(directory, requested)
+    name = requested or _main_metric(directory.read_metrics(kind), configured)
     if name is None:
         return None, None, None, True
-    values = [as_number(row.get(name)) for row in rows]
-    numbers = [value for value in values if value is not None]
-    finite = [value for value in numbers if math.isfinite(value)]
     if mode is not None and name == configured:
         is_lower_better = mode == "min"
     else:
         is_lower_better = name.endswith(_LOWER_IS_BETTER)
-    best = min(finite, default=None) if is_lower_better else max(finite, default=None)
-    return f"{_KINDS[kind]} {name}", numbers[-1], best, is_lower_better
+    best_of = min if is_lower_better else max
+    last = best = None
+    for row in directory.read_metrics(kind):
+        value = as_number(row.get(name))
+        if value is None:
+            continue
+        last = value
+        if math.isfinite(value):
+            best = value if best is None else best_of(best, value)
+    if last is None:
+        return None, None, None, True
+    return f"{_KINDS[kind]} {name}", last, best, is_lower_better
 
 
 def main_metric(directory: RunDirectory) -> str | None:
     """Return the metric that the config names, the loss, or the first metric; None without rows."""
     configured, _ = _configured_metric(_newest_config(directory, directory.read_ledger()))
-    _, rows = _rows_of_main_kind(directory.read_metrics())
-    return _main_metric(rows, configured)
+    return _main_metric(directory.read_metrics(_main_kind(directory)), configured)
 
 
-def _rows_of_main_kind(rows: list[MetricsRow]) -> tuple[str, list[MetricsRow]]:
-    """Return the evaluation rows, or the training rows if there are none."""
-    evaluations = [row for row in rows if row.get("kind") == "eval"]
-    if evaluations:
-        return "eval", evaluations
-    return "train", [row for row in rows if row.get("kind") == "train"]
+def _main_kind(directory: RunDirectory, metric: str | None = None) -> str:
+    """Return the kind of the rows to summarize: evaluations, or training rows if there are none.
+
+    Only rows with `metric` count, if one is given.
+    """
+    for row in directory.read_metrics("eval"):
+        if metric is None or as_number(row.get(metric)) is not None:
+            return "eval"
+    return "train"
 
 
-def _main_metric(rows: list[MetricsRow], configured: str | None) -> str | None:
-    known: Collection[str] = dict.fromkeys(
-        key for row in rows for key in row if as_number(row[key]) is not None
-    )
+def _main_metric(rows: Iterable[MetricsRow], configured: str | None) -> str | None:
+    """Return the first that rows have of: the configured metric, `loss`, another loss, any other."""
+    first_choice = configured or "loss"
+    known: dict[str, None] = {}
+    for row in rows:
+        known |= {key: None for key in row if key not in known and as_number(row[key]) is not None}
+        if first_choice in known:
+            return first_choice
     losses = [name for name in known if name.endswith(_LOWER_IS_BETTER)]
     others = [name for name in known if name not in ROW_KEYS]
     for name in (configured, "loss", *losses, *others):

@@ -2,9 +2,13 @@
 
 import itertools
 import os
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from stepctl.checkpoint import codec, names
 from stepctl.checkpoint.codec import CheckedFile
@@ -28,7 +32,10 @@ from stepctl.system.text import counted
 
 _MISSING_ROWS = 100  # reported of each segment, at least
 
-RowKey = tuple[int, str]  # step and kind of a metrics row
+_SECTIONS = {
+    "train": "log",
+    "eval": "evaluate",
+}  # of a config, by the kind of the rows they ask for
 
 
 class FileProblem(NamedTuple):
@@ -160,32 +167,60 @@ def _check_config(directory: RunDirectory, ledger: Ledger, good: list[CheckedFil
         check_locked_keys(newest["name"], newest["config"], without_hooks, ledger.changed_keys)
 
 
-def check_metrics(directory: RunDirectory, ledger: Ledger) -> Iterator[FileProblem]:
+def check_metrics(directory: RunDirectory, ledger: Ledger) -> list[FileProblem]:
     """Compare metrics.jsonl with the ledger: duplicate rows, missing ones, and ones past the end.
+
+    A resume may cut the file while it is read: a problem counts if a second reading finds it too.
+    """
+    found = _check_metrics(directory, ledger)
+    if not found:
+        return []
+    again = _check_metrics(directory, directory.read_ledger())
+    return [problem for problem in found if problem in again]
+
+
+def _check_metrics(directory: RunDirectory, ledger: Ledger) -> list[FileProblem]:
+    """Return the problems that one reading of the rows finds.
 
     A job writes the rows before the ledger's line of a checkpoint. The ledger is therefore read
     again after the rows: a row is required if both ledgers require it, and the later one gives the
     run's end.
     """
-    name = directory.metrics.name
     first_config = _first_config(directory)
     before, _ = _trained_steps(ledger, first_config)
-    found: set[RowKey] = set()
-    for row in directory.read_metrics():
+    unreadable: list[int] = []
+    disorder: tuple[int, int] | None = None
+    newest = 0
+    steps_by_kind: dict[str, array[int]] = {}
+    for row in directory.read_metrics(report=unreadable.append):
         step = row["step"]
-        kind = str(row.get("kind"))
-        if (step, kind) in found:
-            yield FileProblem("twice", name, f"{name}: two {kind} rows of step {step}")
-        found.add((step, kind))
+        steps_by_kind.setdefault(str(row.get("kind")), array("q")).append(step)
+        if step < newest and disorder is None:
+            disorder = (step, newest)
+        newest = max(newest, step)
     after, end = _trained_steps(directory.read_ledger(), first_config)
-    limit = len(found) + _MISSING_ROWS
-    required = _required_rows(before, limit) & _required_rows(after, limit)
-    for step, kind in sorted(required - found):
-        yield FileProblem("row", name, f"{name}: the {kind} row of step {step} is missing")
-    newest = max((step for step, _ in found), default=0)
+
+    problems: list[tuple[str, str]] = []
+    if unreadable:
+        lines = counted(len(unreadable), "line")
+        problems.append(("line", f"{lines} without a row, from line {unreadable[0]} on"))
+    if disorder is not None:
+        step, earlier = disorder
+        problems.append(("order", f"a row of step {step} after one of step {earlier}"))
+    limit = sum(map(len, steps_by_kind.values())) + _MISSING_ROWS
+    for kind in sorted({*steps_by_kind, *_SECTIONS}):
+        steps, counts = np.unique(steps_by_kind.get(kind, array("q")), return_counts=True)
+        for step in steps[counts > 1]:
+            problems.append(("twice", f"two {kind} rows of step {step}"))
+        required = np.intersect1d(
+            _required_steps(before, kind, limit), _required_steps(after, kind, limit)
+        )
+        for step in np.setdiff1d(required, steps):
+            problems.append(("row", f"the {kind} row of step {step} is missing"))
     if end is not None and newest > end:
-        message = f"{name}: has a row of step {newest}, but the run ended at step {end}"
-        yield FileProblem("row", name, message)
+        problems.append(("row", f"has a row of step {newest}, but the run ended at step {end}"))
+    name = directory.metrics.name
+    return [FileProblem(code, name, f"{name}: {text}") for code, text in problems]
 
 
 def check_series(directory: RunDirectory, ledger: Ledger) -> Iterator[FileProblem]:
@@ -237,17 +272,17 @@ def _trained_steps(
     return segments, end
 
 
-def _required_rows(segments: list[TrainedSteps], limit: int) -> set[RowKey]:
-    """Return the rows that the grid requires, up to `limit` of each segment and kind.
+def _required_steps(segments: list[TrainedSteps], kind: str, limit: int) -> npt.NDArray[np.int64]:
+    """Return the steps at which the grid requires a row of a kind, up to `limit` of each segment.
 
     A damaged ledger may claim any number of steps.
     """
-    required = set()
+    required = [np.empty(0, np.int64)]
     for segment in segments:
-        for kind, section in (("train", "log"), ("eval", "evaluate")):
-            steps = _firing_steps(segment.config.get(section), segment.first, segment.last)
-            required |= {(step, kind) for step in itertools.islice(steps, limit)}
-    return required
+        section = segment.config.get(_SECTIONS.get(kind, ""))
+        steps = _firing_steps(section, segment.first, segment.last)
+        required.append(np.fromiter(itertools.islice(steps, limit), np.int64))
+    return np.concatenate(required)
 
 
 def _first_config(directory: RunDirectory) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 from stepctl.config import yaml
 from stepctl.errors import ConfigError, RunExistsError
 from stepctl.rundir import json_lines
-from stepctl.rundir.json_lines import JSONRow
-from stepctl.rundir.ledger import Ledger
-from stepctl.rundir.lock import Holder, Lock
+from stepctl.rundir.json_lines import JSONRow, Tail
+from stepctl.rundir.ledger import MAX_STEP, Ledger
+from stepctl.rundir.lock import N_BYTES, Holder, Lock
 from stepctl.system import files
 from stepctl.system.files import write_errors
 from stepctl.system.folder import TEMPORARY, Folder
@@ -171,7 +171,7 @@ class RunDirectory:
 
     def holder(self) -> Holder | None:
         """Return the process in the lock file, unless it has ended. Nothing is locked."""
-        holder = Holder.parse(json_lines.read_bytes(self.folder, "lock"))
+        holder = Holder.parse(json_lines.read_start(self.folder, "lock", N_BYTES))
         if holder is None or holder.ended_with_its_boot or not holder.may_be_alive():
             return None
         return holder
@@ -230,25 +230,48 @@ class RunDirectory:
 
     def repair_ledger(self, say: Callable[[str], None] = lambda message: None) -> Ledger:
         """Read the ledger; remove a last line that was cut short, and lines that are not objects."""
-        rows = json_lines.keep_rows(
-            self.folder, self.ledger.name, is_row=lambda row: True, keep=lambda row: True, say=say
+        lines = Tail(self.folder, self.ledger.name)
+        lines.cut(say)
+        return Ledger(lines.rows)
+
+    def read_metrics(
+        self, kind: str | None = None, report: Callable[[int], None] = lambda number: None
+    ) -> Iterator[JSONRow]:
+        """Yield the rows of metrics.jsonl, or those of one kind, in order.
+
+        They are read one by one. A line that a kill cut short is skipped; `report` gets the numbers
+        of other lines that are no JSON objects.
+        """
+        containing = b"" if kind is None else kind.encode()
+        rows = json_lines.read_rows(
+            self.folder, self.metrics.name, containing=containing, report=report
         )
-        return Ledger(rows)
+        for row in rows:
+            if _has_step(row) and (kind is None or row.get("kind") == kind):
+                yield row
 
-    def read_metrics(self) -> list[JSONRow]:
-        """Read the rows of metrics.jsonl; a line that a kill cut short is skipped."""
-        rows = json_lines.read_rows(self.folder, self.metrics.name)
-        return [row for row in rows if _has_step(row)]
+    def metrics_after(self, step: int) -> Tail:
+        """Find the rows that a resume from `step` removes: later ones, and those marked extra.
 
-    def truncate_metrics(
-        self, step: int, say: Callable[[str], None] = lambda message: None
-    ) -> None:
-        """Remove rows after `step`, rows marked extra and an incomplete last line, atomically."""
+        The file is read from the end, to a row of an earlier step: rows are in the order of their
+        steps, and every resume removes the extra ones, so that all rows before it stay.
+        StepctlError if the rows cannot be read.
+        """
 
         def keep(row: JSONRow) -> bool:
             return row["step"] <= step and not row.get("extra")
 
-        json_lines.keep_rows(self.folder, self.metrics.name, is_row=_has_step, keep=keep, say=say)
+        return Tail(
+            self.folder,
+            self.metrics.name,
+            is_row=_has_step,
+            keep=keep,
+            is_settled=lambda row: row["step"] < step,
+        )
+
+    def newest_metrics(self) -> Tail:
+        """Return the last rows of metrics.jsonl: a thousand or more, if there are as many."""
+        return Tail(self.folder, self.metrics.name, is_row=_has_step, is_settled=lambda row: True)
 
 
 def _remove(folder: Folder, is_wanted: Callable[[str], bool]) -> None:
@@ -259,4 +282,5 @@ def _remove(folder: Folder, is_wanted: Callable[[str], bool]) -> None:
 
 
 def _has_step(row: JSONRow) -> bool:
-    return isinstance(row.get("step"), int)
+    step = row.get("step")
+    return isinstance(step, int) and 0 <= step <= MAX_STEP

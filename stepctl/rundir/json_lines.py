@@ -1,13 +1,16 @@
 """Files of JSON lines, ledger.jsonl and metrics.jsonl: reading, appending, removing rows.
 
-A kill or a full disk may cut the last line short. Reading skips it, `keep_rows` removes it.
+A kill or a full disk may cut the last line short. Reading skips it, `Tail.cut` removes it.
 """
 
 import codecs
+import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO, final
 
 from stepctl.errors import StepctlError
 from stepctl.system import files
@@ -17,8 +20,9 @@ from stepctl.system.text import counted
 
 JSONRow = dict[str, Any]
 
-_MAX_FILE = 1 << 30  # bytes: some ten million rows
 _MAX_ROW = 1 << 24  # bytes
+_TAIL_BYTES = 1 << 18  # at the end of a file that are always read
+_COPY_BYTES = 1 << 20  # copied at a time
 
 
 def parse_row(line: bytes) -> JSONRow | None:
@@ -30,23 +34,44 @@ def parse_row(line: bytes) -> JSONRow | None:
     return row if isinstance(row, dict) else None
 
 
-def read_rows(folder: Folder, name: str) -> Iterator[JSONRow]:
-    """Yield the JSON objects of a file, if it exists; StepctlError if a line is too long."""
-    for line in _lines(folder, name, read_bytes(folder, name)):
-        row = parse_row(line)
-        if row is not None:
-            yield row
+def read_rows(
+    folder: Folder,
+    name: str,
+    *,
+    containing: bytes = b"",
+    report: Callable[[int], None] = lambda number: None,
+) -> Iterator[JSONRow]:
+    """Yield the JSON objects of a file, if it exists, one by one.
+
+    Lines without the bytes `containing` are skipped unread. `report` gets the number (1, 2, ...) of
+    each whole line that is not an object. StepctlError if a line is too long, UnreadableError if
+    the file cannot be read now.
+    """
+    with _opened(folder, name) as file:
+        if file is None:
+            return
+        for number, line in enumerate(_lines(file, folder.display_path / name), start=1):
+            if containing not in line:
+                continue
+            row = parse_row(line)
+            if row is not None:
+                yield row
+            elif line.strip() and line.endswith((b"\r", b"\n")):
+                report(number)
 
 
-def _lines(folder: Folder, name: str, content: bytes) -> Iterator[bytes]:
-    """Yield the lines of a file with their ends; StepctlError if one is too long."""
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        if len(line) > _MAX_ROW:
-            what = f"line {number} has {len(line):,} bytes, more than the maximum of {_MAX_ROW:,}"
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield the lines from the file's position on, with their ends; StepctlError if one is too long."""
+    while content := file.readline(_MAX_ROW + 1):
+        if len(content) > _MAX_ROW:
             raise StepctlError(
-                f"{folder.display_path / name}: {what}; remove it, or move the file away"
+                f"{path}: a line has more than the maximum of {_MAX_ROW:,} bytes; remove it, or move "
+                "the file away"
             )
-        yield line
+        if b"\r" in content:
+            yield from content.splitlines(keepends=True)
+        else:
+            yield content
 
 
 def append_row(folder: Folder, name: str, row: Mapping[str, Any]) -> bool:
@@ -65,59 +90,130 @@ def append_row(folder: Folder, name: str, row: Mapping[str, Any]) -> bool:
             os.close(descriptor)
 
 
-def keep_rows(
-    folder: Folder,
-    name: str,
-    is_row: Callable[[JSONRow], bool],
-    keep: Callable[[JSONRow], bool],
-    say: Callable[[str], None],
-) -> list[JSONRow]:
-    """Replace a file by the rows that `keep` accepts, atomically, if that changes it; return them.
+@final
+class Tail:
+    """The rows at the end of a file, and the lines among them that are to be removed.
 
-    A last line without a line end was cut short, and is dropped. If any other line is not a row,
-    the file is first copied aside, which `say` reports.
+    `rows` are those that stay, from the byte `offset` on. The lines before it are not read.
     """
-    content = read_bytes(folder, name)
-    kept: list[JSONRow] = []
-    kept_lines: list[bytes] = []
-    n_unreadable = 0
-    for line in _lines(folder, name, content):
+
+    def __init__(
+        self,
+        folder: Folder,
+        name: str,
+        *,
+        is_row: Callable[[JSONRow], bool] = lambda row: True,
+        keep: Callable[[JSONRow], bool] = lambda row: True,
+        is_settled: Callable[[JSONRow], bool] = lambda row: False,
+    ) -> None:
+        """Read the last rows: from one that `is_settled` accepts, or else from the first line.
+
+        Rows that `keep` refuses are to be removed, and so are lines that are not rows (`is_row`).
+        These count as unreadable, except a last one without a line end, which was cut short.
+        UnreadableError if the file cannot be read now, StepctlError if a line is too long.
+        """
+        self.rows: list[JSONRow] = []
+        self.offset = 0
+        self._folder = folder
+        self._name = name
+        self._is_row = is_row
+        self._keep = keep
+        self._size = 0
+        self._unchanged = 0  # bytes from the start that stay as they are
+        self._kept_after: list[bytes] = []  # the lines that follow them
+        self._n_unreadable = 0
+        with _opened(folder, name) as file:
+            if file is not None:
+                self._read(file, is_settled)
+
+    def _read(self, file: BinaryIO, is_settled: Callable[[JSONRow], bool]) -> None:
+        self._size = os.fstat(file.fileno()).st_size
+        self.offset = self._settled_offset(file, is_settled)
+        self._unchanged = self.offset
+        file.seek(self.offset)
+        position = self.offset
+        for line in _lines(file, self._folder.display_path / self._name):
+            kept = self._kept_form(line)
+            if kept is not None and self._unchanged == position and kept == line:
+                self._unchanged += len(line)
+            elif kept is not None:
+                self._kept_after.append(kept)
+            position += len(line)
+
+    def _settled_offset(self, file: BinaryIO, is_settled: Callable[[JSONRow], bool]) -> int:
+        """Return the offset of a settled row about _TAIL_BYTES or more from the end; 0 without one."""
+        length = _TAIL_BYTES
+        while length < self._size:
+            file.seek(self._size - length - 1)
+            file.readline(_MAX_ROW)  # the end of a line
+            offset = file.tell()
+            row = parse_row(file.readline(_MAX_ROW))
+            if row is not None and self._is_row(row) and is_settled(row):
+                return offset
+            length *= 2
+        return 0
+
+    def _kept_form(self, line: bytes) -> bytes | None:
+        """Return a line as it is kept, in UTF-8 with one line end; None if it is removed."""
         text = line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)
         row = parse_row(text)
-        if row is not None and is_row(row):
-            if keep(row):
-                kept.append(row)
-                kept_lines.append(text + b"\n")
-        elif text.strip() and line.endswith((b"\r", b"\n")):
-            n_unreadable += 1
-    if n_unreadable:
-        aside = folder.aside_name(name)
-        folder.publish(aside, [content])
-        removed = f"removed {counted(n_unreadable, 'unreadable line')}"
-        say(f"{folder.display_path / name}: {removed}; the original file is kept as {aside}")
-    if b"".join(kept_lines) != content:
-        folder.publish(name, kept_lines)
-    return kept
+        if row is None or not self._is_row(row):
+            if text.strip() and line.endswith((b"\r", b"\n")):
+                self._n_unreadable += 1
+            return None
+        if not self._keep(row):
+            return None
+        self.rows.append(row)
+        return text + b"\n"
+
+    def cut(self, say: Callable[[str], None]) -> None:
+        """Remove the lines, all or none of them.
+
+        If unreadable ones are among them, the file is first copied aside, which `say` reports.
+        """
+        if self._n_unreadable:
+            aside = self._folder.aside_name(self._name)
+            self._folder.publish(aside, self._content(self._size))
+            removed = f"removed {counted(self._n_unreadable, 'unreadable line')}"
+            path = self._folder.display_path / self._name
+            say(f"{path}: {removed}; the original file is kept as {aside}")
+        if self._kept_after:
+            content = itertools.chain(self._content(self._unchanged), self._kept_after)
+            self._folder.publish(self._name, content)
+        elif self._unchanged < self._size:
+            self._folder.truncate(self._name, self._unchanged)
+
+    def _content(self, size: int) -> Iterator[bytes]:
+        """Yield the first `size` bytes of the file."""
+        with self._folder.open_regular(self._name) as file:
+            while size and (content := file.read(min(size, _COPY_BYTES))):
+                yield content
+                size -= len(content)
 
 
-def read_bytes(folder: Folder, name: str) -> bytes:
-    """Return the content of a file, b"" if it is missing; UnreadableError if it cannot be read."""
-    path = folder.display_path / name
+@contextlib.contextmanager
+def _opened(folder: Folder, name: str) -> Iterator[BinaryIO | None]:
+    """Open a file for reading, None if it is missing; convert the errors of reading it."""
+    file: BinaryIO | None = None
     try:
-        with folder.open_regular(name) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > _MAX_FILE:
-                what = f"{size:,} bytes, more than the maximum of {_MAX_FILE:,}"
-                raise StepctlError(
-                    f"{path}: {what}; move the file away, or remove lines that are not rows"
-                )
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        files.refuse_broken_link(folder.path / name)
-        return b""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            file = folder.open_regular(name)
+        if file is None:
+            files.refuse_broken_link(folder.path / name)
+            yield None
+            return
+        with file:
+            yield file
     except OSError as error:
+        path = folder.display_path / name
         if files.is_unavailable(error):
             raise files.unreadable(path, error) from error
         raise StepctlError(
             f"{path}: cannot be read: {error.strerror}; {remedy_of(error)}"
         ) from error
+
+
+def read_start(folder: Folder, name: str, n_bytes: int) -> bytes:
+    """Return the first bytes of a file, b"" if it is missing; errors as in `read_rows`."""
+    with _opened(folder, name) as file:
+        return b"" if file is None else file.read(n_bytes)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_MAX_STEP = 2**63 - 1
+MAX_STEP = 2**63 - 1
 
 
 class RecordedChange(TypedDict):
@@ -219,4 +219,4 @@ def _is_event(row: dict[str, Any]) -> bool:
 
 
 def _is_valid(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and (not isinstance(value, int) or 0 <= value <= _MAX_STEP)
+    return isinstance(value, kind) and (not isinstance(value, int) or 0 <= value <= MAX_STEP)

@@ -18,7 +18,7 @@ from stepctl.system.folder import Descriptor, Folder
 from stepctl.system.shell import command
 
 _NAME = "lock"
-_N_BYTES = 512  # size of the lock file
+N_BYTES = 512  # size of the lock file
 _ATTEMPTS = 100
 _RETRY_SECONDS = 0.01
 
@@ -97,7 +97,7 @@ class Lock:
     def read_holder(self) -> Holder | None:
         """Return the process that wrote the lock file last, None if it released the lock."""
         with contextlib.suppress(OSError), self.folder.open_regular(_NAME) as file:
-            return Holder.parse(file.read(_N_BYTES))
+            return Holder.parse(file.read(N_BYTES))
         return None
 
     def write_holder(self) -> None:
@@ -108,7 +108,7 @@ class Lock:
         try:
             with write_errors(self._path):
                 # A single write of constant length: a reader sees the old holder or the new one.
-                write_all(self._file.number, line.ljust(_N_BYTES).encode())
+                write_all(self._file.number, line.ljust(N_BYTES).encode())
         except StepctlError as error:
             if not is_disk_full(error):
                 raise

@@ -187,7 +187,7 @@ def _best_step(records: RunRecords, store: Store) -> int:
             f"{path}: the run keeps no best checkpoint (checkpoint.keep_best); name a step: {steps}"
         )
     keep_best = KeepBestConfig.model_validate(spec)
-    evaluations = EvaluationHistory(records.directory.read_metrics())
+    evaluations = EvaluationHistory(records.directory.read_metrics("eval"))
     found = best_steps(store.steps(), keep_best, evaluations.rows)
     if not found:
         raise CheckpointError(

@@ -35,7 +35,7 @@ def prune(
         store = Store(directory.checkpoint_folder, lambda: ledger)
         if not dry_run:
             store.set_aside_all(pending_set_aside(ledger))
-        evaluations = EvaluationHistory(directory.read_metrics()).rows
+        evaluations = EvaluationHistory(directory.read_metrics("eval")).rows
         best = keep.keep_best
         if best is not None and not any(best.metric in row for row in evaluations.values()):
             shown = directory.display_path(directory.metrics)

@@ -222,7 +222,9 @@ class Segment:
         }
         if self._going_back:
             facts["set_aside"] = list(later.values())
-        earlier_rows = self.directory.read_metrics()  # an error here comes before any change
+        # an error here comes before any change
+        later_rows = self.directory.metrics_after(self.start)
+        evaluations = self._earlier_evaluations()
         number = 1 + len(self._ledger.starts)
         self._record_start(number, facts)
         if self._going_back and later:
@@ -232,9 +234,8 @@ class Segment:
             messages.say(
                 f"going back to step {self.start}: later checkpoints are kept as {names_aside}"
             )
-        self.directory.truncate_metrics(self.start, messages.say)
+        later_rows.cut(messages.say)
         self._open_series(messages)
-        evaluations = EvaluationHistory(row for row in earlier_rows if row["step"] <= self.start)
         beside = open_writers(
             self.directory,
             self.config.log,
@@ -262,6 +263,14 @@ class Segment:
         return OpenSegment(
             self, number, publisher, signals, messages, own_hooks=own_hooks, hooks=hooks, stop=stop
         )
+
+    def _earlier_evaluations(self) -> EvaluationHistory:
+        """Return the evaluations of the checkpoints, if the best ones are to be kept."""
+        if self.config.checkpoint.keep_best is None:
+            return EvaluationHistory(())
+        steps = {step for step in self.store.steps() if step <= self.start}
+        rows = self.directory.read_metrics("eval")
+        return EvaluationHistory(row for row in rows if row["step"] in steps)
 
     def _open_series(self, messages: Messages) -> None:
         """Cut the series back to the start, and report rows that are missing."""

@@ -252,6 +252,16 @@ class Folder:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path, dir_fd=dir_fd)
 
+    def truncate(self, name: str, size: int) -> None:
+        """Cut a file to `size` bytes durably. A file's size changes atomically, in one system call."""
+        with write_errors(self.display_path / name):
+            descriptor = self.open(name, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                os.ftruncate(descriptor, size)
+                fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
     def rename(self, old: str, new: str) -> None:
         """Rename a file durably."""
         self.check_not_moved()

@@ -1,6 +1,6 @@
 """Evaluation rows in memory, for the decision which checkpoints are the best."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import final
 
 from stepctl.writers.base import MetricsRow, Writer
@@ -12,9 +12,9 @@ class EvaluationHistory(Writer):
 
     def __init__(self, rows: Iterable[MetricsRow]) -> None:
         self.rows: dict[int, MetricsRow] = {}
-        self.write([*rows])
+        self.write(rows)
 
-    def write(self, rows: Sequence[MetricsRow]) -> None:
+    def write(self, rows: Iterable[MetricsRow]) -> None:
         for row in rows:
             if row.get("kind") == "eval" and not row.get("extra"):
                 self.rows[row["step"]] = row

@@ -29,12 +29,12 @@ def goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Pat
     )
 
     def first(function: Callable[..., Any]) -> Callable[..., Any]:
-        def look(*arguments: Any) -> Any:
+        def look(*arguments: Any, **options: Any) -> Any:
             if left[0] and not busy[0]:
                 left[0], busy[0] = left[0] - 1, True
                 resume(path, last_step=10 + 16 * (6 - left[0]))
                 busy[0] = False
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return look
 

@@ -479,15 +479,9 @@ def one_long_line(path: Path) -> None:
 
 @pytest.mark.training
 @pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (sparse, "bytes, more than the maximum of 1,073,741,824"),
-        (one_long_line, "more than the maximum of 16,777,216"),
-    ],
-)
+@pytest.mark.parametrize("spoil", [sparse, one_long_line])
 def test_huge_records_of_one_run_are_its_own_affair(
-    spoil: Callable[[Path], None], words: str, name: str, tmp_path: Path
+    spoil: Callable[[Path], None], name: str, tmp_path: Path
 ) -> None:
     for run in ("good", "huge"):
         train(small(), tmp_path / run)
@@ -496,4 +490,4 @@ def test_huge_records_of_one_run_are_its_own_affair(
     assert (good.name, good.state, good.step) == ("good", "finished", 12)
     assert (huge.name, huge.state) == ("huge", "damaged")
     assert f"{name}: " in huge.reason
-    assert words in huge.reason
+    assert "a line has more than the maximum of 16,777,216 bytes" in huge.reason

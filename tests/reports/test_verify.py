@@ -151,6 +151,16 @@ def row_missing(run: Path) -> None:
     )
 
 
+def row_damaged(run: Path) -> None:
+    content = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(content.replace(b'"step": 21, ', b'"st\0p": 21, ', 1))
+
+
+def rows_exchanged(run: Path) -> None:
+    first, second, *others = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([second, first, *others]))
+
+
 def row_late(run: Path) -> None:
     with open(run / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 41, "kind": "train", "loss": 1.0}\n')
@@ -185,8 +195,10 @@ WRONG: dict[Callable[[Path], None], set[tuple[str, str]]] = {
     renamed: {("step", "step-00000021.h5"), ("lost", "step-00000020.h5")},
     of_another_run: {("other", "step-00000020.h5"), ("run", "step-00000020.h5")},
     unknown: {("unknown", "step-00000020.h5")},
-    row_twice: {("twice", "metrics.jsonl")},
+    row_twice: {("twice", "metrics.jsonl"), ("order", "metrics.jsonl")},
     row_missing: {("row", "metrics.jsonl")},
+    row_damaged: {("line", "metrics.jsonl"), ("row", "metrics.jsonl")},
+    rows_exchanged: {("order", "metrics.jsonl")},
     row_late: {("row", "metrics.jsonl")},
     config_lost: {("config", "config.yaml")},
     config_edited: {("config", "config.yaml")},

@@ -335,37 +335,94 @@ def test_rows_past_the_restored_step_and_extra_rows_are_cut(samples: Path, tmp_p
     ]
     text = "".join(json.dumps(row) + "\n" for row in [kept[0], *cut, *kept[1:]])
     directory.metrics.write_text(text + '{"step": 5, "ki')
-    directory.truncate_metrics(5)
+    cut_metrics(directory, 5)
     assert [json.loads(line) for line in directory.metrics.read_text().splitlines()] == kept
 
 
 def test_metrics_without_a_row_to_cut_are_not_rewritten(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    directory.truncate_metrics(5)
+    cut_metrics(directory, 5)
     assert not directory.metrics.exists()
     directory.metrics.write_text('{"step": 5, "kind": "train"}\n')
     before = directory.metrics.stat()
-    directory.truncate_metrics(5)
+    cut_metrics(directory, 5)
     assert directory.metrics.stat() == before
 
 
-def test_metrics_are_cut_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = RunDirectory(tmp_path)
-    text = "".join(f'{{"step": {step}, "kind": "train"}}\n' for step in range(10))
-    directory.metrics.write_text(text)
+# rows of steps 4, 5 and 6; the file is cut back to step 4 or 5, in one system call
+CUTS = {
+    "later rows": (4, [0, 0, 0], "ftruncate", [4]),
+    "extra rows": (6, [0, 0, 1], "ftruncate", [4, 5]),
+    "an extra row before another": (6, [0, 1, 0], "rename", [4, 6]),
+}
 
-    def no_rename(*_: object, **__: object) -> None:
+
+@pytest.mark.parametrize("case", CUTS)
+def test_metrics_are_cut_atomically(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, extra, call, expected = CUTS[case]
+    directory = RunDirectory(tmp_path)
+    for number, is_extra in zip((4, 5, 6), extra, strict=True):
+        row = {"step": number, "kind": "train"} | ({"extra": True} if is_extra else {})
+        with directory.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    text = directory.metrics.read_text()
+
+    def cut_power(*_: object, **__: object) -> None:
         assert directory.metrics.read_text() == text
         raise Power
 
-    monkeypatch.setattr(os, "rename", no_rename)
+    monkeypatch.setattr(os, call, cut_power)
     with pytest.raises(Power):
-        directory.truncate_metrics(4)
+        cut_metrics(directory, step)
     monkeypatch.undo()
     assert directory.metrics.read_text() == text
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
-    directory.truncate_metrics(4)
-    assert directory.metrics.read_text() == "".join(text.splitlines(keepends=True)[:5])
+    cut_metrics(directory, step)
+    assert [row["step"] for row in directory.read_metrics()] == expected
+
+
+@pytest.fixture
+def many_rows(tmp_path: Path) -> RunDirectory:
+    """Rows of the steps 1 to 20,000, in several times the bytes that are read at the end."""
+    directory = RunDirectory(tmp_path)
+    rows = (f'{{"step": {step}, "kind": "train", "loss": 0.5}}\n' for step in range(1, 20_001))
+    directory.metrics.write_text("".join(rows))
+    return directory
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 5_000, 19_990, 20_000, 30_000])
+def test_many_rows_are_cut_at_any_step(step: int, many_rows: RunDirectory) -> None:
+    lines = many_rows.metrics.read_bytes().splitlines(keepends=True)
+    with many_rows.metrics.open("ab") as file:
+        file.write(b'{"step": 20000, "kind": "eval", "extra": true}\n{"step": 20')
+    cut_metrics(many_rows, step)
+    assert many_rows.metrics.read_bytes() == b"".join(lines[:step])
+
+
+def test_only_the_end_of_many_rows_is_read(many_rows: RunDirectory) -> None:
+    content = many_rows.metrics.read_bytes()
+    many_rows.metrics.write_bytes(b"junk\n" + content)
+    tail = many_rows.metrics_after(19_990)
+    assert 0 < tail.offset < len(content) - (1 << 17)
+    assert [row["step"] for row in tail.rows][-1] == 19_990
+    tail.cut(pytest.fail)
+    assert many_rows.metrics.read_bytes().startswith(b"junk\n")
+
+
+def test_a_row_that_cannot_be_read_does_not_end_the_search(many_rows: RunDirectory) -> None:
+    lines = many_rows.metrics.read_bytes().splitlines(keepends=True)
+    said: list[str] = []
+    junk = b"\0" * 600_000 + b"\n"  # where a row was not durable
+    many_rows.metrics.write_bytes(b"".join([*lines[:9_000], junk, *lines[9_000:9_010]]))
+    many_rows.metrics_after(9_000).cut(said.append)
+    assert many_rows.metrics.read_bytes() == b"".join(lines[:9_000])
+    assert len(said) == 1
+
+
+def cut_metrics(directory: RunDirectory, step: int) -> None:
+    directory.metrics_after(step).cut(pytest.fail)
 
 
 def assert_no_step_twice(path: Path) -> None:

@@ -175,7 +175,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "torn ledger": lambda directory: directory.repair_ledger,
     "config": lambda directory: lambda: directory.write_config("seed: 9\n"),
-    "metrics": lambda directory: lambda: directory.truncate_metrics(0),
+    "metrics": lambda directory: lambda: directory.metrics_after(0).cut(print),
     "rows": jsonl,
     "table": csv,
     "table made anew": csv_with_a_new_column,

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -333,3 +334,46 @@ def test_written_rows_are_synced_once(
     size = (tmp_path / "run" / "metrics.jsonl").stat().st_size
     assert synced == [0] + [size] * (1 + fails)
     writer.close()
+
+
+def long_table(path: Path) -> tuple[RunDirectory, bytes]:
+    """Write metrics.jsonl with rows of the steps 1 to 9,000, and metrics.csv; return the table."""
+    directory = RunDirectory(path)
+    rows = ({"step": step, "kind": "train", "loss": step / 7} for step in range(1, 9_001))
+    directory.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    CSV(directory).close()
+    return directory, directory.csv.read_bytes()
+
+
+def test_a_long_table_is_cut_after_the_newest_rows_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, whole = long_table(tmp_path)
+    directory.metrics_after(8_990).cut(pytest.fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(CSV, "_rewrite", pytest.fail)
+        writer = CSV(directory)
+    assert directory.csv.read_bytes() == b"".join(whole.splitlines(keepends=True)[:8_991])
+    writer.write([{"step": 8_991, "kind": "train", "loss": 8_991 / 7}])
+    writer.close()
+    assert directory.csv.read_bytes() == b"".join(whole.splitlines(keepends=True)[:8_992])
+
+
+SPOILED: dict[str, Callable[[bytes], bytes]] = {
+    "rows are missing at the end": lambda table: table[:-40],
+    "another newest row": lambda table: table.replace(b"\n9000,", b"\n9001,"),
+    "a column is missing": lambda table: table.replace(b",loss", b"", 1),
+    "another first column": lambda table: table.replace(b"step,kind", b"kind,step", 1),
+    "not UTF-8": lambda table: b"\xff" + table,
+    "empty": lambda table: b"",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_long_table_without_the_newest_rows_is_rewritten(
+    spoil: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    directory, whole = long_table(tmp_path)
+    directory.csv.write_bytes(spoil(whole))
+    CSV(directory).close()
+    assert directory.csv.read_bytes() == whole
