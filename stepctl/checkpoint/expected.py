@@ -16,7 +16,8 @@ def expected_checkpoints(ledger: Ledger) -> dict[int, str]:
         removed: list[int] = []
         if event["event"] == "checkpoint":
             expected[event["step"]] = event["sha256"]
-            removed = _steps(event.get("pruned"))
+            if event.get("pruned"):
+                removed = _steps(event["pruned"])
         elif event["event"] == "prune":
             removed = _steps(event["steps"])
         elif event["event"] == "start":

@@ -4,6 +4,7 @@ import time
 
 import click
 
+from stepctl.cli.collection import settle, suspend_collection
 from stepctl.cli.interrupts import hold_signals
 from stepctl.cli.options import (
     max_time_option,
@@ -58,6 +59,7 @@ def resume(
     RUN continues from its newest good checkpoint, to its newest target or to the one given here.
     """
     began = time.monotonic()
+    suspend_collection()
     hold_signals()
     queue_output()
     comm = join_job()
@@ -83,6 +85,7 @@ def resume(
         from stepctl.runs.at_step import ResumeOptions
         from stepctl.runs.open import resume_locked
 
+        settle()
         options = ResumeOptions(
             document=document if assignments else None,
             assignments=assignments,

@@ -22,7 +22,9 @@ JSONRow = dict[str, Any]
 
 _MAX_ROW = 1 << 24  # bytes
 _TAIL_BYTES = 1 << 18  # at the end of a file that are always read
+_BLOCK_BYTES = 1 << 18  # parsed at a time
 _COPY_BYTES = 1 << 20  # copied at a time
+_LINE_END = "\n"
 
 
 def parse_row(line: bytes) -> JSONRow | None:
@@ -41,37 +43,80 @@ def read_rows(
     containing: bytes = b"",
     report: Callable[[int], None] = lambda number: None,
 ) -> Iterator[JSONRow]:
-    """Yield the JSON objects of a file, if it exists, one by one.
+    """Yield the JSON objects of a file, if it exists, in order, without reading it whole.
 
-    Lines without the bytes `containing` are skipped unread. `report` gets the number (1, 2, ...) of
-    each whole line that is not an object. StepctlError if a line is too long, UnreadableError if
-    the file cannot be read now.
+    Lines without the bytes `containing` may be skipped. `report` gets the number (1, 2, ...) of each
+    whole line that is not an object. StepctlError if a line is too long, UnreadableError if the
+    file cannot be read now.
     """
     with _opened(folder, name) as file:
         if file is None:
             return
-        for number, line in enumerate(_lines(file, folder.display_path / name), start=1):
-            if containing not in line:
-                continue
-            row = parse_row(line)
-            if row is not None:
-                yield row
-            elif line.strip() and line.endswith((b"\r", b"\n")):
-                report(number)
+        number = 0
+        for block in _blocks(file, folder.display_path / name):
+            if containing in block:
+                yield from _rows(block, containing, number, report)
+            number += block.count(b"\n")
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield the lines from the file's position on, with their ends; StepctlError if one is too long."""
-    while content := file.readline(_MAX_ROW + 1):
-        if len(content) > _MAX_ROW:
+def _rows(
+    block: bytes, containing: bytes, number: int, report: Callable[[int], None]
+) -> Iterator[JSONRow]:
+    """Yield the objects of a block, whose first line has the number `number` + 1."""
+    if containing:
+        lines = [line for line in block.splitlines(keepends=True) if containing in line]
+        block = b"".join(lines)
+    rows = _parse_block(block)
+    if rows is not None:
+        yield from rows
+        return
+    for line in block.splitlines(keepends=True):
+        number += 1
+        row = parse_row(line)
+        if row is not None:
+            yield row
+        elif _is_unreadable(line):
+            report(number)
+
+
+def _parse_block(block: bytes) -> list[JSONRow] | None:
+    """Return the objects of lines that hold one each; None if a line may hold anything else."""
+    if not block.endswith(b"\n"):
+        return None
+    try:
+        rows: list[JSONRow] = json.loads(f"[{block[:-1].decode().replace(_LINE_END, ',')}]")
+    except (ValueError, RecursionError):
+        return None
+    if len(rows) != block.count(b"\n") or not all(isinstance(row, dict) for row in rows):
+        return None
+    return rows
+
+
+def _is_unreadable(line: bytes) -> bool:
+    """Tell whether a line that is not an object was not just cut short, and is not blank."""
+    return bool(line.strip()) and line.endswith((b"\r", b"\n"))
+
+
+def _blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield whole lines from the file's position on, many at once, and a last one that has no end.
+
+    StepctlError if a line is too long.
+    """
+    rest = b""
+    while content := file.read(_BLOCK_BYTES):
+        end = content.rfind(b"\n") + 1
+        if end:
+            yield rest + content[:end]
+            rest = content[end:]
+        else:
+            rest += content
+        if len(rest) > _MAX_ROW:
             raise StepctlError(
                 f"{path}: a line has more than the maximum of {_MAX_ROW:,} bytes; remove it, or move "
                 "the file away"
             )
-        if b"\r" in content:
-            yield from content.splitlines(keepends=True)
-        else:
-            yield content
+    if rest:
+        yield rest
 
 
 def append_row(folder: Folder, name: str, row: Mapping[str, Any]) -> bool:
@@ -132,13 +177,28 @@ class Tail:
         self._unchanged = self.offset
         file.seek(self.offset)
         position = self.offset
-        for line in _lines(file, self._folder.display_path / self._name):
-            kept = self._kept_form(line)
-            if kept is not None and self._unchanged == position and kept == line:
-                self._unchanged += len(line)
-            elif kept is not None:
-                self._kept_after.append(kept)
-            position += len(line)
+        for block in _blocks(file, self._folder.display_path / self._name):
+            rows = _parse_block(block)
+            if rows is not None and b"\r" not in block and self._all_stay(rows):
+                self.rows += rows
+                self._add(block, position, block)
+                position += len(block)
+                continue
+            for line in block.splitlines(keepends=True):
+                kept = self._kept_form(line)
+                if kept is not None:
+                    self._add(line, position, kept)
+                position += len(line)
+
+    def _all_stay(self, rows: list[JSONRow]) -> bool:
+        return all(map(self._is_row, rows)) and all(map(self._keep, rows))
+
+    def _add(self, lines: bytes, position: int, kept: bytes) -> None:
+        """Add lines at this position of the file, and the form in which they are kept."""
+        if self._unchanged == position and kept == lines:
+            self._unchanged += len(lines)
+        else:
+            self._kept_after.append(kept)
 
     def _settled_offset(self, file: BinaryIO, is_settled: Callable[[JSONRow], bool]) -> int:
         """Return the offset of a settled row about _TAIL_BYTES or more from the end; 0 without one."""
@@ -158,8 +218,7 @@ class Tail:
         text = line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)
         row = parse_row(text)
         if row is None or not self._is_row(row):
-            if text.strip() and line.endswith((b"\r", b"\n")):
-                self._n_unreadable += 1
+            self._n_unreadable += _is_unreadable(line)
             return None
         if not self._keep(row):
             return None

@@ -6,6 +6,7 @@ ledger.acknowledged                # sha256 -> step of the published checkpoints
 [event["step"] for event in ledger if event["event"] == "start"]
 """
 
+import functools
 import re
 import secrets
 from collections.abc import Iterable, Iterator
@@ -86,7 +87,7 @@ class ForkEvent(_Event):
 
 LedgerEvent = StartEvent | CheckpointEvent | EndEvent | PruneEvent | ForkEvent
 
-_REQUIRED: dict[str, dict[str, type]] = {
+_REQUIRED: dict[str, dict[str, type[Any]]] = {
     "start": {"segment": int, "step": int, "target": int, "data": str},
     "checkpoint": {"step": int, "sha256": str},
     "end": {"segment": int, "step": int, "reason": str},
@@ -96,7 +97,10 @@ _REQUIRED: dict[str, dict[str, type]] = {
 
 
 class Ledger:
-    """The events of a run, in order, as they were when the file was read."""
+    """The events of a run, in order, as they were when the file was read.
+
+    What follows from them is computed once.
+    """
 
     def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:
         """Rows that are not events are skipped: no segment wrote them."""
@@ -105,12 +109,12 @@ class Ledger:
     def __iter__(self) -> Iterator[LedgerEvent]:
         return iter(self.events)
 
-    @property
+    @functools.cached_property
     def starts(self) -> list[StartEvent]:
         """The start of each segment."""
         return [event for event in self.events if event["event"] == "start"]
 
-    @property
+    @functools.cached_property
     def run_id(self) -> str | None:
         """The id in the first line; None for a run of format version 1, until it is resumed."""
         for event in self.events:
@@ -119,7 +123,7 @@ class Ledger:
                 return run_id
         return None
 
-    @property
+    @functools.cached_property
     def acknowledged(self) -> dict[str, int]:
         """The published checkpoints, removed ones too: sha256 -> step."""
         return {
@@ -165,7 +169,7 @@ class Ledger:
         """The config keys that some resume changed."""
         return {change["key"] for start in self.starts for change in start.get("changes", ())}
 
-    @property
+    @functools.cached_property
     def forks(self) -> dict[int, list[str]]:
         """The forks of this run: step -> directories. Retention keeps these checkpoints."""
         found: dict[int, list[str]] = {}
@@ -207,16 +211,20 @@ def new_run_id() -> str:
 def _is_event(row: dict[str, Any]) -> bool:
     """Tell whether a line of the ledger has the keys of its event."""
     required = _REQUIRED.get(str(row.get("event")))
-    if required is None or not isinstance(row.get("config", {}), dict):
+    if required is None:
         return False
-    changes = row.get("changes", [])
+    for name, kind in required.items():
+        value: Any = row.get(name)
+        if not isinstance(value, kind) or (kind is int and not 0 <= value <= MAX_STEP):
+            return False
+    if "config" in row and not isinstance(row["config"], dict):
+        return False
+    return "changes" not in row or _are_changes(row["changes"])
+
+
+def _are_changes(changes: object) -> bool:
     if not isinstance(changes, list):
         return False
-    for change in changes:
-        if not (isinstance(change, dict) and isinstance(change.get("key"), str)):
-            return False
-    return all(_is_valid(row.get(name), kind) for name, kind in required.items())
-
-
-def _is_valid(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and (not isinstance(value, int) or 0 <= value <= MAX_STEP)
+    return all(
+        isinstance(change, dict) and isinstance(change.get("key"), str) for change in changes
+    )
