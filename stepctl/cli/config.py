@@ -36,8 +36,9 @@ def check(file: str, assignments: tuple[str, ...], as_json: bool) -> None:
 
 
 @config.command()
-def schema() -> None:
-    """Print the JSON Schema of configs."""
+@json_option("the schema")
+def schema(as_json: bool) -> None:
+    """Print the JSON Schema of configs, which is always JSON."""
     from stepctl.config import json_schema
 
     echo_json(json_schema.schema())

@@ -2,7 +2,14 @@
 
 import click
 
-from stepctl.cli.options import set_option, set_target, stop_section, target_options
+from stepctl.cli.options import (
+    json_option,
+    set_option,
+    set_target,
+    stop_section,
+    target_options,
+)
+from stepctl.cli.output import echo_json
 from stepctl.cli.parameter_types import Place, WholeNumber
 from stepctl.system.shell import command
 from stepctl.system.terminal import say
@@ -11,7 +18,7 @@ from stepctl.system.terminal import say
 @click.command()
 @click.argument("run_dir", type=Place(folder=True), metavar="RUN")
 @click.option(
-    "--at", type=WholeNumber(min=0), metavar="N", help="The global step (default: the newest)."
+    "--at", type=WholeNumber(), metavar="N", help="The global step (default: the newest)."
 )
 @click.option(
     "--run-dir",
@@ -23,6 +30,7 @@ from stepctl.system.terminal import say
 )
 @set_option
 @target_options
+@json_option("the new run")
 def fork(
     run_dir: str,
     at: int | None,
@@ -30,6 +38,7 @@ def fork(
     assignments: tuple[str, ...],
     num_steps: int | None,
     last_step: int | None,
+    as_json: bool,
 ) -> None:
     """Start a new run from a checkpoint of RUN.
 
@@ -65,4 +74,14 @@ def fork(
         resume += f" ... ({forked.stopped})"
     elif forked.target <= forked.step:
         resume += f" --num-steps N (its target, step {forked.target}, is reached)"
+    if as_json:
+        echo_json(
+            {
+                "run": new_dir,
+                "step": forked.step,
+                "target": forked.target,
+                "forked_from": run_dir,
+                "stopped": forked.stopped,
+            }
+        )
     say(f"{new_dir}: global step {forked.step}, forked from {run_dir}; continue with: {resume}")

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_MAX_STEPS = (1 << 62) - 1
-
-
 set_option = click.option(
     "--set",
     "assignments",
@@ -37,7 +34,7 @@ max_time_option = click.option(
 
 def target_options(function: F) -> F:
     """Add --num-steps and --last-step."""
-    steps = WholeNumber(min=0, max=_MAX_STEPS)
+    steps = WholeNumber()
     last_step = click.option(
         "--last-step", type=steps, metavar="N", help="Stop at this global step."
     )

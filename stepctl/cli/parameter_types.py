@@ -9,14 +9,27 @@ import click
 from stepctl.system import files
 from stepctl.system.files import expand_path
 
+_MAX_NUMBER = (1 << 62) - 1
 
-class WholeNumber(click.IntRange):
+
+class WholeNumber(click.ParamType):  # type: ignore[type-arg]  # takes no argument before click 8.4
     """A whole number in decimal digits; Python's int() accepts more, such as "1_000"."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and not re.fullmatch(r"[-+]?\d+", value, re.ASCII):
-            self.fail(f"{value!r} is not a whole number.", param, ctx)
-        return super().convert(value, param, ctx)
+    name = "integer"
+
+    def __init__(self, *, min: int = 0) -> None:
+        self._min = min
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value)
+        if not re.fullmatch(r"[-+]?\d{1,99}", text, re.ASCII):
+            self.fail(f"{text[:60]!r} is not a whole number.", param, ctx)
+        number = int(text)
+        if not self._min <= number <= _MAX_NUMBER:
+            self.fail(f"{number} is not in the range {self._min} to {_MAX_NUMBER}.", param, ctx)
+        return number
 
 
 class Place(click.Path):

@@ -7,17 +7,15 @@ import click
 
 from stepctl.cli.options import json_option
 from stepctl.cli.output import echo, echo_json
-from stepctl.cli.parameter_types import Place
+from stepctl.cli.parameter_types import Place, WholeNumber
 from stepctl.errors import ConfigError
 from stepctl.system.terminal import say
 
 
 @click.command()
 @click.argument("run_dir", metavar="RUN", type=Place(folder=True))
-@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the N newest.")
-@click.option(
-    "--keep-every", type=click.IntRange(min=1), metavar="N", help="Keep the multiples of N."
-)
+@click.option("--keep-last", type=WholeNumber(min=1), metavar="N", help="Keep the N newest.")
+@click.option("--keep-every", type=WholeNumber(min=1), metavar="N", help="Keep the multiples of N.")
 @click.option(
     "--keep-best",
     metavar="METRIC:MODE:N",

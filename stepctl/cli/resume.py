@@ -7,6 +7,7 @@ import click
 from stepctl.cli.collection import settle, suspend_collection
 from stepctl.cli.interrupts import hold_signals
 from stepctl.cli.options import (
+    json_option,
     max_time_option,
     set_option,
     stop_config,
@@ -17,7 +18,7 @@ from stepctl.cli.options import (
 from stepctl.cli.output_queue import queue_output
 from stepctl.cli.parameter_types import Place, WholeNumber
 from stepctl.cli.ranks import join_job, set_numerics
-from stepctl.cli.segment import train_segment
+from stepctl.cli.segment import report_finished, train_segment
 from stepctl.errors import Exit
 from stepctl.system.terminal import say
 
@@ -28,7 +29,7 @@ from stepctl.system.terminal import say
 @max_time_option
 @click.option(
     "--from-step",
-    type=WholeNumber(min=0),
+    type=WholeNumber(),
     metavar="N",
     help="Go back to the checkpoint of this step.",
 )
@@ -41,6 +42,7 @@ from stepctl.system.terminal import say
     is_flag=True,
     help="Refuse to continue if this machine cannot compute the same bits.",
 )
+@json_option("how the run ended (step, reason, metrics, checkpoint)")
 @verbosity_options
 def resume(
     run_dir: str,
@@ -51,6 +53,7 @@ def resume(
     assignments: tuple[str, ...],
     allow_change: tuple[str, ...],
     strict_numerics: bool,
+    as_json: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -80,7 +83,7 @@ def resume(
 
             finished = describe_finished(records, say)
             if finished is not None:
-                say(f"{run_dir}: {finished}")
+                report_finished(records.directory, finished, as_json)
                 raise click.exceptions.Exit(Exit.DONE)
         from stepctl.runs.at_step import ResumeOptions
         from stepctl.runs.open import resume_locked
@@ -95,4 +98,11 @@ def resume(
             strict_numerics=strict_numerics,
         )
         with resume_locked(records, options, say, comm=comm) as segment:
-            train_segment(segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose)
+            train_segment(
+                segment,
+                began=began,
+                max_time=max_time,
+                quiet=quiet,
+                verbose=verbose,
+                as_json=as_json,
+            )

@@ -13,20 +13,28 @@ from stepctl.system.terminal import say
 from stepctl.system.text import local_step_note
 
 if TYPE_CHECKING:
+    from stepctl.rundir.directory import RunDirectory
     from stepctl.runs.segment import Outcome, Segment
 
 
 def train_segment(
-    segment: Segment, *, began: float, max_time: float | None, quiet: bool, verbose: bool
+    segment: Segment,
+    *,
+    began: float,
+    max_time: float | None,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
 ) -> NoReturn:
     """Train to the segment's target, show the progress, and exit with 0 or 75.
 
-    `max_time`, in seconds, counts from `began`, a time of `time.monotonic`.
+    `max_time`, in seconds, counts from `began`, a time of `time.monotonic`. `as_json` prints the
+    result to stdout.
     """
     run = segment.directory.path
     start = segment.start
     if segment.nothing_to_do is not None:
-        say(f"{run}: {segment.nothing_to_do}")
+        report_finished(segment.directory, segment.nothing_to_do, as_json)
         raise click.exceptions.Exit(Exit.DONE)
     if interrupt.was_received():
         raise KeyboardInterrupt
@@ -47,7 +55,25 @@ def train_segment(
         stop_rules.append(TimeLimit(max_time, began))
     with show_progress(segment, quiet=quiet, verbose=verbose) as progress:
         outcome = segment.train(progress.writers, progress.hooks, stop_rules, progress.messages)
+    if as_json:
+        _print_result(
+            segment.directory, outcome.reason.text, outcome.reason.done, outcome.step - start
+        )
     _exit_with(outcome, segment, quiet)
+
+
+def report_finished(directory: RunDirectory, message: str, as_json: bool) -> None:
+    """Report that a run is finished, and no step was made."""
+    say(f"{directory.path}: {message}")
+    if as_json:
+        _print_result(directory, message, True, 0)
+
+
+def _print_result(directory: RunDirectory, reason: str, done: bool, local_step: int) -> None:
+    from stepctl.cli.output import echo_json
+    from stepctl.reports.segment_result import segment_result
+
+    echo_json(segment_result(directory, reason=reason, done=done, local_step=local_step))
 
 
 def _exit_with(outcome: Outcome, segment: Segment, quiet: bool) -> NoReturn:

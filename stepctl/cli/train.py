@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     help="Resume the run if it exists, so that a scheduler can repeat the same command.",
 )
 @click.option("--dry-run", is_flag=True, help="Build everything and print the plan; do not train.")
-@json_option("the plan of --dry-run")
+@json_option("how the run ended (step, reason, metrics, checkpoint), or the plan of --dry-run,")
 @verbosity_options
 def train(
     file: str | None,
@@ -93,14 +93,17 @@ def train(
     from stepctl.rundir.directory import RunDirectory
     from stepctl.system import blas
 
-    if as_json and not dry_run:
-        raise click.UsageError("--json prints the plan of --dry-run: give both")
     document = yaml.load(config_path)
     set_target(document, stop_section(num_steps, last_step))
     document.set_all(assignments)
     directory = RunDirectory(run_dir or Path("runs") / Path(config_path).stem)
     train_to_target = partial(
-        train_segment, began=began, max_time=max_time, quiet=quiet, verbose=verbose
+        train_segment,
+        began=began,
+        max_time=max_time,
+        quiet=quiet,
+        verbose=verbose,
+        as_json=as_json,
     )
     if or_resume and not dry_run and directory.holds_run():
         _resume(directory, document, comm, train_to_target)

@@ -303,7 +303,6 @@ USAGE: dict[str, list[str]] = {
     "a number with a gap": ["resume", "run", "--from-step", "1_0"],
     "a number without end": ["resume", "run", "--num-steps", "9" * 30_000],
     "two configs": ["train", "c.yaml", "--config", "c.yaml"],
-    "a plan in JSON, not asked for": ["train", "--config", "c.yaml", "--json"],
     "a target and another setting of it": [
         "train",
         "--config",
