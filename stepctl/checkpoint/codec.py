@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 import h5py
 import numpy as np
@@ -221,6 +221,20 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def version(self) -> int:
+        """The format version."""
+        return self._verified.version
+
+    def content(self, max_bytes: int) -> bytes | None:
+        """Return all bytes of the file; None if there are more than `max_bytes`."""
+        if self._verified.status.st_size > max_bytes:
+            return None
+        self._raw.seek(0)
+        content = self._raw.read()
+        self.check_unchanged()
+        return content
+
     def array_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return path -> (shape, dtype) of the arrays, without counters and texts."""
         return {
@@ -280,7 +294,7 @@ class Reader:
             yield part
 
     def _read_header(self, file: h5py.File) -> Header:
-        version = self._verified.version
+        version = self.version
         expected = _ROOT_ATTRIBUTES if version == 1 else _ROOT_ATTRIBUTES | {"run_id"}
         attributes = self._read_attributes(file, expected)
         counters = {
@@ -385,33 +399,6 @@ class Reader:
             return bytes(value).decode()
         except UnicodeDecodeError as error:
             raise CheckpointError("text", f"{self.name}: /{where} is not UTF-8 text") from error
-
-
-class CheckedFile(TypedDict):
-    """The facts about a verified checkpoint that the sandbox passes on."""
-
-    name: str
-    step: int
-    sha256: str
-    config: str  # YAML
-    run_id: str | None
-
-
-def check(path: str) -> CheckedFile:
-    """Open and verify a checkpoint, in the sandbox."""
-    with Reader(path) as reader:
-        header = reader.header
-        for name, (_, dtype) in reader.array_shapes().items():
-            if dtype == "bool":
-                for _ in reader.parts(name):  # refuses bytes other than 0 and 1
-                    pass
-        return {
-            "name": reader.name,
-            "step": header.global_step,
-            "sha256": header.sha256,
-            "config": header.config,
-            "run_id": header.run_id,
-        }
 
 
 def _open_hdf5(raw: BufferedReader, name: str) -> h5py.File:

@@ -22,6 +22,7 @@ _HAS_PHASE_CHANGE = 0x10
 _PHASE_CHANGE_BYTES = 4
 _SIZE_WIDTH = 0x03  # of the size field, as a power of 2
 _CHECKSUM_BYTES = 4
+_STEP_BYTES = 8
 _WORD = 0xFFFFFFFF
 _BLOCK_BYTES = 12
 _MIX = (4, 6, 8, 16, 19, 4)
@@ -52,12 +53,14 @@ class RootHeader(NamedTuple):
         size = int.from_bytes(metadata.read_range(position, position + width), "little")
         checksum = position + width + size
         content = metadata.read_range(start, checksum)
-        value = marked_step.to_bytes(8, "little")
-        header = cls(start, start + content.find(value), checksum)
+        value = marked_step.to_bytes(_STEP_BYTES, "little")
+        first = content.find(value)
+        header = cls(start, start + first, checksum)
         stored = metadata.read_range(checksum, checksum + _CHECKSUM_BYTES)
         if (
             not head.startswith(_SIGNATURE)
-            or content.count(value) != 1
+            or first < 0
+            or content.find(value, first + 1) >= 0
             or stored != _checksum(content)
         ):
             raise StepctlError(
@@ -66,10 +69,29 @@ class RootHeader(NamedTuple):
             )
         return header
 
+    def stored_step(self, content: bytes) -> int:
+        """Return the step in a file's content."""
+        return int.from_bytes(content[self.step : self.step + _STEP_BYTES], "little", signed=True)
+
+    def stored_checksum(self, content: bytes) -> bytes:
+        """Return the checksum in a file's content."""
+        return content[self.checksum : self.checksum + _CHECKSUM_BYTES]
+
+    def checksum_of(self, content: bytes) -> bytes:
+        """Return the checksum that belongs to the header in a file's content."""
+        return _checksum(content[self.start : self.checksum])
+
+    def blank(self, content: bytes) -> bytes:
+        """Return a file's content with zeros as the step and the checksum."""
+        blanked = bytearray(content)
+        for start, n_bytes in ((self.step, _STEP_BYTES), (self.checksum, _CHECKSUM_BYTES)):
+            blanked[start : start + n_bytes] = bytes(n_bytes)
+        return bytes(blanked)
+
     def write_step(self, metadata: Metadata, step: int) -> None:
         """Change the step and the checksum."""
         metadata.seek(self.step)
-        metadata.write(step.to_bytes(8, "little"))
+        metadata.write(step.to_bytes(_STEP_BYTES, "little"))
         checksum = _checksum(metadata.read_range(self.start, self.checksum))
         metadata.seek(self.checksum)
         metadata.write(checksum)

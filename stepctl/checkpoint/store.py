@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from stepctl.checkpoint import codec, names, user_block
+from stepctl.checkpoint.check import check
 from stepctl.errors import CheckpointError, StepctlError, UnreadableError
 from stepctl.rundir.ledger import Ledger
 from stepctl.system.files import write_all, write_errors
@@ -239,7 +240,7 @@ def check_in_sandbox(path: Path, sha256: str) -> None:
     from stepctl.system.sandbox import Sandbox
 
     with Sandbox() as sandbox:
-        answer = sandbox.call(codec.check, str(path))
+        answer = sandbox.call(check, str(path))
     if answer["sha256"] != sha256:
         raise CheckpointError("changed", f"{path.name}: changed while it was read")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
 
 import click
 
@@ -12,7 +10,8 @@ from stepctl.cli.model_options import model_options, select
 from stepctl.cli.options import json_option
 from stepctl.cli.output import echo_json
 from stepctl.cli.parameter_types import Place
-from stepctl.system.terminal import is_terminal, say
+from stepctl.cli.progress import progress_bar
+from stepctl.system.terminal import say
 from stepctl.system.text import counted
 
 _STDOUT = "-"
@@ -59,7 +58,7 @@ def predict(
     from stepctl.inference.predict import write_csv, write_npz
 
     model = load_model(run, selection, say)
-    with _progress(input_file) as report:
+    with progress_bar("predict") as report:
         if output == _STDOUT:
             write_csv(model, input_file, sys.stdout.buffer, report)
             return
@@ -72,27 +71,3 @@ def predict(
         echo_json({"step": model.global_step, "rows": n_rows, "output": output})
     else:
         say(f"{output}: {counted(n_rows, 'row')} predicted at global step {model.global_step}")
-
-
-@contextlib.contextmanager
-def _progress(name: str) -> Iterator[Callable[[float], None]]:
-    """Show a bar on a terminal; yield the function that takes the share that is done."""
-    if not is_terminal(sys.stderr):
-        yield lambda share: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    bar = Progress(
-        *columns, TimeRemainingColumn(compact=True), console=Console(stderr=True), transient=True
-    )
-    with bar:
-        task = bar.add_task("predict", total=1.0)
-        yield lambda share: bar.update(task, completed=share)

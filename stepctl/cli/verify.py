@@ -11,6 +11,7 @@ from stepctl.cli.diff import describe_difference
 from stepctl.cli.options import json_option, refuse_missing
 from stepctl.cli.output import echo, echo_json
 from stepctl.cli.parameter_types import Place
+from stepctl.cli.progress import progress_bar
 from stepctl.errors import ConfigError, Exit, printable
 from stepctl.system import shell
 from stepctl.system.terminal import say
@@ -51,7 +52,8 @@ def _check_files(path: str, as_json: bool) -> bool:
     from stepctl.reports.verify import verify as verify_path
 
     refuse_missing(path)
-    good, problems = verify_path(path)
+    with progress_bar("verify") as report:
+        good, problems = verify_path(path, report)
     if as_json:
         checked = [
             {"step": file["step"], "sha256": file["sha256"], "file": file["name"]} for file in good

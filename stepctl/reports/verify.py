@@ -3,15 +3,15 @@
 import itertools
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from stepctl.checkpoint import codec, names
-from stepctl.checkpoint.codec import CheckedFile
+from stepctl.checkpoint import names
+from stepctl.checkpoint.check import CheckedFile, check
 from stepctl.checkpoint.expected import expected_checkpoints, missing_checkpoints
 from stepctl.checkpoint.store import refuse_other_run
 from stepctl.config import yaml
@@ -58,16 +58,18 @@ class TrainedSteps:
     config: dict[str, Any]
 
 
-def verify(path: str) -> Verification:
-    """Check a checkpoint (digest, structure, step numbers), or all files and records of a run."""
+def verify(path: str, report: Callable[[float], None] = lambda share: None) -> Verification:
+    """Check a checkpoint (digest, structure, step numbers), or all files and records of a run.
+
+    `report` gets the share of the files that are checked.
+    """
     if not files.is_directory(path):
-        return verify_files([path])
+        return verify_files([path], report)
     directory = RunDirectory(path)
     refuse_other_folder(directory)
     steps = names.steps(directory.checkpoint_folder.names())
-    good, problems = verify_files(
-        [str(directory.checkpoints / names.file_name(step)) for step in steps]
-    )
+    paths = [str(directory.checkpoints / names.file_name(step)) for step in steps]
+    good, problems = verify_files(paths, report)
     gone = {
         problem.file
         for problem in problems
@@ -88,15 +90,16 @@ def verify(path: str) -> Verification:
     return good, problems
 
 
-def verify_files(paths: list[str]) -> Verification:
+def verify_files(paths: list[str], report: Callable[[float], None]) -> Verification:
     """Check checkpoint files, in a sandbox."""
     good = []
     problems = []
     with Sandbox() as sandbox:
-        for path in paths:
+        for number, path in enumerate(paths):
+            report(number / len(paths))
             name = os.path.basename(path)
             try:
-                good.append(sandbox.call(codec.check, path))
+                good.append(sandbox.call(check, path))
             except CheckpointError as error:
                 problems.append(FileProblem(error.code, name, str(error)))
             except UnreadableError as error:

@@ -1,7 +1,7 @@
 """Function calls in a child process with limited memory and time, and without HDF5 plugins.
 
     with Sandbox() as sandbox:
-        facts = sandbox.call(codec.check, path)
+        facts = sandbox.call(check, path)
 
 The child reads files that may be hostile. Whatever they do to it, the caller gets a result or one
 clear error.
