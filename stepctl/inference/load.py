@@ -197,7 +197,7 @@ def restore_model(
             expected[f"{folder}/{path}"] = (shape, resolved.config.dtype)
     # before memory is allocated for what a config only claims to have
     codec.refuse_other_arrays(opened.reader, ["params"], expected)
-    state = initial_state(resolved)
+    state = initial_state(resolved, restored=True)
     codec.restore_arenas(opened.reader, state)
     return TrainedModel(
         resolved.task,

@@ -47,7 +47,9 @@ class Learner:
         threads: int,
         average: MovingAverage | None = None,
         norms: bool = False,
+        initialize: bool = True,
     ) -> None:
+        """Without `initialize` the arenas are zeros: they are to be restored."""
         self.name = name
         self.model = model
         self.optimizer = optimizer
@@ -57,6 +59,7 @@ class Learner:
         self._threads = threads
         self._average = average
         self._norms = norms
+        self._initialize = initialize
         self._suffix = "" if name == MODEL else f"/{name}"  # of folders
         self._prefix = "" if name == MODEL else f"{name}_"  # of metrics
         self._slots = {slot: f"optimizers/{name}/{slot}" for slot in optimizer.slots}
@@ -84,7 +87,10 @@ class Learner:
     def initial_arenas(self) -> dict[str, Arena]:
         """Return the read-only arenas before the first update, by their folders in a checkpoint."""
         params = Arena(self.model.parameter_shapes(), self._dtype)
-        self.model.initialize(params, lambda name: rng(self._seed, f"init{self._suffix}/{name}"))
+        if self._initialize:
+            self.model.initialize(
+                params, lambda name: rng(self._seed, f"init{self._suffix}/{name}")
+            )
         slots = self.optimizer.initial_slots(params)
         # user code may have kept a view of the arrays it filled
         copy = not (is_builtin(self.model) and is_builtin(self.optimizer))
@@ -92,7 +98,8 @@ class Learner:
         for slot, path in self._slots.items():
             arenas[path] = slots[slot].to_read_only(copy=copy)
         if self._average is not None:
-            arenas[f"ema{self._suffix}"] = params.to_read_only(copy=True)
+            average = params if self._initialize else params.like()
+            arenas[f"ema{self._suffix}"] = average.to_read_only(copy=self._initialize)
         return arenas
 
     def initial_buffers(self) -> Arena:

@@ -11,6 +11,7 @@ from stepctl import __version__
 from stepctl.checkpoint.expected import pending_set_aside
 from stepctl.config.changes import find_changes, refuse_locked_changes, refuse_unknown_keys
 from stepctl.config.model import Config, ScriptConfig
+from stepctl.config.registry import user_components
 from stepctl.distributed.comm import SINGLE_PROCESS, Comm
 from stepctl.errors import UnreadableError
 from stepctl.hooks.base import Hook
@@ -127,7 +128,7 @@ def resume_locked(
     """
     if build is None:
         refuse_script(records)
-        build = partial(assemble, hooks=hooks, comm=comm)
+        build = partial(assemble, hooks=hooks, comm=comm, restored=True)
     run = read_run(records)
     config = changed_config(run, options)
     changes = find_changes(run.config, config)
@@ -145,7 +146,8 @@ def resume_locked(
         if options.from_step is None:  # else the newer order replaces an unfinished one
             run.store.set_aside_all(pending_set_aside(run.ledger))
         at = _restore(run, assembly, options, changes, say)
-        assembly.trial()
+        if changes or user_components():  # else the run's first segment tried the same
+            assembly.trial()
         run_id, ledger = _acknowledge(run, at)
         for watch in assembly.reset_changed_watches(config_for_watches(at.header, run.config)):
             say(f"note: {watch} is reset: its criterion changed")

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from stepctl.checkpoint import codec
 from stepctl.config.model import Config, ProgramConfig, ScriptConfig, TaskConfig
+from stepctl.config.registry import user_components
 from stepctl.data.base import Sources
 from stepctl.data.batches import EvaluationBatches, TrainingBatches
 from stepctl.distributed.comm import SINGLE_PROCESS, Comm
@@ -55,12 +56,14 @@ def assemble(
     comm: Comm = SINGLE_PROCESS,
     sources: Sources | None = None,
     record_numerics: bool = False,
+    restored: bool = False,
 ) -> Assembly:
     """Build the parts of a run. ConfigError or DataError if they do not fit.
 
     `hooks` are the caller's own, besides those of the config; their arrays become part of the state.
-    `target` is the global step
-    at which an open decay ends (None: the config's own target). See `resolve` for the others.
+    `target` is the global step at which an open decay ends (None: the config's own target). With
+    `restored` a checkpoint is to be read into the state, so that weights need no initial values.
+    See `resolve` for the others.
     """
     if target is None:
         target = config.target(config.initial_step)
@@ -77,18 +80,20 @@ def assemble(
         resolved = resolve(
             config, target=target, comm=comm, sources=sources, record_numerics=record_numerics
         )
-        return build(resolved, hooks)
+        return build(resolved, hooks, restored=restored)
     except (MemoryError, OverflowError) as error:
         raise ConfigError(
             f"model and batch do not fit in memory ({error}); make them smaller"
         ) from error
 
 
-def build(resolved: ResolvedConfig, hooks: Sequence[Hook] = ()) -> TaskAssembly:
+def build(
+    resolved: ResolvedConfig, hooks: Sequence[Hook] = (), *, restored: bool = False
+) -> TaskAssembly:
     """Build the state, the batches and the hooks of a resolved config."""
     config = resolved.config
     task = resolved.task
-    state = initial_state(resolved)
+    state = initial_state(resolved, restored=restored)
     numerics = resolved.numerics
     if task.needs_autograd:
         numerics = {**numerics, "autograd": optional.version("autograd")}
@@ -135,7 +140,7 @@ def build(resolved: ResolvedConfig, hooks: Sequence[Hook] = ()) -> TaskAssembly:
     )
 
 
-def _learners(resolved: ResolvedConfig) -> dict[str, Learner]:
+def _learners(resolved: ResolvedConfig, *, initialize: bool) -> dict[str, Learner]:
     config = resolved.config
     average = None
     if config.ema is not None:
@@ -151,16 +156,22 @@ def _learners(resolved: ResolvedConfig) -> dict[str, Learner]:
             threads=resolved.numerics["threads"],
             average=average,
             norms=config.log.norms or config.log.tensorboard,
+            initialize=initialize,
         )
         for name, model in resolved.models.items()
     }
 
 
-def initial_state(resolved: ResolvedConfig) -> TrainState:
-    """Attach the learners to the task, and return the state before the first update."""
+def initial_state(resolved: ResolvedConfig, *, restored: bool = False) -> TrainState:
+    """Attach the learners to the task, and return the state before the first update.
+
+    With `restored`, weights stay zero, which takes neither time nor memory, unless code of the user
+    may do more than fill them.
+    """
     config = resolved.config
     task = resolved.task
-    task.attach(_learners(resolved), resolved.sharing)
+    initialize = not restored or bool(user_components())
+    task.attach(_learners(resolved, initialize=initialize), resolved.sharing)
     try:
         state = task.initial_state(config.initial_step)
     except ValueError as error:
