@@ -4,17 +4,19 @@ import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
 from stepctl.config.registry import File
 from stepctl.data.base import Sources, Targets
 from stepctl.data.files import reading, refuse_excess
-from stepctl.data.memory import InMemory
+from stepctl.data.memory import InMemory, StoredArray
 from stepctl.data.names import AUTO, ArrayNames, NamePair
 from stepctl.state.arena import Array
 from stepctl.system.files import open_regular
+
+_BLOCK_BYTES = 1 << 22  # read at a time
 
 
 def arrays(
@@ -84,31 +86,61 @@ def _open_archive(file: str) -> Iterator[Any]:
             yield archive
 
 
-def _read(archive: Any, name: str) -> Array:
+def _read(archive: Any, name: str) -> Array | StoredArray:
     """Return an array of an archive; ValueError if there is none, or it is damaged."""
     if name not in archive:
         names = ", ".join(archive.files) or "none"
         raise ValueError(f"it has no array {name!r}; found: {names}")
-    _check_size(archive.zip, name)
+    # np.load accepts either name
+    member = name if name in archive.zip.namelist() else f"{name}.npy"
+    stored = _ArchivedArray(archive.zip, archive.zip.getinfo(member), name)
+    if stored.has_rows:
+        return stored
     array: Array = archive[name]
     return array
 
 
-def _check_size(archive: zipfile.ZipFile, name: str) -> None:
-    """Raise ValueError if an array is smaller than its header says, before memory is allocated."""
-    # np.load accepts either name
-    member = name if name in archive.namelist() else f"{name}.npy"
-    info = archive.getinfo(member)
-    refuse_excess(
-        info.file_size, info.compress_size, "save the arrays with np.savez, which does not compress"
-    )
-    with archive.open(info) as file:
-        if np.lib.format.read_magic(file) == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-        expected = file.tell() + math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and info.file_size < expected:
-        raise ValueError(
-            f"array {name!r} of shape {shape} needs {expected} bytes, but has {info.file_size}"
-        )
+@final
+class _ArchivedArray:
+    """An array of an archive, compressed or not."""
+
+    def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> None:
+        """Read the header; ValueError if it says more than there is, before memory is allocated."""
+        self._archive = archive
+        self._info = info
+        self._name = name
+        remedy = "save the arrays with np.savez, which does not compress"
+        refuse_excess(info.file_size, info.compress_size, remedy)
+        with archive.open(info) as file:
+            if np.lib.format.read_magic(file) == (1, 0):
+                header = np.lib.format.read_array_header_1_0(file)
+            else:
+                header = np.lib.format.read_array_header_2_0(file)
+            self._header_bytes = file.tell()
+        self.shape, self._is_fortran, self.dtype = header
+        expected = self._header_bytes + math.prod(self.shape) * self.dtype.itemsize
+        if not self.dtype.hasobject and info.file_size < expected:
+            raise ValueError(
+                f"array {name!r} of shape {self.shape} needs {expected} bytes, but has "
+                f"{info.file_size}"
+            )
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of numbers lie one after another in the file."""
+        is_array = len(self.shape) > 0 and 0 not in self.shape
+        return is_array and self.dtype.kind in "biuf" and not self._is_fortran
+
+    def blocks(self) -> Iterator[tuple[int, Array]]:
+        """Yield (number of the first row, rows); ValueError if bytes are missing."""
+        n_rows, *row_shape = self.shape
+        row_bytes = math.prod(row_shape) * self.dtype.itemsize
+        at_a_time = max(_BLOCK_BYTES // row_bytes, 1)
+        with self._archive.open(self._info) as file:
+            file.read(self._header_bytes)
+            for first in range(0, n_rows, at_a_time):
+                shape = (min(at_a_time, n_rows - first), *row_shape)
+                data = file.read(shape[0] * row_bytes)
+                if len(data) != shape[0] * row_bytes:
+                    raise ValueError(f"array {self._name!r}: the file ends in row {first} or later")
+                yield first, np.frombuffer(data, self.dtype).reshape(shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,17 +23,37 @@ from stepctl.system.text import in_one_line
 _MAX_LABEL = 2**53  # a float64 holds every integer up to here
 
 
+class StoredArray(Protocol):
+    """An array in a file that is read once, in blocks of rows."""
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def blocks(self) -> Iterator[tuple[int, Array]]:
+        """Yield (number of the first row, rows) in order, until all rows are read."""
+
+
+def _blocks(array: Array | StoredArray) -> Iterator[tuple[int, Array]]:
+    if isinstance(array, np.ndarray):
+        return iter([(0, array)])
+    return array.blocks()
+
+
 @final
 class InMemory(Source):
-    """Converted arrays; x: (n, ...), multiplied by `scale`; y: (n, ...), or none."""
+    """Converted arrays; x: (n, ...), multiplied by `scale`; y: (n, ...), or none.
+
+    Of a stored array no more than a block is in memory besides the converted one.
+    """
 
     x_dtype: np.dtype[Any]
     y_dtype: np.dtype[Any]
 
     def __init__(
         self,
-        x: Array,
-        y: Array | None = None,
+        x: Array | StoredArray,
+        y: Array | StoredArray | None = None,
         *,
         origin: str,
         targets: Targets,
@@ -52,20 +72,26 @@ class InMemory(Source):
         self._place = place
         check_arrays(self.origin, x, y)
         self.x_dtype = input_dtype(x.dtype, dtype, integer_inputs=integer_inputs, scale=scale)
-        self._x = scaled(x, scale, out=aligned_empty(x.shape, self.x_dtype))
-        if y is None:
-            self._y = no_targets(len(x))
-        else:
-            self._y = as_targets(self.origin, 0, y, targets, dtype, place)
+        self.n = x.shape[0]
+        self._y = no_targets(self.n)
+        if y is not None:
+            if targets == "classes":
+                check_label_shape(self.origin, y.shape)
+            y_shape = (self.n, *target_shape(targets, y.shape[1:]))
+            self._y = np.empty(y_shape, target_dtype(targets, y.dtype, dtype))
         self.y_dtype = self._y.dtype
-        self.n = len(x)
         self.sample_shape = x.shape[1:]
         self.target_shape = self._y.shape[1:]
         rounded = RoundedIntegers(self.x_dtype, self.y_dtype)
-        if scale == 1:
-            rounded.add(self.origin, place, "x", 0, x)
-        if y is not None:
-            rounded.add(self.origin, place, "y", 0, y)
+        self._x = aligned_empty(x.shape, self.x_dtype)
+        for first, rows in _blocks(x):
+            scaled(rows, scale, out=self._x[first : first + len(rows)])
+            if scale == 1:
+                rounded.add(self.origin, place, "x", first, rows)
+        for first, rows in () if y is None else _blocks(y):
+            converted = as_targets(self.origin, first, rows, targets, dtype, place)
+            self._y[first : first + len(rows)] = converted
+            rounded.add(self.origin, place, "y", first, rows)
         self._warnings = [*warnings, *rounded.warnings()]
 
     def warnings(self) -> Iterator[str]:
@@ -90,7 +116,7 @@ class InMemory(Source):
         return digest.hexdigest()
 
 
-def check_arrays(origin: str, x: Array, y: Array | None) -> None:
+def check_arrays(origin: str, x: Array | StoredArray, y: Array | StoredArray | None) -> None:
     """Raise DataError unless x and y, if there is one, are numeric and have rows: (n, ...)."""
     for name, array in (("x", x), ("y", y)):
         if array is not None and array.dtype.kind not in "biuf":

@@ -19,6 +19,7 @@ from syrupy.assertion import SnapshotAssertion
 
 import stepctl
 from stepctl.config import registry
+from stepctl.data.arrays import arrays
 from stepctl.data.base import Source, Sources, Targets
 from stepctl.data.batches import EvaluationBatches, Subset, TrainingBatches, split_source
 from stepctl.data.memory import InMemory
@@ -740,3 +741,71 @@ def test_changed_data_are_refused_at_a_resume(tmp_path: Path) -> None:
         resume(tmp_path / "run", last_step=4)
     write_npz(tmp_path, X, Y)
     assert resume(tmp_path / "run", last_step=4).counters.global_step == 4
+
+
+# --- archives, read in blocks
+
+
+SAVED = {
+    "stored": (np.savez, "<f4", "C"),
+    "compressed": (np.savez_compressed, "<f4", "C"),
+    "the other byte order": (np.savez, ">f8", "C"),
+    "by columns": (np.savez, "<f4", "F"),
+    "integers": (np.savez, "<i2", "C"),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_an_archive_read_in_blocks_gives_all_rows(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, dtype, order = SAVED[case]
+    monkeypatch.setattr("stepctl.data.arrays._BLOCK_BYTES", 100)  # not a multiple of a row
+    generator = np.random.default_rng(0)
+    x = np.asarray(generator.normal(size=(57, 3, 2)) * 100, dtype, order=order)
+    y = generator.integers(0, 5, 57)
+    save(tmp_path / "data.npz", x=x, y=y)
+    found = arrays(path=str(tmp_path / "data.npz"), scale=0.5, targets="classes", dtype="float32")
+    ((_, samples, labels),) = found.train.slices()
+    assert np.array_equal(samples, x.astype("float32") * np.float32(0.5))
+    assert np.array_equal(labels, y)
+
+
+def test_an_archive_takes_the_memory_of_its_arrays(tmp_path: Path) -> None:
+    x = np.ones((64, 1 << 18), np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=x[:, :1])
+    tracemalloc.start()
+    try:
+        arrays(path=str(tmp_path / "data.npz"), targets="values", dtype="float32")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes + 4 * (1 << 22)
+
+
+def test_rows_of_later_blocks_are_named_by_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepctl.data.arrays._BLOCK_BYTES", 64)
+    path = tmp_path / "data.npz"
+    x = np.zeros((30, 2), np.int64)
+    x[23] = 2**24 + 1
+    np.savez(path, x=x, y=np.zeros(30))
+    found = arrays(path=str(path), targets="values", dtype="float32").train
+    (warning,) = found.warnings()
+    assert "row 23: x is the integer 16777217" in warning
+    labels = np.zeros(30)
+    labels[21] = 0.5
+    np.savez(path, x=x, y=labels)
+    with pytest.raises(DataError, match=r"row 21: label 0\.5"):
+        arrays(path=str(path), targets="classes", dtype="float32")
+
+
+def test_a_changed_byte_of_a_stored_array_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, x=np.zeros((1000, 4), np.float32), y=np.zeros(1000))
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="CRC"):
+        arrays(path=str(path), targets="values", dtype="float32")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -15,6 +16,10 @@ from stepctl.checkpoint import user_block
 from stepctl.cli.main import cli
 from stepctl.config import yaml
 from stepctl.errors import Exit
+from stepctl.models.layers.dense import Dense
+from stepctl.programs.one_model import OneModel
+from stepctl.runs import open as open_module
+from stepctl.training import build
 from tests.support.messages import without_paths
 from tests.support.runs import BASE, make_config, resume, rows, train
 
@@ -225,3 +230,36 @@ def test_a_ledger_that_cannot_be_read_is_kept_aside_before_it_is_repaired(
     assert [without_paths(line, RUN=run) for line in said] == snapshot
     assert (run / "ledger.jsonl.aside-1").read_bytes() == before
     resume(run, last_step=8, say=pytest.fail)
+
+
+# --- what a checkpoint replaces
+
+
+@pytest.mark.parametrize("of_the_user", ["", "model (m.py:1)"])
+def test_weights_that_a_checkpoint_fills_are_not_drawn_and_not_tried(
+    of_the_user: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    for owner, name in ((Dense, "initialize"), (OneModel, "trial")):
+        original = getattr(owner, name)
+
+        def call(self: Any, *arguments: Any, original: Any = original, name: str = name) -> Any:
+            called.append(name)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(owner, name, call)
+    for module in (build, open_module):
+        monkeypatch.setattr(module, "user_components", lambda: of_the_user)
+    state = resume(run, last_step=8)
+    assert set(called) == ({"initialize", "trial"} if of_the_user else set())
+    assert state.same_bits(
+        train(make_config(**{**SMALL, "stop": {"last_step": 8}}), run.parent / "b")
+    )
+
+
+def test_a_changed_config_is_tried(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+    monkeypatch.setattr(OneModel, "trial", lambda self, *arguments: tried.append(self))
+    monkeypatch.setattr(open_module, "user_components", lambda: "")
+    resume(run, last_step=7, assignments=("log.every=2",))
+    assert len(tried) == 1
