@@ -32,6 +32,23 @@ class WholeNumber(click.ParamType):  # type: ignore[type-arg]  # takes no argume
         return number
 
 
+class Weight(click.ParamType):  # type: ignore[type-arg]
+    """A number from 0 to below 1."""
+
+    name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number < 1:
+            self.fail(f"{str(value)[:60]!r} is not a number from 0 to below 1.", param, ctx)
+        return number
+
+
 class Place(click.Path):
     """A valid path, which need not exist. Shells complete files and folders, or folders only."""
 

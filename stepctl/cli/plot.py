@@ -10,27 +10,49 @@ import click
 
 from stepctl.cli.options import json_option
 from stepctl.cli.output import can_show, echo
-from stepctl.cli.parameter_types import Place
+from stepctl.cli.parameter_types import Place, Weight
 from stepctl.errors import ConfigError, printable
 from stepctl.system.terminal import is_terminal, say
 
 if TYPE_CHECKING:
-    from stepctl.reports.curves import RunCurves
+    from stepctl.reports.curves import RunCurves, Style
 
 _MAX_HEIGHT = 30  # lines
+_MIN_HEIGHT = 10
 
 
 @click.command()
 @click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=Place(folder=True))
 @click.option(
-    "--metric", metavar="NAME", help="The metric (default: the loss, or the runs' main metric)."
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    help="The metric (default: the loss, or the runs' main metric); repeat it for several.",
 )
 @click.option(
     "-o", "--output", type=Place(), metavar="FILE", help="Write a .png, .svg or .pdf instead."
 )
+@click.option("--log-y", is_flag=True, help="Draw the values on a logarithmic axis.")
+@click.option(
+    "--smooth",
+    type=Weight(),
+    default=0.0,
+    metavar="W",
+    help="Draw a moving average of the training rows; W, from 0 to below 1, is the weight of the past.",
+)
+@click.option("--title", default="", metavar="TEXT", help="The title (default: the runs).")
 @json_option("the points")
-def plot(paths: tuple[str, ...], metric: str | None, output: str | None, as_json: bool) -> None:
-    """Draw a metric of one or more runs.
+def plot(
+    paths: tuple[str, ...],
+    metrics: tuple[str, ...],
+    output: str | None,
+    log_y: bool,
+    smooth: float,
+    title: str,
+    as_json: bool,
+) -> None:
+    """Draw metrics of one or more runs.
 
     The training and evaluation rows are drawn over the global step, with the starts of segments.
     """
@@ -43,23 +65,37 @@ def plot(paths: tuple[str, ...], metric: str | None, output: str | None, as_json
     kind = Path(output or "").suffix.removeprefix(".").lower()
     if output is not None and kind not in curves.FORMATS:
         raise ConfigError(f"-o {output}: the name must end in one of .{', .'.join(curves.FORMATS)}")
-    if metric is None:
-        metric = curves.default_metric(paths)
-    found = curves.read_curves(paths, metric)
-    for run in found:
-        if not run.training and not run.validation:
-            say(printable(f"{run.run}: no row has {metric}, so nothing is drawn"))
+    style = curves.Style(title, log_y, smooth)
+    figures = {
+        metric: curves.read_curves(paths, metric)
+        for metric in metrics or (curves.default_metric(paths),)
+    }
+    for metric, found in figures.items():
+        for run in found:
+            _report_missing(run, metric, style)
     if output is not None:
-        publish(Path(output), [curves.render_image(found, metric, kind)])
+        publish(Path(output), [curves.render_image(figures, kind, style)])
         names = ", ".join(printable(run.run) for run in found)
-        say(f"{printable(output)}: {printable(metric)} of {names}")
+        say(f"{printable(output)}: {printable(', '.join(figures))} of {names}")
     if as_json:
-        echo(json.dumps([_plain(run) for run in found]))
+        echo(json.dumps([_plain(run, metric) for metric in figures for run in figures[metric]]))
     elif output is None:
-        _print_text(found, metric)
+        for metric, found in figures.items():
+            _print_text(found, metric, style, len(figures))
 
 
-def _print_text(found: list[RunCurves], metric: str) -> None:
+def _report_missing(run: RunCurves, metric: str, style: Style) -> None:
+    from stepctl.reports.curves import drawable
+
+    points = run.training + run.validation
+    if not points:
+        say(printable(f"{run.run}: no row has {metric}, so nothing is drawn"))
+    elif not drawable(points, style):
+        kind = "value above 0" if style.log_y else "finite value"
+        say(printable(f"{run.run}: {metric} has no {kind}, so nothing is drawn"))
+
+
+def _print_text(found: list[RunCurves], metric: str, style: Style, n_figures: int) -> None:
     import shutil
 
     from stepctl.reports import curves
@@ -70,17 +106,18 @@ def _print_text(found: list[RunCurves], metric: str) -> None:
         found,
         metric,
         width=size.columns,
-        height=min(size.lines - len(found) - 1, _MAX_HEIGHT),
+        height=max(min(size.lines // n_figures - len(found) - 1, _MAX_HEIGHT), _MIN_HEIGHT),
         color=color,
         ascii_only=not can_show(curves.SYMBOLS),
+        style=style,
     )
     echo(text, color=color)
 
 
-def _plain(run: RunCurves) -> dict[str, Any]:
+def _plain(run: RunCurves, metric: str) -> dict[str, Any]:
     from stepctl.writers.jsonl import json_value
 
-    fields = run._asdict()
+    fields = {"metric": metric, **run._asdict()}
     for name in ("training", "validation"):
         fields[name] = [[step, json_value(value)] for step, value in fields[name]]
     return fields

@@ -16,7 +16,15 @@ from syrupy.assertion import SnapshotAssertion
 
 from stepctl.cli.main import cli
 from stepctl.errors import ConfigError
-from stepctl.reports.curves import RunCurves, read_curves, render_image, render_text
+from stepctl.reports.curves import (
+    RunCurves,
+    Style,
+    read_curves,
+    render_image,
+    render_text,
+    smoothed,
+    whole_ticks,
+)
 from tests.support.messages import without_paths
 from tests.support.runs import make_config, resume, rows, train
 
@@ -50,7 +58,7 @@ def test_the_points_are_the_rows_and_the_boundaries_where_segments_began(run: Pa
     assert [step for step, _ in found.validation] == list(range(5, 41, 5))
     assert (found.run, found.boundaries) == ("first", [20, 30])
     (plain,) = json.loads(call(run, "--metric", "accuracy", "--json").stdout)
-    assert plain == json.loads(json.dumps(found._asdict()))
+    assert plain == json.loads(json.dumps({"metric": "accuracy", **found._asdict()}))
 
 
 @pytest.mark.parametrize("kind", MAGIC)
@@ -83,7 +91,7 @@ def test_a_picture_that_finds_no_room_leaves_the_one_before(
 def test_an_image_names_each_run_and_draws_each_point_and_boundary(run: Path) -> None:
     names = ["first", "_hidden", "a$\\frac$", "\x1b[31m"]
     found = [read_curves([str(run)], "loss")[0]._replace(run=name) for name in names]
-    lines = shapes(render_image(found[:1], "loss", "svg"))
+    lines = shapes(render_image({"loss": found[:1]}, "svg"))
     training, validation, *boundaries = [
         each for each in lines if len(each) in (11, 8) or is_upright(each)
     ]
@@ -91,7 +99,7 @@ def test_an_image_names_each_run_and_draws_each_point_and_boundary(run: Path) ->
     left, right = (points[0][0] for points in boundaries)
     assert training[5][0] == pytest.approx(left)  # step 20
     assert validation[5][0] == pytest.approx(right)  # step 30
-    image = render_image(found, "loss", "svg")
+    image = render_image({"loss": found}, "svg")
     for name in (
         "first",
         "_hidden",
@@ -143,7 +151,7 @@ def test_values_that_are_no_numbers_and_names_that_a_terminal_obeys_do_no_harm()
         text = render_text(found, metric, width=50, height=12, color=False)
         assert text.replace("\n", "").isprintable()
         assert "\x1b[2J" not in render_text(found, metric, width=50, height=12, color=True)
-        assert render_image(found, metric, "png").startswith(MAGIC["png"])
+        assert render_image({metric: found}, "png").startswith(MAGIC["png"])
 
 
 def test_a_metric_that_no_run_has_is_refused_and_the_existing_ones_are_listed(run: Path) -> None:
@@ -162,6 +170,64 @@ def test_runs_of_one_name_are_labelled_by_their_paths(run: Path, tmp_path: Path)
         str(run),
         str(other),
     ]
+
+
+def test_several_metrics_have_a_panel_each_and_the_title_is_shown(
+    run: Path, tmp_path: Path
+) -> None:
+    options = ["--metric", "loss", "--metric", "accuracy", "--title", "a $title$", "--log-y"]
+    file = tmp_path / "curves.svg"
+    done = call(run, *options, "--smooth", "0.9", "-o", file)
+    assert (done.exit_code, done.stderr) == (0, f"{file}: loss, accuracy of first\n")
+    image = file.read_text()
+    for text in ("a $title$", "loss", "accuracy", "global step"):
+        assert f"<!-- {text} -->" in image
+    assert "<!-- $\\mathdefault{10^{" in image
+    assert "<!-- first -->" in image
+    assert {each["metric"] for each in json.loads(call(run, *options, "--json").stdout)} == {
+        "loss", "accuracy",
+    }  # fmt: skip
+    text = call(run, *options).stdout
+    assert "a $title$: loss" in text
+    assert "a $title$: accuracy" in text
+
+
+def test_an_average_is_corrected_for_its_start_and_leaves_out_what_is_not_finite() -> None:
+    curve = [(1, 4.0), (2, float("nan")), (3, 1.0), (4, 1.0)]
+    found = smoothed(curve, 0.5)
+    assert found == [(1, 4.0), (3, pytest.approx(2.0)), (4, pytest.approx(10 / 7))]
+    assert smoothed(curve, 0.0) == [(1, 4.0), (3, 1.0), (4, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "ticks"),
+    [
+        (0, 3, [0, 1, 2, 3]),
+        (7, 7, [7]),
+        (1, 100, [20, 40, 60, 80, 100]),
+        (0, 10**9, [0, 2 * 10**8, 4 * 10**8, 6 * 10**8, 8 * 10**8, 10**9]),
+    ],
+)
+def test_ticks_are_round_whole_steps(first: int, last: int, ticks: list[int]) -> None:
+    assert whole_ticks(first, last) == ticks
+    found = [RunCurves("run", [(first, 1.0), (last, 2.0)], [], [])]
+    text = render_text(found, "loss", width=90, height=12, color=False)
+    axis = text.splitlines()[-3]
+    assert [int(word) for word in axis.split()] == ticks
+
+
+def test_a_logarithmic_axis_leaves_out_values_up_to_0(run: Path, tmp_path: Path) -> None:
+    found = [RunCurves("run", [(1, 1.0), (2, 0.0), (3, -1.0), (4, 0.001)], [], [])]
+    text = render_text(found, "loss", width=60, height=12, color=False, style=Style(log_y=True))
+    assert "run  \u2824 training" in text
+    assert render_image({"loss": found}, "png", Style(log_y=True)).startswith(MAGIC["png"])
+    path = tmp_path / "other"
+    train(make_config(stop={"last_step": 4}, log={"every": 2}), path)
+    metrics = path / "metrics.jsonl"
+    metrics.write_text(re.sub(r'"loss": [\d.]+', '"loss": -1.0', metrics.read_text()))
+    done = call(path, "--log-y", "--json")
+    assert done.stderr == "other: loss has no value above 0, so nothing is drawn\n"
+    assert call(run, "--smooth", "1").exit_code == 2
 
 
 MISTAKES: list[tuple[list[str], str]] = [
