@@ -21,8 +21,8 @@ _MAX_TEXT = 60  # characters of a value
 
 
 @click.command()
-@click.argument("a", metavar="A", type=Place())
-@click.argument("b", metavar="B", type=Place())
+@click.argument("a", metavar="A", type=Place(run=True))
+@click.argument("b", metavar="B", type=Place(run=True))
 @json_option("the comparison")
 def diff(a: str, b: str, as_json: bool) -> None:
     """Compare two checkpoints to the bit.

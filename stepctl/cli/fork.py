@@ -16,7 +16,7 @@ from stepctl.system.terminal import say
 
 
 @click.command()
-@click.argument("run_dir", type=Place(folder=True), metavar="RUN")
+@click.argument("run_dir", type=Place(folder=True, run=True), metavar="RUN")
 @click.option(
     "--at", type=WholeNumber(), metavar="N", help="The global step (default: the newest)."
 )

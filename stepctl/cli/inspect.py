@@ -22,7 +22,7 @@ _HEADS = ("path", "shape", "dtype", "count", "min", "max", "mean", "std", "non_f
 
 
 @click.command()
-@click.argument("path", metavar="PATH", type=Place())
+@click.argument("path", metavar="PATH", type=Place(run=True))
 @json_option("the contents")
 @click.option(
     "--path",

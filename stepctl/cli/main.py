@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from stepctl import __version__
+from stepctl.cli.completion import complete_keys_without_space
 from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
@@ -151,6 +152,8 @@ for _command in _COMMANDS:
 def main() -> None:
     """Run the command line."""
     prepare_stdout()
+    if "_STEPCTL_COMPLETE" in os.environ:
+        complete_keys_without_space()
     try:
         code = cli.main(prog_name="stepctl", obj=WHOLE_PROCESS, standalone_mode=False)
     except click.ClickException as error:

@@ -38,7 +38,7 @@ def model_options(function: F) -> F:
         metavar="N",
         help="Use the checkpoint of this step (default: the newest good one).",
     )
-    run = click.argument("run", metavar="RUN", type=Place())
+    run = click.argument("run", metavar="RUN", type=Place(run=True))
     return run(step(best(average(imports(function)))))
 
 

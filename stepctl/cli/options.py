@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stepctl.cli.parameter_types import Duration, WholeNumber
+from stepctl.cli.parameter_types import Duration, Setting, WholeNumber
 from stepctl.errors import ConfigError
 from stepctl.system import files
 
@@ -21,6 +21,7 @@ set_option = click.option(
     "--set",
     "assignments",
     multiple=True,
+    type=Setting(with_value=True),
     metavar="KEY=VALUE",
     help="Set a config key, such as data.batch_size=32.",
 )

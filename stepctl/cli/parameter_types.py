@@ -5,10 +5,12 @@ import re
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from stepctl.system import files
 from stepctl.system.files import expand_path
 
+_RUNS = "runs"  # the default folder of runs
 _MAX_NUMBER = (1 << 62) - 1
 
 
@@ -50,10 +52,22 @@ class Weight(click.ParamType):  # type: ignore[type-arg]
 
 
 class Place(click.Path):
-    """A valid path, which need not exist. Shells complete files and folders, or folders only."""
+    """A valid path, which need not exist. Shells complete files and folders, or folders only.
 
-    def __init__(self, *, folder: bool = False) -> None:
+    With `run`, a shell also completes the name of a run in `runs/` to its path.
+    """
+
+    def __init__(self, *, folder: bool = False, run: bool = False) -> None:
         super().__init__(file_okay=not folder)
+        self._is_run = run
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        found = _runs_by_name(incomplete) if self._is_run else []
+        if found:
+            return [CompletionItem(path) for path in found]
+        return super().shell_complete(ctx, param, incomplete)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value)
@@ -73,6 +87,42 @@ class Place(click.Path):
             reason = getattr(error, "strerror", error)
             self.fail(f"{text[:60]!r}: {reason}; give another path.", param, ctx)
         return text
+
+
+def _runs_by_name(incomplete: str) -> list[str]:
+    """Return the paths of the runs in `runs/` whose names begin so; none if a path begins so."""
+    if incomplete and any(name.startswith(incomplete) for name in _names(".")):
+        return []
+    names = [name for name in _names(_RUNS) if name.startswith(incomplete)]
+    paths = [os.path.join(_RUNS, name) for name in names]
+    return [path for path in paths if os.path.exists(os.path.join(path, "ledger.jsonl"))]
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+class Setting(click.ParamType):  # type: ignore[type-arg]
+    """KEY=VALUE with the key of a config, or the key alone; shells complete the key."""
+
+    name = "text"
+
+    def __init__(self, *, with_value: bool) -> None:
+        self._end = "=" if with_value else ""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from stepctl.config.keys import CONFIG_KEYS
+
+        matching = [key for key in CONFIG_KEYS if key.startswith(incomplete)]
+        return [CompletionItem(f"{key}{self._end}") for key in matching]
 
 
 _UNIT_SECONDS = (86400, 3600, 60, 1)  # day, hour, minute, second

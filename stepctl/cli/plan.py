@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", metavar="CONFIG|RUN", type=Place())
+@click.argument("path", metavar="CONFIG|RUN", type=Place(run=True))
 @set_option
 @target_options
 @json_option("the plan")

@@ -22,7 +22,9 @@ _MIN_HEIGHT = 10
 
 
 @click.command()
-@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=Place(folder=True))
+@click.argument(
+    "paths", metavar="RUN...", nargs=-1, required=True, type=Place(folder=True, run=True)
+)
 @click.option(
     "--metric",
     "metrics",

@@ -13,7 +13,7 @@ from stepctl.system.terminal import say
 
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=Place(folder=True))
+@click.argument("run_dir", metavar="RUN", type=Place(folder=True, run=True))
 @click.option("--keep-last", type=WholeNumber(min=1), metavar="N", help="Keep the N newest.")
 @click.option("--keep-every", type=WholeNumber(min=1), metavar="N", help="Keep the multiples of N.")
 @click.option(

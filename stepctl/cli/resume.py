@@ -16,7 +16,7 @@ from stepctl.cli.options import (
     verbosity_options,
 )
 from stepctl.cli.output_queue import queue_output
-from stepctl.cli.parameter_types import Place, WholeNumber
+from stepctl.cli.parameter_types import Place, Setting, WholeNumber
 from stepctl.cli.ranks import join_job, set_numerics
 from stepctl.cli.segment import report_finished, train_segment
 from stepctl.errors import Exit
@@ -24,7 +24,7 @@ from stepctl.system.terminal import say
 
 
 @click.command()
-@click.argument("run_dir", type=Place(folder=True), metavar="RUN")
+@click.argument("run_dir", type=Place(folder=True, run=True), metavar="RUN")
 @target_options
 @max_time_option
 @click.option(
@@ -35,7 +35,11 @@ from stepctl.system.terminal import say
 )
 @set_option
 @click.option(
-    "--allow-change", multiple=True, metavar="KEY", help="Allow --set to change a locked key."
+    "--allow-change",
+    multiple=True,
+    type=Setting(with_value=False),
+    metavar="KEY",
+    help="Allow --set to change a locked key.",
 )
 @click.option(
     "--strict-numerics",

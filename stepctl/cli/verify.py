@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", metavar="PATH", type=Place())
+@click.argument("path", metavar="PATH", type=Place(run=True))
 @click.option(
     "--replay",
     "steps",

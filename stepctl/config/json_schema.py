@@ -50,6 +50,21 @@ def schema() -> Schema:
     return result
 
 
+def keys(schema: Schema) -> list[str]:
+    """Return every dotted key of a config: those of the sections and of the built-in components."""
+    return [*dict.fromkeys(_keys(schema, "", schema["$defs"]))]
+
+
+def _keys(node: Schema, prefix: str, definitions: Schema) -> Iterator[str]:
+    if "$ref" in node:
+        node = definitions[node["$ref"].rpartition("/")[2]]
+    for alternative in (*node.get("oneOf", ()), *node.get("anyOf", ())):
+        yield from _keys(alternative, prefix, definitions)
+    for key, own in node.get("properties", {}).items():
+        yield f"{prefix}{key}"
+        yield from _keys(own, f"{prefix}{key}.", definitions)
+
+
 def _merged() -> Schema:
     """Return the schema of all top-level keys: a config has either the sections of a task or `program`."""
     result = TaskConfig.model_json_schema()

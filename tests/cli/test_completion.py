@@ -32,6 +32,45 @@ def test_an_argument_completes_to_paths(command: str, kind: str) -> None:
     assert completed(command.split(), "~/$A/ru") == [(kind, "~/$A/ru")]
 
 
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two runs, and a folder among them that is none; the current one."""
+    for name in ("quick", "quiet", "empty"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    for name in ("quick", "quiet"):
+        (tmp_path / "runs" / name / "ledger.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["resume", "fork", "prune", "plot", "plan", "verify", "diff"])
+def test_the_name_of_a_run_completes_to_its_path(command: str, runs: Path) -> None:
+    both = [("plain", "runs/quick"), ("plain", "runs/quiet")]
+    assert completed([command], "qui") == both
+    assert completed([command], "") == both
+    assert completed([command], "quie") == both[1:]
+    kind = "dir" if command in RUNS else "file"
+    for path in ("runs/qui", "ru", "e"):  # a path, the beginning of one, and no run's name
+        assert completed([command], path) == [(kind, path)]
+
+
+def test_keys_of_a_config_are_completed() -> None:
+    for command in (
+        ["train", "c.yaml"],
+        ["resume", "runs/a"],
+        ["fork"],
+        ["plan"],
+        ["config", "check"],
+    ):
+        assert completed([*command, "--set"], "optimizer.learning_rate_") == [
+            ("plain", "optimizer.learning_rate_multipliers=")
+        ]
+    assert completed(["resume", "--allow-change"], "optimizer.cl") == [
+        ("plain", "optimizer.clip_norm")
+    ]
+    assert completed(["train", "--set"], "seed=1") == []
+
+
 def place_options() -> list[tuple[str, str, str]]:
     return [
         (name, option, "dir" if parameter.metavar in ("DIR", "NEW") else "file")
@@ -61,8 +100,14 @@ VARIABLES = {
     "bash": {"COMP_WORDS": "stepctl resume ru", "COMP_CWORD": "2"},
     "zsh": {"COMP_WORDS": "stepctl resume ru", "COMP_CWORD": "2"},
     "fish": {"COMP_WORDS": "stepctl resume", "COMP_CWORD": "ru"},
+    "bash, a key": {"COMP_WORDS": "stepctl train --set see", "COMP_CWORD": "3"},
 }
-ANSWERS = {"bash": "dir,ru\n", "zsh": "dir\nru\n_\n", "fish": "dir,ru\n"}
+ANSWERS = {
+    "bash": "dir,ru\n",
+    "zsh": "dir\nru\n_\n",
+    "fish": "dir,ru\n",
+    "bash, a key": "plain,seed=\n",
+}
 
 
 @pytest.mark.process
@@ -78,7 +123,7 @@ def test_each_shell_gets_its_answer_without_numpy(shell: str) -> None:
     variables = (
         os.environ
         | VARIABLES[shell]
-        | {"_STEPCTL_COMPLETE": f"{shell}_complete", "PYTHONPATH": str(ROOT)}
+        | {"_STEPCTL_COMPLETE": f"{shell.partition(',')[0]}_complete", "PYTHONPATH": str(ROOT)}
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
@@ -97,10 +142,17 @@ def test_bash_completes_a_run(tmp_path: Path) -> None:
     command = bin_folder / "stepctl"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m stepctl "$@"\n')
     command.chmod(0o755)
+    (tmp_path / "runs" / "quickstart" / "ledger.jsonl").touch()
     script = """
         eval "$(_STEPCTL_COMPLETE=bash_source stepctl)"
+        compopt() { [ "$2" = dirnames ] && mapfile -t COMPREPLY < <(compgen -d "${COMP_WORDS[2]}"); echo "$2"; }
         COMP_WORDS=(stepctl resume runs/qui) COMP_CWORD=2 COMPREPLY=()
-        compopt() { [ "$2" = dirnames ] && mapfile -t COMPREPLY < <(compgen -d "${COMP_WORDS[2]}"); }
+        _stepctl_completion stepctl
+        printf '%s\\n' "${COMPREPLY[@]}"
+        COMP_WORDS=(stepctl resume qui) COMP_CWORD=2 COMPREPLY=()
+        _stepctl_completion stepctl
+        printf '%s\\n' "${COMPREPLY[@]}"
+        COMP_WORDS=(stepctl train --set see) COMP_CWORD=3 COMPREPLY=()
         _stepctl_completion stepctl
         printf '%s\\n' "${COMPREPLY[@]}"
     """
@@ -113,4 +165,5 @@ def test_bash_completes_a_run(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout == "runs/quickstart\n", done.stderr
+    answers = ["dirnames", "runs/quickstart", "runs/quickstart", "nospace", "seed="]
+    assert done.stdout.split() == answers, done.stderr

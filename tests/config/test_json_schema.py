@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import stepctl.config.keys
 from stepctl.config import model, registry
-from stepctl.config.json_schema import schema
+from stepctl.config.json_schema import keys, schema
 from stepctl.config.registry import described_arguments
 from tests.support.config_page import PAGE, updated
 
@@ -76,3 +78,21 @@ def test_the_page_has_every_key() -> None:
     if os.environ.get("UPDATE_PAGES"):
         PAGE.write_text(updated(page))
     assert page == updated(page), "configs/README.md is out of date"
+
+
+KEYS_HEAD = """\"\"\"Every key of a config, for shell completion, which cannot wait for the schema.
+
+Generated from the schema: UPDATE_PAGES=1 pytest tests/config/test_json_schema.py
+\"\"\"
+
+CONFIG_KEYS = (
+"""
+
+
+def test_the_keys_for_completion_are_those_of_the_schema() -> None:
+    """Update the module with `UPDATE_PAGES=1 pytest tests/config/test_json_schema.py`."""
+    path = Path(stepctl.config.keys.__file__)
+    expected = KEYS_HEAD + "".join(f'    "{key}",\n' for key in keys(schema())) + ")\n"
+    if os.environ.get("UPDATE_PAGES"):
+        path.write_text(expected)
+    assert path.read_text() == expected, "stepctl/config/keys.py is out of date"
