@@ -15,6 +15,7 @@ from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
 from stepctl.cli.evaluate import evaluate
+from stepctl.cli.export import export
 from stepctl.cli.fork import fork
 from stepctl.cli.inspect import inspect
 from stepctl.cli.interrupts import WHOLE_PROCESS
@@ -26,6 +27,7 @@ from stepctl.cli.predict import predict
 from stepctl.cli.prune import prune
 from stepctl.cli.resume import resume
 from stepctl.cli.runs import runs
+from stepctl.cli.sample import sample
 from stepctl.cli.train import train
 from stepctl.cli.verify import verify
 from stepctl.distributed import comm, launcher
@@ -142,7 +144,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 _COMMANDS = (
-    train, resume, evaluate, predict, fork, plan, inspect, verify, diff, prune, runs, plot, config,
+    train, resume, evaluate, predict, sample, export, fork, plan, inspect, verify, diff, prune, runs, plot, config,
     doctor,
 )  # fmt: skip
 for _command in _COMMANDS:

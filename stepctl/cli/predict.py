@@ -55,18 +55,18 @@ def predict(
     selection = select(run, step=step, best=best, average=average, imports=imports)
     from stepctl.inference.load import load_model
     from stepctl.inference.output_file import new_file
-    from stepctl.inference.predict import write_csv, write_npz
+    from stepctl.inference.predict import predict_to_csv, predict_to_npz
 
     model = load_model(run, selection, say)
     with progress_bar("predict") as report:
         if output == _STDOUT:
-            write_csv(model, input_file, sys.stdout.buffer, report)
+            predict_to_csv(model, input_file, sys.stdout.buffer, report)
             return
         if extension == ".npz":
-            n_rows = write_npz(model, input_file, output, report)
+            n_rows = predict_to_npz(model, input_file, output, report)
         else:
             with new_file(output) as file:
-                n_rows = write_csv(model, input_file, file, report)
+                n_rows = predict_to_csv(model, input_file, file, report)
     if as_json:
         echo_json({"step": model.global_step, "rows": n_rows, "output": output})
     else:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from stepctl.errors import ConfigError
 from stepctl.system.folder import Folder
 from stepctl.system.text import in_one_line
 
-STDOUT = "-"
+if TYPE_CHECKING:
+    from stepctl.state.arena import Array
 
 
 def check_output(path: str, extensions: Collection[str], *, inputs: Collection[str] = ()) -> str:
@@ -49,3 +51,13 @@ def new_file(path: str) -> Iterator[BinaryIO]:
         os.fdopen(os.dup(descriptor), "wb") as file,
     ):
         yield file
+
+
+def write_arrays(file: BinaryIO, arrays: Mapping[str, Array]) -> None:
+    """Write arrays as an .npz archive; unlike np.savez, under any name."""
+    import numpy as np
+
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)

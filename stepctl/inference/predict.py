@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from stepctl.errors import DataError
-from stepctl.inference.output_file import new_file
+from stepctl.inference.output_file import new_file, write_arrays
 from stepctl.inference.row_files import read_chunks
 from stepctl.inference.trained_model import TrainedModel
 from stepctl.programs.base import Predictions
@@ -20,7 +20,7 @@ from stepctl.system.text import in_one_line
 Report = Callable[[float], None]  # is called with the share of the input that is done
 
 
-def write_csv(model: TrainedModel, path: str, file: BinaryIO, report: Report) -> int:
+def predict_to_csv(model: TrainedModel, path: str, file: BinaryIO, report: Report) -> int:
     """Write the predictions for a file of rows as CSV, and return their number.
 
     The columns are `prediction`, and `probability_<class>` of a classification. Several values have
@@ -35,21 +35,19 @@ def write_csv(model: TrainedModel, path: str, file: BinaryIO, report: Report) ->
     return n_rows
 
 
-def write_npz(model: TrainedModel, path: str, output: str, report: Report) -> int:
+def predict_to_npz(model: TrainedModel, path: str, output: str, report: Report) -> int:
     """Write the predictions for a file of rows as an .npz archive, and return their number.
 
     Its arrays are `prediction`, and `probability` and `class_names` of a classification.
     """
     parts = [*predict_chunks(model, path, report)]
-    arrays: dict[str, Any] = {
-        "prediction": model.named(np.concatenate([part.values for part in parts]))
-    }
+    arrays = {"prediction": model.named(np.concatenate([part.values for part in parts]))}
     if model.class_names is not None:
         probabilities = [part.probabilities for part in parts if part.probabilities is not None]
         arrays["probability"] = np.concatenate(probabilities)
         arrays["class_names"] = np.array(model.class_names)
     with new_file(output) as file:
-        np.savez(file, **arrays)
+        write_arrays(file, arrays)
     return len(arrays["prediction"])
 
 

@@ -57,7 +57,7 @@ class TrainedModel:
             )
         self.config = config
         self.origin = origin
-        self._task = task
+        self.task = task
         self._state = state
         self._threads = threads
         self._average = average
@@ -82,7 +82,7 @@ class TrainedModel:
         With several models, a path begins with the model's name.
         """
         found = {}
-        for name, learner in self._task.learners.items():
+        for name, learner in self.task.learners.items():
             prefix = "" if name == MODEL else f"{name}/"
             for path, array in learner.params(self._state, average=self._average).items():
                 found[f"{prefix}{path}"] = array
@@ -96,7 +96,12 @@ class TrainedModel:
     @property
     def models(self) -> dict[str, Model]:
         """The models by name; a single one is called "model"."""
-        return {name: learner.model for name, learner in self._task.learners.items()}
+        return {name: learner.model for name, learner in self.task.learners.items()}
+
+    @property
+    def n_outputs(self) -> int:
+        """The outputs of the model of a task with one model."""
+        return self.task.learners[MODEL].shapes.n_outputs
 
     def predict(self, x: npt.ArrayLike) -> Array:
         """Return the class of each row, (rows,), or its values: (rows,) or (rows, n_outputs).
@@ -155,10 +160,10 @@ class TrainedModel:
 
     def predict_batch(self, x: Array) -> Predictions:
         """Return the predictions for x as the data source gives it: (rows, *input_shape)."""
-        predictions = self._task.predict(self._state, x, average=self._average)
+        predictions = self.task.predict(self._state, x, average=self._average)
         if predictions is None:
             remedy = "for a LossModel, define predict"
-            if self._task.generate(self._state, 1) is not None:
+            if self.task.generate(self._state, 1) is not None:
                 remedy = "it generates samples: use stepctl sample"
             raise ConfigError(
                 f"{self.origin}: the task {self.config.task.name} makes no predictions; {remedy}"
@@ -171,7 +176,7 @@ class TrainedModel:
         `seed` is by default the run's. ConfigError if the task generates none.
         """
         blas.restore_threads(self._threads)
-        samples = self._task.generate(self._state, n, average=self._average, seed=seed)
+        samples = self.task.generate(self._state, n, average=self._average, seed=seed)
         if samples is None:
             raise ConfigError(
                 f"{self.origin}: the task {self.config.task.name} generates no samples; use predict"
@@ -181,5 +186,5 @@ class TrainedModel:
     def evaluate(self, batches: Iterable[Batch]) -> Metrics:
         """Return the task's metrics over all batches."""
         blas.restore_threads(self._threads)
-        returned = self._task.evaluate(self._state, batches, average=self._average)
+        returned = self.task.evaluate(self._state, batches, average=self._average)
         return as_numbers(returned, "task: evaluate returned")

@@ -24,6 +24,8 @@ COMMANDS = {
     "resume": "resume runs/é --num-steps 1",
     "evaluate": "evaluate runs/é -v",
     "predict": "predict runs/é x.npy -o é.csv",
+    "export": "export runs/é -o é.npz",
+    "an error of sample": "sample runs/é -o é.npz",
     "fork": "fork runs/é --run-dir new-é",
     "plan": "plan runs/é",
     "inspect": "inspect runs/é",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ from typing import Any
 import numpy as np
 
 import stepctl
-from stepctl.state.arena import Array
+from stepctl.models.layers.batch_norm import BatchNorm
+from stepctl.models.layers.dense import Dense
+from stepctl.models.layers.dropout import Dropout
+from stepctl.models.layers.gelu import GELU
+from stepctl.models.layers.layer_norm import LayerNorm
+from stepctl.models.layers.leaky_relu import LeakyReLU
+from stepctl.models.layers.relu import ReLU
+from stepctl.models.layers.sigmoid import Sigmoid
+from stepctl.models.layers.tanh import Tanh
+from stepctl.models.sequential import Sequential
+from stepctl.state.arena import Array, Shape
 from tests.support.runs import make_config, train
 
 DIGITS: dict[str, Any] = {
@@ -72,3 +83,24 @@ def softmax(logits: Array) -> Array:
     """Return the probabilities of each row."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+
+
+def every_layer(*, width: int = 6, input_shape: Shape, n_outputs: int) -> Sequential:
+    """A model of all layers of the package."""
+    return Sequential(
+        [
+            Dense(name="first", n_in=math.prod(input_shape), n_out=width, bias=False),
+            BatchNorm(name="batch_norm", n_features=width),
+            GELU(),
+            Dropout(name="dropout", rate=0.3),
+            Dense(name="second", n_in=width, n_out=width),
+            LayerNorm(name="layer_norm", n_features=width),
+            LeakyReLU(slope=0.2),
+            Dense(name="third", n_in=width, n_out=width),
+            Tanh(),
+            Dense(name="fourth", n_in=width, n_out=width),
+            ReLU(),
+            Dense(name="fifth", n_in=width, n_out=n_outputs),
+            Sigmoid(),
+        ]
+    )

@@ -10,8 +10,8 @@ from stepctl.models.layers.elementary import sigmoid
 from stepctl.state.arena import Array
 from stepctl.state.workspace import Workspace
 
-_SCALE = 2 * math.sqrt(2 / math.pi)
-_CUBIC = 0.044715
+SCALE = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715
 
 
 class GELU(Layer):
@@ -25,8 +25,8 @@ class GELU(Layer):
         square = workspace.empty(x.shape)
         argument = workspace.empty(x.shape)
         np.multiply(x, x, out=square)
-        np.multiply(square, _SCALE * _CUBIC, out=argument)
-        np.add(argument, _SCALE, out=argument)
+        np.multiply(square, SCALE * CUBIC, out=argument)
+        np.add(argument, SCALE, out=argument)
         np.multiply(argument, x, out=argument)
         gate, tail = sigmoid(argument, workspace)
         np.multiply(gate, x, out=y)
@@ -36,8 +36,8 @@ class GELU(Layer):
             # gate' = tail (1 - tail) 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
             dx = workspace.empty(x.shape)
             slope = workspace.empty(x.shape)
-            np.multiply(square, 3 * _CUBIC * _SCALE, out=slope)
-            np.add(slope, _SCALE, out=slope)
+            np.multiply(square, 3 * CUBIC * SCALE, out=slope)
+            np.add(slope, SCALE, out=slope)
             np.multiply(slope, x, out=slope)
             np.subtract(1, tail, out=dx)
             np.multiply(dx, tail, out=dx)
