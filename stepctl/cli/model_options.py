@@ -34,7 +34,7 @@ def model_options(function: F) -> F:
     )
     step = click.option(
         "--step",
-        type=WholeNumber(min=0),
+        type=WholeNumber(),
         metavar="N",
         help="Use the checkpoint of this step (default: the newest good one).",
     )

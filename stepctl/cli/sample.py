@@ -11,15 +11,13 @@ from stepctl.cli.parameter_types import Place, WholeNumber
 from stepctl.system.terminal import say
 from stepctl.system.text import counted
 
-_MAX_SAMPLES = 1 << 31
-
 
 @click.command()
 @model_options
 @click.option(
     "-n",
     "number",
-    type=WholeNumber(min=1, max=_MAX_SAMPLES),
+    type=WholeNumber(min=1),
     default=64,
     metavar="N",
     show_default=True,
@@ -27,7 +25,7 @@ _MAX_SAMPLES = 1 << 31
 )
 @click.option(
     "--seed",
-    type=WholeNumber(min=0, max=(1 << 63) - 1),
+    type=WholeNumber(),
     metavar="N",
     help="Seed of the noise (default: the run's).",
 )

@@ -176,7 +176,12 @@ class TrainedModel:
         `seed` is by default the run's. ConfigError if the task generates none.
         """
         blas.restore_threads(self._threads)
-        samples = self.task.generate(self._state, n, average=self._average, seed=seed)
+        try:
+            samples = self.task.generate(self._state, n, average=self._average, seed=seed)
+        except (MemoryError, ValueError) as error:  # ValueError: of np.empty
+            raise ConfigError(
+                f"{n} samples do not fit in memory ({error}); ask for fewer"
+            ) from error
         if samples is None:
             raise ConfigError(
                 f"{self.origin}: the task {self.config.task.name} generates no samples; use predict"
