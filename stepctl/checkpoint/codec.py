@@ -40,7 +40,7 @@ from stepctl.state import values
 from stepctl.state.arena import Array, check_names, update_views
 from stepctl.state.counters import GLOBAL_STEP, Counters
 from stepctl.state.program_state import ProgramState, SavedProgramState
-from stepctl.state.train_state import StatefulHook, TrainState, restore_counters
+from stepctl.state.train_state import PREPROCESSING, StatefulHook, TrainState, restore_counters
 from stepctl.state.value_decoder import decode
 from stepctl.state.values import CapturedState
 from stepctl.system import files
@@ -428,6 +428,7 @@ def restore(reader: Reader, state: TrainState, changed_hooks: Collection[str] = 
         for name, array in update_views(arena).items():
             reader.read_into(f"{group}/{name}", array)
         arena.swap_buffers()
+    _read_statistics(reader, state)
     saved = saved_hooks(reader)
     hooks = [hook for hook in state.hooks if hook.name in saved]
     hook_states = [_read_hook_state(reader, hook) for hook in hooks]
@@ -441,7 +442,7 @@ def restore(reader: Reader, state: TrainState, changed_hooks: Collection[str] = 
 
 
 def restore_arenas(reader: Reader, state: TrainState) -> None:
-    """Read a checkpoint into the arenas, buffers and counters of a state, and nothing else.
+    """Read a checkpoint into the arenas, buffers, statistics and counters of a state only.
 
     CheckpointError lists every one of them that is missing, extra, or of another shape or dtype.
     """
@@ -451,14 +452,22 @@ def restore_arenas(reader: Reader, state: TrainState) -> None:
         for folder, arena in arenas.items()
         for name, shape in arena.shapes.items()
     }
+    for name, array in state.preprocessing.items():
+        expected[f"{PREPROCESSING}/{name}"] = (array.shape, array.dtype.name)
     expected |= {f"counters/{name}": ((), "int64") for name in state.counters}
     refuse_other_arrays(reader, [*arenas, "counters"], expected)
+    _read_statistics(reader, state)
     for folder, arena in arenas.items():
         for name, array in update_views(arena).items():
             reader.read_into(f"{folder}/{name}", array)
         arena.swap_buffers()
     reader.check_unchanged()
     restore_counters(state.counters, reader.header.counters)
+
+
+def _read_statistics(reader: Reader, state: TrainState) -> None:
+    for name, array in state.preprocessing.items():
+        reader.read_into(f"{PREPROCESSING}/{name}", array)
 
 
 def refuse_other_arrays(

@@ -31,6 +31,8 @@ LIVE: dict[str, JsonValue] = {"resume": "live"}  # may change on a resume
 LOCKED: dict[str, JsonValue] = {"resume": "locked"}  # changes on a resume only with --allow-change
 BY_STATE: dict[str, JsonValue] = {"resume": "live; locked with state"}
 
+# Of every source: keys that are null until the run starts.
+_DECIDED_DATA_KEYS = ("n_classes", "class_names", "sample_shape", "target_shape")
 
 Order = Literal["shuffled", "sequential"]  # of the samples in an epoch
 
@@ -85,19 +87,25 @@ class DataConfig(ComponentConfig):
             sequential, in the order of the file.
         validation_fraction: Fraction of the samples that is held out for validation: random
             samples, or with the order sequential the last ones.
+        stratify: Whether the split keeps the proportions of the classes, for data in memory: each
+            class is split by itself.
         n_classes: Number of classes; by default it is determined from the labels.
         sample_shape: Shape of one sample. It is recorded when the run starts, so that the trained
             model can be used without the data.
         target_shape: Shape of one target, [] for a label. It is recorded as sample_shape is.
+        class_names: Names of the classes, in the order of their labels. Words in the target of a csv
+            are names of classes: by default they are sorted, and recorded when the run starts.
     """
 
     batch_size: PositiveInt = 32
     shards: PositiveInt = 1
     order: Order = "shuffled"
     validation_fraction: Fraction = 0.0
+    stratify: bool = False
     n_classes: PositiveInt | None = None
     sample_shape: list[NonNegativeInt] | None = None
     target_shape: list[NonNegativeInt] | None = None
+    class_names: list[str] | None = None
 
     @model_validator(mode="after")
     def _check_shards(self) -> DataConfig:
@@ -105,6 +113,28 @@ class DataConfig(ComponentConfig):
             raise ValueError(
                 f"shards {self.shards} does not divide batch_size {self.batch_size}; "
                 "choose a divisor of it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_split(self) -> DataConfig:
+        if self.stratify and not self.validation_fraction:
+            raise ValueError("stratify is about the split; set validation_fraction too")
+        return self
+
+    @model_validator(mode="after")
+    def _check_class_names(self) -> DataConfig:
+        names = self.class_names
+        if names is None:
+            return self
+        if not names:
+            raise ValueError("class_names is empty; name the classes, or leave it out")
+        if len({*names}) < len(names):
+            raise ValueError("class_names has a name twice; each class needs a name of its own")
+        if self.n_classes not in (None, len(names)):
+            raise ValueError(
+                f"class_names has {len(names)} names, but n_classes is {self.n_classes}; give one of "
+                "them, or the same number"
             )
         return self
 
@@ -547,6 +577,15 @@ class TaskConfig(HookedConfig):
 
     def data_files(self) -> set[str]:
         return _file_keys("data", self.data.name)
+
+    def open_data_keys(self) -> list[str]:
+        """Return the dotted keys of the data section that are null, and that a run decides."""
+        known = registry.arguments(registry.resolve("data", self.data.name))
+        spec = self.data.spec()
+        found = [key for key, argument in known.items() if argument.is_decided]
+        found = [key for key in found if spec.get(key) is None]
+        found += [key for key in _DECIDED_DATA_KEYS if getattr(self.data, key) is None]
+        return [f"data.{key}" for key in found]
 
     def cadences(self) -> dict[str, Cadence]:
         cadences = super().cadences()

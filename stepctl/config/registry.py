@@ -52,6 +52,7 @@ CONTEXT = frozenset(
         "dtype",
         "targets",
         "integer_inputs",
+        "class_names",
         "needs_targets",
         "seed",
         "shards",
@@ -89,6 +90,14 @@ class Component:
     number: str
 
 
+class _Decided:
+    """See DECIDED."""
+
+
+# Marks an argument that a run decides if the config leaves it null. A resume keeps the value.
+DECIDED = _Decided()
+
+
 def _contains_file(hint: Any) -> bool:
     return bool(hint == File) or any(_contains_file(part) for part in get_args(hint))
 
@@ -108,6 +117,11 @@ class Argument(NamedTuple):
     def is_file(self) -> bool:
         """Whether the value is the path of a data file, or a list of such paths."""
         return _contains_file(self.hint)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the run decides the value if it is null."""
+        return DECIDED in get_args(self.hint)[1:]
 
     @property
     def component(self) -> Component | None:

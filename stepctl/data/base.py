@@ -9,7 +9,7 @@ arguments that its signature names: `targets` (the form of y, see `Targets`), `d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -69,6 +69,21 @@ class Source(ABC):
     def place(self, row: int) -> str:
         """Return a row's name in messages, such as "row 3" or "line 5"."""
         return row_name(row)
+
+    def labels(self) -> Array | None:
+        """Return the labels, (rows,) int64, or other targets, of data in memory; otherwise None."""
+        return None
+
+    def fit(self, rows: npt.NDArray[np.int64]) -> None:  # noqa: B027
+        """Compute the statistics that x is computed with from these rows, which are trained on."""
+
+    def statistics(self) -> Mapping[str, Array]:
+        """Return these statistics by name; they become part of the state, and are restored in place."""
+        return {}
+
+    def decided(self) -> Mapping[str, Any]:
+        """Return values for keys of the config's data section that were open."""
+        return {}
 
     def n_classes(self) -> int:
         """Return the largest label + 1."""

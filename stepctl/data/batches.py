@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, final
 
@@ -35,12 +35,12 @@ class Batch(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Subset:
-    """Samples 0..n-1 of a source: consecutive rows, or one side of a keyed split."""
+    """Samples 0..n-1 of a source: consecutive rows, or one side of a split."""
 
     source: Source
     n: int
     first: int = 0  # row of sample 0, or its position in the split
-    split: Permutation | None = None
+    split: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]] | None = None
 
     def rows(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Map sample numbers of this subset to rows of the source."""
@@ -49,12 +49,17 @@ class Subset:
 
 
 def split_source(
-    source: Source, validation_fraction: float, seed: int, order: Order = "shuffled"
+    source: Source,
+    validation_fraction: float,
+    seed: int,
+    order: Order = "shuffled",
+    labels: Array | None = None,
 ) -> tuple[Subset, Subset]:
     """Return (training subset, validation subset).
 
     The split is random and depends on the seed alone; with the order "sequential" the validation
-    subset are the last rows. Raises DataError if one of them would be empty.
+    subset are the last rows. With `labels`, (rows,) integers, it is stratified: this holds for the
+    rows of each class. Raises DataError if a subset would be empty.
     """
     n_validation = round(source.n * validation_fraction)
     n_training = source.n - n_validation
@@ -63,12 +68,43 @@ def split_source(
             f"{source.origin}: data.validation_fraction {validation_fraction} of {source.n} rows leaves "
             f"{n_training} to train on and {n_validation} to validate; each needs at least one"
         )
+    if labels is not None:
+        split_rows = _stratified(labels, n_validation, seed, order)
+        training = Subset(source, n_training, first=n_validation, split=split_rows.take)
+        return training, Subset(source, n_validation, split=split_rows.take)
     if order == "sequential":
         return Subset(source, n_training), Subset(source, n_validation, first=n_training)
     split = Permutation(source.n, seed, "split")
     training = Subset(source, n_training, first=n_validation, split=split)
     validation = Subset(source, n_validation, split=split)
     return training, validation
+
+
+def _stratified(labels: Array, n_validation: int, seed: int, order: Order) -> npt.NDArray[np.int64]:
+    """Return the rows of a stratified split: first those to validate, then those to train on.
+
+    Both are in ascending order.
+    """
+    classes, class_numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    quotas = _quotas(counts, n_validation)
+    validates = np.zeros(len(labels), np.bool_)
+    for number, label in enumerate(classes):
+        rows = np.flatnonzero(class_numbers == number)
+        if order == "shuffled":
+            rows = rows[Permutation(len(rows), seed, "split", int(label))(np.arange(len(rows)))]
+        validates[rows[len(rows) - quotas[number] :]] = True
+    return np.concatenate([np.flatnonzero(validates), np.flatnonzero(~validates)])
+
+
+def _quotas(counts: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
+    """Divide a total in proportion to counts, by the method of the largest remainders."""
+    n = int(counts.sum())
+    quotas = counts * total // n
+    remainders = counts * total % n
+    # of equal remainders the first one
+    largest = np.argsort(-remainders, kind="stable")[: total - int(quotas.sum())]
+    quotas[largest] += 1
+    return quotas
 
 
 class Batches(Protocol):

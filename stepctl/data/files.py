@@ -72,6 +72,39 @@ def read_unpacked(file: BinaryIO) -> bytes:
     return unpacked.getvalue()
 
 
+@contextmanager
+def open_unpacked(file: io.BufferedReader) -> Iterator[io.BufferedReader[Any]]:
+    """Open a file's content, unpacked if it is gzipped; a read raises ValueError if it is too large."""
+    if file.peek(len(GZIP))[: len(GZIP)] != GZIP:
+        yield file
+        return
+    packed_size = os.fstat(file.fileno()).st_size
+    with (
+        gzip.GzipFile(fileobj=file) as unpacked,
+        io.BufferedReader(_LimitedReader(unpacked, packed_size), _CHUNK_BYTES) as reader,
+    ):
+        yield reader
+
+
+@final
+class _LimitedReader(io.RawIOBase):
+    """The content of a gzipped file, up to the limit."""
+
+    def __init__(self, unpacked: gzip.GzipFile, packed_size: int) -> None:
+        self._unpacked = unpacked
+        self._packed_size = packed_size
+        self._n_read = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n_bytes = self._unpacked.readinto(buffer)
+        self._n_read += n_bytes
+        refuse_excess(self._n_read, self._packed_size, "gunzip it, and give the unpacked file")
+        return n_bytes
+
+
 def refuse_excess(unpacked: int, packed: int, remedy: str) -> None:
     """Raise ValueError if `packed` bytes that unpack to `unpacked` or more exceed the limits."""
     if unpacked > max(_ALWAYS_ALLOWED, _MAX_RATIO * packed):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -62,14 +63,16 @@ class InMemory(Source):
         integer_inputs: bool = False,
         place: Callable[[int], str] = row_name,
         warnings: Sequence[str] = (),
+        decided: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """With `integer_inputs`, an integer x that is not scaled keeps its dtype.
 
         `place` returns the name of a row in messages; `warnings` are about the conversion to x and
-        y.
+        y; `decided` are values for open keys of the config.
         """
         self.origin = in_one_line(origin)
         self._place = place
+        self._decided = decided
         check_arrays(self.origin, x, y)
         self.x_dtype = input_dtype(x.dtype, dtype, integer_inputs=integer_inputs, scale=scale)
         self.n = x.shape[0]
@@ -99,6 +102,12 @@ class InMemory(Source):
 
     def place(self, row: int) -> str:
         return self._place(row)
+
+    def decided(self) -> Mapping[str, Any]:
+        return self._decided
+
+    def labels(self) -> Array:
+        return self._y
 
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
         # rows are in range by construction; "clip" lets take write straight into out

@@ -20,6 +20,7 @@ from stepctl.errors import ConfigError, DataError
 from stepctl.inference.inputs import scale_of
 from stepctl.inference.load import (
     NEWEST,
+    NO_SPLIT,
     OpenedCheckpoint,
     Selection,
     import_paths,
@@ -165,7 +166,7 @@ def _data_section(opened: OpenedCheckpoint, given: Mapping[str, Any]) -> dict[st
     else:
         files = _file_arguments(opened, section)
         kept = {key: item for key, item in section.items() if key not in files}
-    return {**kept, "validation_fraction": 0.0, "order": "sequential", **given}
+    return {**kept, **NO_SPLIT, "order": "sequential", **given}
 
 
 def _newest_files(opened: OpenedCheckpoint, section: Mapping[str, Any]) -> dict[str, Any]:

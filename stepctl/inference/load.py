@@ -20,6 +20,7 @@ from stepctl.config import yaml
 from stepctl.config.messages import KeyPath
 from stepctl.config.model import TaskConfig, parse_config
 from stepctl.data.base import Source, Sources
+from stepctl.data.preprocessing import Preprocessing
 from stepctl.errors import ConfigError
 from stepctl.inference.trained_model import TrainedModel
 from stepctl.programs.learner import MODEL
@@ -30,9 +31,10 @@ from stepctl.runs.records import RunRecords, read_records
 from stepctl.state.arena import Array, Shape
 from stepctl.system import files, shell
 from stepctl.training.build import initial_state
-from stepctl.training.resolve import ResolvedConfig, resolve
+from stepctl.training.resolve import ResolvedConfig, build_task, resolve
 
 _OF_THE_MODEL = ("seed", "dtype", "initial_step", "model", "task", "ema", "numerics")
+NO_SPLIT = {"validation_fraction": 0.0, "stratify": False}
 _NO_OPTIMIZER = {"name": "sgd", "learning_rate": 0.0}  # which has no slots
 
 
@@ -172,9 +174,11 @@ def _resolve_without_data(opened: OpenedCheckpoint) -> ResolvedConfig:
     if not isinstance(data, dict) or not is_recorded:
         # written by stepctl 0.2 or earlier, or not a task's
         return resolve_model(model_config(opened, data if isinstance(data, dict) else {}))
-    config = model_config(opened, data | {"validation_fraction": 0.0}, unchecked=("data",))
+    config = model_config(opened, data | NO_SPLIT, unchecked=("data",))
     assert config.data.sample_shape is not None
-    source = _NoRows(config)
+    targets = build_task(config).targets
+    preprocessing = Preprocessing(config.data, targets=targets, dtype=config.dtype)
+    source = _NoRows(config, preprocessing.arrays)
     return resolve_model(config, Sources(source))
 
 
@@ -214,10 +218,15 @@ class _NoRows(Source):
 
     n = 1
 
-    def __init__(self, config: TaskConfig) -> None:
+    def __init__(self, config: TaskConfig, statistics: Mapping[str, Array]) -> None:
+        """statistics: restored in place with the model."""
+        self._statistics = statistics
         self.origin = "the data of the run"
         self.sample_shape: Shape = tuple(config.data.sample_shape or ())
         self.target_shape: Shape = tuple(config.data.target_shape or ())
+
+    def statistics(self) -> Mapping[str, Array]:
+        return self._statistics
 
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
         raise NotImplementedError

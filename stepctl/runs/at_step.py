@@ -219,8 +219,7 @@ def changed_config(run: RunFiles, options: ResumeOptions) -> Config:
         if value == "auto"
     ]
     if isinstance(config, TaskConfig):
-        recorded = ("n_classes", "sample_shape", "target_shape")
-        open_keys += [f"data.{key}" for key in recorded if getattr(config.data, key) is None]
+        open_keys += config.open_data_keys()
     before = yaml.flatten(run.config.plain())
     for key in config.horizon_keys():
         if before.get(key) is None:

@@ -14,6 +14,8 @@ from stepctl.state.counters import Counters
 from stepctl.state.program_state import ProgramState, SavedProgramState
 from stepctl.state.values import CapturedState
 
+PREPROCESSING = "buffers/preprocessing"  # the folder of the statistics in a checkpoint
+
 
 def restore_counters(counters: Counters, values: Mapping[str, int]) -> None:
     """Set counters to the values of a checkpoint, or of rank 0."""
@@ -61,6 +63,7 @@ class TrainState:
     `arenas` holds what optimizers update, by the folder in a checkpoint: the parameters in
     "params", slots in "optimizers/<name>/<slot>", a moving average in "ema". With several models,
     each has a folder below: "params/<model>". `buffers` are the models' non-trainable arrays.
+    `preprocessing` are the statistics that samples are standardized with, which never change.
     `program` is the state of a user's program, live or captured; None for a task.
     """
 
@@ -69,6 +72,7 @@ class TrainState:
     buffers: Arena = field(default_factory=lambda: Arena({}, np.float32, read_only=True))
     hooks: Sequence[StatefulHook] = ()
     program: ProgramState | SavedProgramState | CapturedState | None = None
+    preprocessing: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arenas", MappingProxyType(dict(self.arenas)))
@@ -78,6 +82,8 @@ class TrainState:
         folders = list(self.arenas)
         if self.buffers:
             folders.append("buffers")
+        if self.preprocessing:
+            folders.append(PREPROCESSING)
         folders += [f"hooks/{hook.name}" for hook in self.hooks]
         if self.program is not None:
             folders.append("state")
@@ -94,6 +100,7 @@ class TrainState:
             folder: arena.new_views() for folder, arena in self.arenas.items()
         }
         folders["buffers"] = self.buffers.new_views()
+        folders[PREPROCESSING] = self.preprocessing
         folders |= {f"hooks/{hook.name}": hook.state() for hook in self.hooks}
         if self.program is not None:
             folders["state"] = self.program.view().arrays

@@ -16,7 +16,7 @@ import fcntl
 import os
 import re
 import stat
-from typing import BinaryIO
+from io import BufferedReader
 
 from stepctl.errors import StepctlError, UnreadableError
 
@@ -112,7 +112,7 @@ def _status(path: AnyPath, *, follow_symlinks: bool = True) -> os.stat_result | 
 # --- reading
 
 
-def open_regular(path: str, dir_fd: int | None = None) -> BinaryIO:
+def open_regular(path: str, dir_fd: int | None = None) -> BufferedReader:
     """Open a regular file for reading; OSError for a pipe, which blocks, or a device."""
 
     def opener(name: str, flags: int) -> int:

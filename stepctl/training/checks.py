@@ -53,12 +53,15 @@ def check_target(config: Config) -> None:
 
 
 def check_targets(config: TaskConfig, task: Task) -> None:
-    """Raise ConfigError if a number of classes is given for targets that are numbers."""
-    if task.targets != "classes" and config.data.n_classes is not None:
-        raise ConfigError(
-            f"data.n_classes: the targets of {config.task.name} are numbers, not classes; leave it "
-            "out"
-        )
+    """Raise ConfigError if classes are described for targets that are numbers."""
+    if task.targets == "classes":
+        return
+    for key in ("n_classes", "class_names"):
+        if getattr(config.data, key) is not None:
+            raise ConfigError(
+                f"data.{key}: the targets of {config.task.name} are numbers, not classes; leave it "
+                "out"
+            )
 
 
 def check_source(source: Source, config: TaskConfig, task: Task, *, integer_inputs: bool) -> None:

@@ -85,6 +85,8 @@ def broadcast_state(assembly: Assembly) -> None:
     copied = [state.buffers] if shared else [*arenas, state.buffers]
     for arena in copied:
         comm.broadcast_array(update_target(arena))
+    for array in state.preprocessing.values():
+        comm.broadcast_array(array)
 
 
 def _is_shared(state: TrainState) -> bool:

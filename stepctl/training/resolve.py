@@ -23,6 +23,7 @@ from stepctl.models.base import Model, ModelShapes
 from stepctl.optimizers.base import Optimizer
 from stepctl.programs.base import OneUpdate, Task
 from stepctl.programs.program import ProgramTask
+from stepctl.state.arena import Array
 from stepctl.stopping.signals import default_signal_actions
 from stepctl.system import blas
 from stepctl.system.closing import close_on_error
@@ -85,18 +86,26 @@ def resolve(
     integer_inputs = _take_integers(config)
     train, validation = sources or read_sources(config, task, is_rank=comm.rank > 0)
     all_sources = [train] if validation is None else [train, validation]
-    decided: dict[str, Any] = {}
+    decided = {f"data.{key}": value for key, value in train.decided().items()}
     check_targets(config, task)
     for source in all_sources:
         check_source(source, config, task, integer_inputs=integer_inputs)
     n_classes = config.data.n_classes
+    class_names = decided.get("data.class_names", config.data.class_names)
+    if n_classes is not None and class_names is not None and n_classes != len(class_names):
+        raise ConfigError(
+            f"data.n_classes: is {n_classes}, but {train.origin} has {len(class_names)} classes; "
+            "leave it out"
+        )
     if task.targets == "classes" and n_classes is None and train.has_targets:
         with default_signal_actions(is_rank=comm.rank > 0):
-            n_classes = count_classes(all_sources)
+            n_classes = count_classes(all_sources) if class_names is None else len(class_names)
         decided["data.n_classes"] = n_classes
     decided["data.sample_shape"] = [*train.sample_shape]
     decided["data.target_shape"] = [*train.target_shape]
-    training_subset, validation_subset = _subsets(config, train, validation)
+    training_subset, validation_subset = _subsets(config, task, train, validation)
+    if train.statistics() and sources is None:  # given sources are fitted already
+        train.fit(training_subset.rows(np.arange(training_subset.n)))
     check_names(config, task)
     decided |= _open_horizons(config, task, target)
     shapes = task.ends(n_classes, train.sample_shape, train.target_shape)
@@ -216,6 +225,7 @@ def read_sources(config: TaskConfig, task: Task, *, is_rank: bool = False) -> So
             dtype=config.dtype,
             integer_inputs=_take_integers(config),
             needs_targets=task.needs_targets,
+            class_names=config.data.class_names,
         )
         return sources
 
@@ -271,13 +281,14 @@ def _sharing(config: TaskConfig, task: Task, comm: Comm) -> Comm:
 
 
 def _subsets(
-    config: TaskConfig, train: Source, validation: Source | None
+    config: TaskConfig, task: Task, train: Source, validation: Source | None
 ) -> tuple[Subset, Subset | None]:
     """Return the training rows and the validation rows, if there are any."""
     fraction = config.data.validation_fraction
     if validation is None:
         if fraction:
-            return split_source(train, fraction, config.seed, config.data.order)
+            labels = _labels_to_split(task, train) if config.data.stratify else None
+            return split_source(train, fraction, config.seed, config.data.order, labels)
         if config.evaluate.every is not None:
             raise ConfigError(
                 "evaluate.every: there is no validation part; set data.validation_fraction, or "
@@ -314,6 +325,19 @@ def _subsets(
             f"{train.target_shape}; they must be equal"
         )
     return Subset(train, train.n), Subset(validation, validation.n)
+
+
+def _labels_to_split(task: Task, source: Source) -> Array:
+    """Return the labels for a stratified split; ConfigError if there are none in memory."""
+    if task.targets != "classes" or not source.has_targets:
+        raise ConfigError("data.stratify: there are no classes; remove it")
+    labels = source.labels()
+    if labels is None:
+        raise ConfigError(
+            f"data.stratify: the labels of {source.origin} are not in memory; remove it, or name "
+            "validation files"
+        )
+    return labels
 
 
 def _open_horizons(config: TaskConfig, task: Task, target: int) -> dict[str, int]:

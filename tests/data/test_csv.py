@@ -40,9 +40,9 @@ WITH_HEADER = {"header": True}
 # a file, and options to read it with -> the start of the message, which names the place
 AT_A_LINE: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "plain": (ROWS + "7,x,1\n", {}, "line 4: column 2: "),
-    "header": ("a,b,c\n" + ROWS + "7,x,1\n", WITH_HEADER, "line 5: column 2: "),
+    "header": ("a,b,c\n" + ROWS + "7,x,1\n", WITH_HEADER, "line 5: column 'b': "),
     "blank lines": ("1,2,0\n\n\n3,x,1\n", {}, "line 4: column 2: "),
-    "newline in the header": ('"a\nb",b,c\n1,2,0\n3,x,1\n', WITH_HEADER, "line 4: column 2: "),
+    "newline in the header": ('"a\nb",b,c\n1,2,0\n3,x,1\n', WITH_HEADER, "line 4: column 'b': "),
     "newline in a row": ('1,"2\n",0\n3,x,1\n', {}, "line 3: column 2: "),
     "CRLF": ("1,2,0\r\n3,x,1\r\n", {}, "line 2: column 2: "),
     "CR": ("1,2,0\r3,x,1\r", {}, "line 2: column 2: "),
@@ -62,7 +62,7 @@ def test_an_error_names_its_line_in_the_file(
 
 
 REFUSED: dict[str, Case] = {
-    "a header that is not declared": ("a,b,label\n" + ROWS, {}),
+    "a header that is denied": ("a,b,label\n" + ROWS, {"header": False}),
     "UTF-16": (ROWS.encode("utf-16"), {}),
     "UTF-16, little-endian": (ROWS.encode("utf-16-le"), {}),
     "UTF-16, big-endian": (ROWS.encode("utf-16-be"), {}),
@@ -87,7 +87,7 @@ def test_a_file_is_refused_with_a_remedy(
 
 
 def test_data_with_one_bad_value_are_not_taken_for_a_header(tmp_path: Path) -> None:
-    assert refusal(tmp_path, "a,b,label\n" + ROWS).endswith(HEADER_HINT)
+    assert refusal(tmp_path, "a,b,label\n" + ROWS, header=False).endswith(HEADER_HINT)
     for content in ("1,?,0\n" + ROWS, "1,,0\n" + ROWS, ROWS + "a,b,c\n"):
         assert HEADER_HINT not in refusal(tmp_path, content)
 
@@ -112,15 +112,18 @@ def test_a_header_with_quotes_and_newlines_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("delimiter", "spelled"), [(";", ";"), ("\t", "\\t"), ("|", "|")])
 @pytest.mark.parametrize("header", ["", "a,b,c\n"])
-def test_another_delimiter_is_suggested(
+def test_another_delimiter_is_found_or_suggested(
     delimiter: str, spelled: str, header: str, tmp_path: Path
 ) -> None:
     content = (header + ROWS).replace(",", delimiter)
-    message = refusal(tmp_path, content, header=bool(header))
+    message = refusal(tmp_path, content, header=bool(header), delimiter=",")
     assert message.endswith(f'set data.delimiter: "{spelled}"')
     assert HEADER_HINT not in message
-    _, y = values(load(tmp_path, content, header=bool(header), delimiter=delimiter))
-    np.testing.assert_array_equal(y, [0, 1, 0])
+    for given in (delimiter, None):
+        source = load(tmp_path, content, header=bool(header), delimiter=given)
+        assert source.decided()["delimiter"] == delimiter
+        _, y = values(source)
+        np.testing.assert_array_equal(y, [0, 1, 0])
 
 
 @pytest.mark.parametrize("last_row", ["3,-1", "inf,1"], ids=["label", "number"])

@@ -142,7 +142,7 @@ def _kind(own: Schema) -> str:
         return f"`{own['const']}`"
     if own["type"] == "object":
         return f"mapping to {_kind(own['additionalProperties'])}"
-    if own["type"] == "array" and own["items"]["type"] == "object":
+    if own["type"] == "array" and own["items"].get("type") == "object":
         return "list of mappings"
     if own["type"] == "array":
         return f"list of {_kind(own['items'])}"

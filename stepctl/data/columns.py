@@ -1,0 +1,275 @@
+"""The columns of a table: what kind each is, and how its cells become numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from stepctl.data.csv_file import is_missing, is_number
+from stepctl.state.arena import Array
+from stepctl.system.text import config_text, in_one_line
+
+Name = str | int  # of a column: its name, or its number from 0 in a file without a header
+Kind = Literal["number", "boolean", "category", "class"]
+Role = Literal["feature", "class", "value"]  # of a column; the last two are those of a target
+
+MAX_CATEGORIES = 100  # of a column of words; 1,000 of one that the config lists
+MAX_LISTED_CATEGORIES = 1000
+_BOOLEANS = {"false": 0.0, "no": 0.0, "true": 1.0, "yes": 1.0}
+# ISO 8601 and what spreadsheets write: 2024-01-31, 31.1.2024 12:30, 1/31/24, 12:30:05
+_DATE = re.compile(
+    r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
+    r"([T ]+\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?( ?[AaPp][Mm])?(Z|[+-]\d{2}:?\d{2})?)?"
+    r"|\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?",
+    re.ASCII,
+)
+
+
+class Encoding(BaseModel):
+    """How a column that does not hold numbers is encoded, as the config records it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    column: Name
+    kind: Literal["boolean", "category", "class"]
+    categories: list[str] = []  # of a category; the names of classes are a key of their own
+
+
+def label(name: Name) -> str:
+    """Return a column's name in messages: "column 'age'", or "column 3", counted from 1."""
+    if isinstance(name, int):
+        return f"column {name + 1}"
+    return f"column {in_one_line(repr(name), 60)}"
+
+
+class CellError(ValueError):
+    """A cell that cannot be encoded; `row` is its row among the cells."""
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+@final
+@dataclass(frozen=True)
+class Column:
+    """One column: numbers, booleans, categories (one-hot features), or the names of classes."""
+
+    name: Name
+    kind: Kind = "number"
+    categories: tuple[str, ...] = ()  # sorted; of a class column the names of the classes
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The names of its features: its own, or one for each category."""
+        if self.kind == "category":
+            return [f"{self.name}={category}" for category in self.categories]
+        return [str(self.name)]
+
+    def encode(self, cells: Sequence[str]) -> Array:
+        """Return the features of these cells: (cells, features) float64, NaN for missing cells.
+
+        Those of a class column are its labels. Raises CellError at the first cell that the column
+        cannot have.
+        """
+        if self.kind == "number":
+            return self._numbers(cells)
+        codes = _Codes(self._code)
+        try:
+            found = np.array([codes[cell] for cell in cells], np.float64)
+        except KeyError as error:
+            row = cells.index(error.args[0])
+            raise CellError(row, self._refusal(cells[row])) from None
+        if self.kind != "category":
+            return found.reshape(-1, 1)
+        features = np.full((len(cells), len(self.categories)), np.nan)
+        features[~np.isnan(found)] = 0
+        rows = np.flatnonzero(~np.isnan(found))
+        features[rows, found[rows].astype(np.int64)] = 1
+        return features
+
+    def _numbers(self, cells: Sequence[str]) -> Array:
+        plain = _as_floats(cells)
+        if plain is not None:
+            return np.array(plain).reshape(-1, 1)
+        numbers = np.empty((len(cells), 1))
+        for row, cell in enumerate(cells):
+            if is_number(cell):
+                numbers[row] = float(cell)
+            elif is_missing(cell):
+                numbers[row] = np.nan
+            else:
+                raise CellError(row, self._refusal(cell))
+        return numbers
+
+    def _code(self, cell: str) -> float:
+        """Return the number of a cell that is no number; KeyError if there is none."""
+        word = cell.strip()
+        if self.kind == "boolean":
+            if word.lower() in _BOOLEANS:
+                return _BOOLEANS[word.lower()]
+        elif word in self.categories:
+            return self.categories.index(word)
+        if is_missing(cell):
+            return np.nan
+        raise KeyError(cell)
+
+    def _refusal(self, cell: str) -> str:
+        shown = in_one_line(repr(cell), 60)
+        if self.kind == "number":
+            return f"{shown} is not a number"
+        if self.kind == "boolean":
+            return f"{shown} is none of true, false, yes, no"
+        noun = "class" if self.kind == "class" else "category"
+        known = in_one_line(", ".join(self.categories), 200)
+        return f"{shown} is a {noun} that the run does not have; it has: {known}"
+
+
+def _as_floats(cells: Sequence[str]) -> list[float] | None:
+    """Return cells as floats; None if one is not a number, or has "_" or digits beyond ASCII."""
+    text = "".join(cells)
+    if "_" in text or not text.isascii():
+        return None
+    try:
+        return [*map(float, cells)]
+    except ValueError:
+        return None
+
+
+class _Codes(dict[str, float]):
+    """The codes of the cells of a column, computed once for each text."""
+
+    def __init__(self, code: Callable[[str], float]) -> None:
+        super().__init__()
+        self._code = code
+
+    def __missing__(self, cell: str) -> float:
+        code = self[cell] = self._code(cell)
+        return code
+
+
+@final
+class ColumnFacts:
+    """The facts about a column's cells that decide its kind; `is_listed` in `data.categorical`."""
+
+    def __init__(self, name: Name, *, role: Role = "feature", is_listed: bool) -> None:
+        self.name = name
+        self._role = role
+        self._is_listed = is_listed
+        self._limit = MAX_LISTED_CATEGORIES if is_listed else MAX_CATEGORIES
+        self._n_cells = {"number": 0, "word": 0}
+        self._first: dict[str, tuple[int, str]] = {}  # line and cell of the first of each
+        self._words: set[str] = set()
+        self._overflow: int | None = None  # the line at which there are too many words
+
+    def add(self, lines: Iterable[int], cells: Sequence[str]) -> None:
+        """Add the cells of some rows, which begin on these lines."""
+        if not self._is_listed and _as_floats(cells) is not None:
+            self._first.setdefault("number", (int(next(iter(lines))), cells[0]))
+            self._n_cells["number"] += len(cells)
+            return
+        kinds = {cell: self._kind(cell) for cell in {*cells}}
+        for line, cell in zip(lines, cells, strict=True):
+            kind = kinds[cell]
+            if kind == "missing":
+                continue
+            if kind not in self._first:
+                self._first[kind] = (int(line), cell)
+            self._n_cells[kind] += 1
+            if kind == "word" and len(self._words) <= self._limit:
+                self._words.add(cell.strip())
+                if len(self._words) > self._limit:
+                    self._overflow = int(line)
+
+    def _kind(self, cell: str) -> str:
+        if is_missing(cell):
+            return "missing"
+        return "number" if is_number(cell) and not self._is_listed else "word"
+
+    def column(self, *, may_have_header: bool = False) -> Column:
+        """Return the column; ValueError if its cells have no common kind.
+
+        `may_have_header`: the first row of the file has only words.
+        """
+        if not self._first:
+            raise ValueError(f"{label(self.name)} has no values; {self._exclude}")
+        if "word" not in self._first:
+            return Column(self.name)
+        if "number" in self._first:
+            raise ValueError(self._mixed(may_have_header=may_have_header))
+        is_boolean = {word.lower() for word in self._words} <= _BOOLEANS.keys()
+        if is_boolean and not self._is_listed and self._role != "class":
+            return Column(self.name, "boolean")
+        self._refuse_words()
+        categories = tuple(sorted(self._words, key=_sort_key(self._words)))
+        return Column(self.name, "class" if self._role == "class" else "category", categories)
+
+    @property
+    def _exclude(self) -> str:
+        if self._role == "feature":
+            return f"exclude it: data.exclude: [{config_text(self.name)}]"
+        return "choose another target"
+
+    def _refuse_words(self) -> None:
+        """Raise ValueError if the words are no categories: dates, too many, or of a value."""
+        where = label(self.name)
+        line, word = self._first["word"]
+        shown = in_one_line(repr(word.strip()), 60)
+        if self._role == "value":
+            raise ValueError(
+                f"line {line}: {where}, the target, is {shown}, and the task learns numbers; choose "
+                "another target or task"
+            )
+        if not self._is_listed and all(map(_DATE.fullmatch, self._words)):
+            raise ValueError(
+                f"line {line}: {where}: {shown} is a date, which is no feature as it is; convert it "
+                f"to numbers (such as the month), or {self._exclude}"
+            )
+        if self._overflow is None:
+            return
+        remedy = self._exclude
+        if not self._is_listed:
+            remedy += f", or allow {MAX_LISTED_CATEGORIES:,}: data.categorical: [{config_text(self.name)}]"
+        raise ValueError(
+            f"line {self._overflow}: {where} has more than {self._limit} different words; {remedy}"
+        )
+
+    def _mixed(self, *, may_have_header: bool) -> str:
+        where = label(self.name)
+        rare = "word" if self._n_cells["word"] <= self._n_cells["number"] else "number"
+        line, cell = self._first[rare]
+        shown = in_one_line(repr(cell), 60)
+        if rare == "number":
+            other_line, other = self._first["word"]
+            return (
+                f"line {line}: {where}: {shown} is a number, but line {other_line} has "
+                f"{in_one_line(repr(other), 60)}; fix it, or take all for categories: "
+                f"data.categorical: [{config_text(self.name)}]"
+            )
+        message = f"line {line}: {where}: {shown} is not a number"
+        if may_have_header and self._n_cells["word"] == 1:
+            return f"{message}; if the first line holds names, set data.header: true"
+        return (
+            f"{message}, as the column's other cells are; fix it, or take all for categories: "
+            f"data.categorical: [{config_text(self.name)}]"
+        )
+
+
+def merged(column: Column, other: Column) -> Column:
+    """Return a column with the categories of both, if both have some."""
+    if column.kind != other.kind or not column.categories:
+        return column
+    words = {*column.categories, *other.categories}
+    return replace(column, categories=tuple(sorted(words, key=_sort_key(words))))
+
+
+def _sort_key(words: Iterable[str]) -> Callable[[str], Any]:
+    """Return the key that sorts words: by their value if all are numbers, else as texts."""
+    if all(map(is_number, words)):
+        return lambda word: (float(word), word)
+    return lambda word: word

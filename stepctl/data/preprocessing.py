@@ -1,0 +1,277 @@
+"""From the raw rows of a file to the inputs of a model, with what a checkpoint holds alone.
+
+    preprocessing = Preprocessing(config.data, arrays, targets="classes", dtype="float32")
+    for rows in preprocessing.read("new.csv"):     # in chunks, the target may be missing
+        rows.x                                     # (rows, *sample_shape), as in training
+        rows.y                                     # with_target=True: labels (rows,) int64
+        rows.lines                                 # the line of the file on which each row begins
+    x = preprocessing.transform([["5.1", "red", "yes"]])   # cells in the order of `columns`
+    preprocessing.class_names[label]
+
+`config` is the resolved config of a checkpoint, in which everything that was decided from the training
+data is written (`names`, `encodings`, `class_names`, ...), and `arrays` are its arrays below
+`/buffers/preprocessing/`, by name ("fill", "mean", "deviation"); there are none without
+`missing: mean` and `standardize`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from stepctl.config.model import DataConfig
+from stepctl.data.base import Targets
+from stepctl.data.columns import CellError, Column, Encoding
+from stepctl.data.csv_file import CSVFile, Head, is_number
+from stepctl.data.files import reading
+from stepctl.data.memory import as_targets, scaled
+from stepctl.data.statistics import Statistics
+from stepctl.data.table import (
+    ColumnChoice,
+    Table,
+    TableRows,
+    choose_columns,
+    statistics_of,
+    with_encodings,
+)
+from stepctl.errors import DataError
+from stepctl.state.arena import Array, Shape, aligned_empty
+
+CSV = "csv"  # the name of the source whose rows have columns
+FOLDER = "preprocessing"  # of the statistics, below /buffers in a checkpoint
+
+
+class Rows(NamedTuple):
+    """Some consecutive rows of a file.
+
+    x: (rows, *sample_shape); y: labels (rows,) int64 or values (rows, 1), None if it was not read;
+    lines: (rows,) int64.
+    """
+
+    x: Array
+    y: Array | None
+    lines: npt.NDArray[np.int64]
+
+
+@final
+class Preprocessing:
+    """The preprocessing of a run's data, from its resolved config and its statistics."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        arrays: Mapping[str, Array] | None = None,
+        *,
+        targets: Targets,
+        dtype: str,
+        sample_shape: Shape | None = None,
+    ) -> None:
+        """
+        data: the resolved section; arrays: by name, which are copied; None if they are restored
+        later into the property `arrays`. targets: of the task; dtype: of the run.
+        sample_shape: of one row of x, for sources whose rows have no named columns, and for
+        checkpoints of versions that did not record the columns.
+
+        DataError if the arrays do not fit the config.
+        """
+        spec = data.spec()
+        self._targets = targets
+        self._dtype = dtype
+        self._scale = float(spec.get("scale", 1.0))
+        self._names = data.class_names
+        self._n_classes = data.n_classes
+        self._table = None
+        self._choice = ColumnChoice(target=-1)
+        self._head = _DetectedHead(None, None)
+        if data.name == CSV:
+            self._choice = choice_of(spec)
+            self._head = _DetectedHead(spec.get("delimiter"), spec.get("header"))
+            self._table = table_of(spec, data.class_names)
+        self._sample_shape = sample_shape
+        self._statistics = None
+        if self._table is not None:
+            self._sample_shape = (len(self._table.feature_names),)
+            self._statistics = statistics_of(
+                self._table, standardize=spec.get("standardize", False)
+            )
+            if arrays is not None:
+                _restore(self._statistics, arrays)
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The statistics by name, as a checkpoint has them; there may be none."""
+        return {} if self._statistics is None else self._statistics.arrays
+
+    @property
+    def columns(self) -> list[str] | None:
+        """The names of the input columns, in order; None if the rows have no columns."""
+        if self._table is None:
+            return None
+        return [str(column.name) for column in self._table.inputs]
+
+    @property
+    def target_name(self) -> str | None:
+        """The name of the target column; None if the rows have no columns, or there is no target."""
+        if self._table is None or self._table.target is None:
+            return None
+        return str(self._table.target.name)
+
+    @property
+    def feature_names(self) -> list[str] | None:
+        """The names of the features, in the order of x; None if the rows have no columns."""
+        return None if self._table is None else self._table.feature_names
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes, in the order of the labels; None if there are no classes."""
+        if self._names is not None:
+            return [*self._names]
+        if self._n_classes is None:
+            return None
+        return [str(number) for number in range(self._n_classes)]
+
+    def transform(self, rows: Array | Sequence[Sequence[object]]) -> Array:
+        """Return raw samples as a model's input: (rows, *sample_shape) in the run's dtype.
+
+        rows: (rows, ...) numbers; or for a table rows of its input cells, in the order of `columns`:
+        texts, numbers, booleans, or None for a missing value. DataError names row and column of a
+        cell that does not fit.
+        """
+        if self._table is None:
+            samples = np.asarray(rows)
+            if self._sample_shape is not None:
+                samples = samples.reshape(len(samples), *self._sample_shape)
+            return scaled(samples, self._scale, out=aligned_empty(samples.shape, self._dtype))
+        cells = [[_cell_text(value) for value in row] for row in rows]
+        for number, row in enumerate(cells):
+            if len(row) != len(self._table.inputs):
+                raise DataError(
+                    f"row {number}: {len(row)} cells, but the run was trained on "
+                    f"{len(self._table.inputs)} columns: {', '.join(self.columns or ())}"
+                )
+        try:
+            features = self._table.encode_cells(cells)
+            found = TableRows(features, None, np.arange(len(cells)))
+            self._table.complete(found, may_drop=False, noun="row")
+        except CellError as error:
+            raise DataError(f"row {error.row}: {error}") from error
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        return self._finish(self._table, features)
+
+    def encode_target(self, cells: Sequence[object]) -> Array:
+        """Return targets: labels (rows,) int64, or values (rows, 1); DataError.
+
+        cells: names of classes or their labels; or numbers.
+        """
+        texts = [_cell_text(cell) for cell in cells]
+        column = Column("target")
+        if self._table is not None and self._table.target is not None:
+            column = self._table.target
+        elif self._names is not None and not all(map(is_number, texts)):
+            column = Column("target", "class", tuple(self._names))
+        try:
+            y = column.encode(texts)[:, 0]
+        except CellError as error:
+            raise DataError(f"row {error.row}: {error}") from error
+        return as_targets("target", 0, y, self._targets, self._dtype)
+
+    def read(self, path: str, *, with_target: bool = False) -> Iterator[Rows]:
+        """Yield the rows of a CSV file in chunks; DataError with line and column at a bad cell.
+
+        Columns are found by their names if the training file had a header; others are ignored.
+        Without `with_target` the target is not read, and may be missing. For data without named
+        columns, such as images, each row has the values of one sample, and may have the target as
+        its last.
+        """
+        with reading(path, CSV.upper()):
+            table = self._table or self._table_like(path, with_target=with_target)
+            for found in table.read(path, with_target=with_target, may_drop=False):
+                y = None
+                if found.target is not None:
+                    y = as_targets(path, 0, found.target, self._targets, self._dtype, _place(found))
+                yield Rows(self._finish(table, found.features), y, found.lines)
+
+    def _finish(self, table: Table, features: Array) -> Array:
+        """Scale, fill and standardize features: (rows, features) float64."""
+        x = aligned_empty(features.shape, self._dtype)
+        if self._statistics is None or not self.arrays:
+            table.scale(features, self._scale, out=x)
+        else:
+            scaled_features = table.scale(features, self._scale, out=np.empty(features.shape))
+            self._statistics.apply(scaled_features, out=x)
+        return x if self._sample_shape is None else x.reshape(len(x), *self._sample_shape)
+
+    def _table_like(self, path: str, *, with_target: bool) -> Table:
+        """Return the table of a file whose columns the config does not name."""
+        head = CSVFile(path, delimiter=self._head.delimiter, header=self._head.header).head
+        choice = self._choice
+        n_features = head.n_columns - 1
+        if self._sample_shape is not None:
+            n_features = math.prod(self._sample_shape)
+        lacks_target = isinstance(choice.target, str) and choice.target not in head.names
+        if head.n_columns == n_features or lacks_target:
+            choice = replace(choice, target=None)
+        table = choose_columns(head, choice, missing="error")
+        if len(table.inputs) != n_features:
+            raise ValueError(
+                f"it has {head.n_columns} columns, but a sample has {n_features} values"
+            )
+        if with_target and table.target is None:
+            raise ValueError(f"it has {head.n_columns} columns, so there is none for the target")
+        return table
+
+
+class _DetectedHead(NamedTuple):
+    """The delimiter and the header that a config gives; None is detected."""
+
+    delimiter: str | None
+    header: bool | None
+
+
+def choice_of(spec: Mapping[str, Any]) -> ColumnChoice:
+    """Return the columns that a csv section chooses."""
+    return ColumnChoice(
+        target=spec["target"],
+        columns=spec.get("columns"),
+        exclude=spec.get("exclude"),
+        categorical=spec.get("categorical"),
+    )
+
+
+def table_of(spec: Mapping[str, Any], class_names: Sequence[str] | None) -> Table | None:
+    """Return the table that a resolved csv section describes; None if it is of an older version."""
+    if spec.get("n_columns") is None:
+        return None
+    head = Head(spec["delimiter"], spec["header"], tuple(spec["names"] or ()), spec["n_columns"])
+    table = choose_columns(head, choice_of(spec), missing=spec["missing"])
+    try:
+        encodings = [Encoding.model_validate(encoding) for encoding in spec["encodings"] or ()]
+    except ValidationError as error:
+        raise DataError(
+            "data.encodings: is not what a run records; leave it out, and it is found in the data"
+        ) from error
+    return with_encodings(table, encodings, class_names)
+
+
+def _restore(statistics: Statistics, arrays: Mapping[str, Array]) -> None:
+    try:
+        statistics.restore(arrays)
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"the checkpoint's preprocessing does not fit its config: {error}"
+        ) from error
+
+
+def _place(rows: TableRows) -> Callable[[int], str]:
+    return lambda row: f"line {rows.lines[row]}"
+
+
+def _cell_text(value: object) -> str:
+    return "" if value is None else str(value)
