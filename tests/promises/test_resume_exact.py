@@ -33,6 +33,16 @@ WINDOWS = {
     "validation_fraction": 0.1,
 }
 BIGRAM = {"task": {"name": "loss"}, "model": {"name": f"{TOKENS}:Bigram"}}
+FLOWERS = {
+    "name": "csv",
+    "path": str(Path(__file__).parents[1] / "support" / "flowers.csv"),
+    "target": "species",
+    "missing": "mean",
+    "standardize": True,
+    "batch_size": 48,
+    "validation_fraction": 0.2,
+    "stratify": True,
+}
 CASES: dict[str, dict[str, Any]] = {
     "adam": {},
     "sgd": {"optimizer": {"name": "sgd", "learning_rate": 0.1}},
@@ -64,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
         "data": {**WINDOWS, "name": f"{TOKENS}:windows_alone"},
         **BIGRAM,
     },
+    "a table of words, standardized, stratified": {"data": FLOWERS},
     "float64": {"dtype": "float64"},
     "a hook of the config": {"hooks": [{"name": "tests.support.user_hooks:Smoothed"}]},
     "initial step": {"initial_step": 5, "stop": {"last_step": LAST}},
@@ -91,6 +102,12 @@ CASES: dict[str, dict[str, Any]] = {
         "dtype": "float64",
     },
 }
+AT_ANY_STEP = [
+    "adam",
+    "groups",
+    "windows of a text, shards 4",
+    "a table of words, standardized, stratified",
+]
 
 
 class Remembers(Hook):
@@ -131,7 +148,7 @@ def broken_config(case: str, stop: int) -> Any:
 
 @pytest.mark.training
 @pytest.mark.parametrize("stop", range(LAST + 1))
-@pytest.mark.parametrize("case", ["adam", "groups", "windows of a text, shards 4"])
+@pytest.mark.parametrize("case", AT_ANY_STEP)
 def test_stopped_at_any_step(case: str, stop: int, unbroken: Any, tmp_path: Path) -> None:
     train(broken_config(case, stop), tmp_path / "run", (Remembers(),))
     state = resume(tmp_path / "run", last_step=LAST, hooks=(Remembers(),))
