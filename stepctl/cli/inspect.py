@@ -75,6 +75,7 @@ def _print_contents(contents: CheckpointContents, texts: dict[str, str], config:
     echo(f"numerics    {printable(numerics)}")
     if contents["values"] is None:
         echo(f"parameters  {contents['parameters']:,}")
+        _print_columns(contents["config"].get("data"))
     _print_run(contents)
     if contents["arrays"] or not texts:
         echo()
@@ -89,6 +90,20 @@ def _print_contents(contents: CheckpointContents, texts: dict[str, str], config:
     echo("\nconfig")
     for line in config.splitlines():
         echo(f"  {printable(line)}")
+
+
+def _print_columns(data: object) -> None:
+    """Print the columns and the classes of a task's data, if the config names them."""
+    from stepctl.reports.columns import described_columns, listed
+
+    if not isinstance(data, dict):
+        return
+    columns = described_columns(data)
+    if columns:
+        echo(f"columns     {listed(columns)}")
+    class_names = data.get("class_names")
+    if isinstance(class_names, list):
+        echo(f"classes     {listed(class_names)}")
 
 
 def _print_run(contents: CheckpointContents) -> None:

@@ -139,9 +139,15 @@ def _sizes(plan: Plan) -> Iterator[str]:
 
 
 def _model_sizes(plan: Plan) -> Iterator[str]:
+    from stepctl.reports.columns import listed
+
     samples = plan["samples"]
     n_samples = f"{samples['training']} training, {samples['validation']} validation"
     yield f"samples        {n_samples}, of shape {tuple(samples['shape'])}"
+    if "columns" in plan:
+        yield f"columns        {listed(plan['columns'])}"
+    if "class_names" in plan:
+        yield f"classes        {listed(plan['class_names'])}"
     groups = plan.get("groups", {})
     for name, shape in plan["parameters"].items():
         line = f"  {name:<24} {tuple(shape)}"

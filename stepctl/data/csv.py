@@ -12,7 +12,7 @@ from pydantic import Field
 from stepctl.config.registry import DECIDED, File
 from stepctl.data.base import Source, Sources, Targets
 from stepctl.data.columns import Name
-from stepctl.data.csv_file import CSVFile
+from stepctl.data.csv_file import CSVFile, expected_rows
 from stepctl.data.files import reading
 from stepctl.data.integers import RoundedIntegers
 from stepctl.data.memory import InMemory
@@ -187,7 +187,7 @@ class _Loader:
         # numbers that are filled or standardized stay as exact as they are in the file
         keeps_float64 = self.standardize or table.missing == "mean"
         dtype = np.dtype(np.float64 if keeps_float64 else self.dtype)
-        parts = []
+        buffer: _RowBuffer | None = None
         targets = []
         largest = np.zeros(len(table.feature_names))
         largest_target = 0.0
@@ -196,14 +196,20 @@ class _Loader:
                 features = rows.features
                 if features.max() > _ALWAYS_EXACT or features.min() < -_ALWAYS_EXACT:
                     np.maximum(largest, np.abs(features).max(axis=0), out=largest)
-                parts.append(table.scale(features, self.scale, out=np.empty(features.shape, dtype)))
+                if buffer is None:
+                    n_expected = expected_rows(path, len(features))
+                    buffer = _RowBuffer(n_expected, features.shape[1], dtype)
+                table.scale(features, self.scale, out=buffer.append(len(features)))
                 if rows.target is not None:
                     largest_target = max(largest_target, float(np.abs(rows.target).max()))
                     targets.append(rows.target.copy())
-            if not parts:
-                raise ValueError("each of its rows lacks a value; set data.missing: mean")
+            if buffer is None:
+                raise ValueError(
+                    "each of its rows lacks a value; exclude the column that has none, or set "
+                    "data.missing: mean"
+                )
         target = np.concatenate(targets) if targets else None
-        return _Loaded(path, _joined(parts), target, largest, largest_target)
+        return _Loaded(path, buffer.rows, target, largest, largest_target)
 
     def source(self, loaded: _Loaded, table: Table, statistics: Statistics) -> Source:
         """Return the source of the rows of a file."""
@@ -265,17 +271,30 @@ class _Loader:
             feature += len(column.feature_names)
 
 
-def _joined(parts: list[Array]) -> Array:
-    """Return the rows of all parts in one array; the parts are released one by one."""
-    n_rows = sum(map(len, parts))
-    joined = aligned_empty((n_rows, parts[0].shape[1]), parts[0].dtype)
-    first = 0
-    parts.reverse()
-    while parts:
-        part = parts.pop()
-        joined[first : first + len(part)] = part
-        first += len(part)
-    return joined
+@final
+class _RowBuffer:
+    """An array of rows that grows. Memory that is never written is not allocated by the system."""
+
+    def __init__(self, n_expected: int, width: int, dtype: np.dtype[Any]) -> None:
+        self._array = aligned_empty((n_expected, width), dtype)
+        self._n_rows = 0
+
+    @property
+    def rows(self) -> Array:
+        """The rows that were appended."""
+        return self._array[: self._n_rows]
+
+    def append(self, n_rows: int) -> Array:
+        """Append rows that are not initialized, and return them."""
+        first = self._n_rows
+        self._n_rows += n_rows
+        if self._n_rows > len(self._array):
+            grown = aligned_empty(
+                (self._n_rows + self._n_rows // 2, self._array.shape[1]), self._array.dtype
+            )
+            grown[:first] = self._array[:first]
+            self._array = grown
+        return self._array[first : self._n_rows]
 
 
 def _line_of(row: int, path: str, table: Table) -> int:

@@ -20,7 +20,7 @@ from stepctl.data.columns import (
     label,
     merged,
 )
-from stepctl.data.csv_file import Block, CSVFile, Head
+from stepctl.data.csv_file import Block, CSVFile, Head, is_number
 from stepctl.data.memory import scaled
 from stepctl.data.statistics import Statistics
 from stepctl.state.arena import Array
@@ -308,6 +308,11 @@ class ColumnChoice:
             raise ValueError(
                 f"data.{key} is the name {name!r}, but data.header is false; set it to true"
             )
+        if name not in head.names and any(map(is_number, head.names)):
+            raise ValueError(
+                f"data.{key} is the name {name!r}, but the first line holds numbers, not names; give "
+                "the number of the column"
+            )
         return _find(name, head.names)
 
     def positions(self, key: str, head: Head) -> list[int]:
@@ -317,7 +322,7 @@ class ColumnChoice:
 
 def _find(name: str, names: Sequence[str]) -> int:
     if name not in names:
-        found = in_one_line(", ".join(names), 200)
+        found = in_one_line(", ".join(names), 200) or "none"
         raise ValueError(f"it has no column {name!r}{did_you_mean(name, [*names])}; found: {found}")
     return names.index(name)
 

@@ -12,6 +12,7 @@ from stepctl.config.cadence import Cadence, Steps
 from stepctl.config.changes import HOOKS, find_changes, is_locked_change
 from stepctl.config.model import MODEL, CheckpointConfig
 from stepctl.config.yaml import is_below
+from stepctl.reports.columns import described_columns
 from stepctl.reports.kept_checkpoints import (
     PlannedSteps,
     count_kept,
@@ -79,6 +80,8 @@ Plan = TypedDict(
         "run_dir": str,
         # numbers of "training" and "validation" samples, and the "shape" of one; not of a program
         "samples": NotRequired[dict[str, Any]],
+        "columns": NotRequired[list[str]],  # of a table with names
+        "class_names": NotRequired[list[str]],
         "state": NotRequired[dict[str, list[int]]],  # of a program's run: shapes of its arrays
         "parameters": dict[str, list[int]],  # shapes
         # by parameter, if they differ between the parameters of an optimizer
@@ -199,7 +202,11 @@ def _plan(
     found: Plan = {
         "run_dir": str(directory.path),
         "parameters": shapes,
-        "buffers": {name: list(shape) for name, shape in state.buffers.shapes.items()},
+        "buffers": {name: list(shape) for name, shape in state.buffers.shapes.items()}
+        | {
+            f"preprocessing/{name}": list(array.shape)
+            for name, array in state.preprocessing.items()
+        },
         "n_parameters": n_parameters,
         "bytes": {
             "state": state.n_bytes,
@@ -219,6 +226,11 @@ def _plan(
             "validation": validation.subset.n if validation else 0,
             "shape": list(assembly.sources[0].sample_shape),
         }
+        columns = described_columns(assembly.config.data.spec())
+        if columns:
+            found["columns"] = columns
+        if assembly.config.data.class_names is not None:
+            found["class_names"] = assembly.config.data.class_names
         groups = _groups(assembly)
         if groups:
             found["groups"] = groups

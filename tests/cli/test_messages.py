@@ -179,7 +179,7 @@ TRAIN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         ),
         {},
     ),
-    "csv with names, not said": (file("a.csv", b"a,b,label\n" + ROWS), csv()),
+    "csv with names, not said": (file("a.csv", b"a,b,label\n" + ROWS), csv(header=False)),
     "csv, no such column name": (
         file("a.csv", b"a,b,label\n" + ROWS),
         csv(header=True, target="lable"),
