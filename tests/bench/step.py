@@ -1,14 +1,17 @@
 """One training step, tool by tool: gather the shuffled batch, forward, backward, Adam 1e-3, the loss as a float.
 
-MLPs with relu and softmax cross-entropy, float32. Each tool is a child process with the same threads on the same
+MLPs with relu and softmax cross-entropy, float32: widths@batch size. With :float64 in that dtype, with :regression
+with the mean squared error, and with :wgan a step of a WGAN with RMSprop (five critic updates and one of the
+generator), whose two models have the widths after the first between their ends. stepctl-numpy is stepctl without
+numba, stepctl is with it if it is installed. Each tool is a child process with the same threads on the same
 cores; the children take turns, so that only one computes at a time. A turn is some untimed steps, then k timed
 ones. Tools that cannot be imported are left out. By hand, from the checkout:
 
     PYTHONPATH=. python tests/bench/step.py
     PYTHONPATH=. python tests/bench/step.py --sizes 64-128-10@64 784-256-128-10@128 --rounds 40 --tools stepctl torch
 
-A cell is the median over the rounds in microseconds (least..most). Ratios are of stepctl to the other tool, round by
-round, so that what slows a whole round down cancels; "best" is the ratio of the two least times. A turn during
+A cell is the median over the rounds in microseconds (least..most). Ratios are of stepctl to the fastest other tool,
+round by round, so that what slows a whole round down cancels; "best" is the ratio of the two least times. A turn during
 which other processes compute is measured again, for --patience seconds; the last column counts those that never were
 left alone (with as many threads as cores, a single busy neighbour can make a step a hundred times slower).
 """
@@ -28,7 +31,15 @@ from pathlib import Path
 
 from step_tools import TOOLS
 
-SIZES = ("64-128-10@64", "784-256-128-10@128", "784-1024-1024-10@256", "1024-4096-4096-10@512")
+SIZES = (
+    "64-128-10@64",
+    "784-256-128-10@128",
+    "784-1024-1024-10@256",
+    "1024-4096-4096-10@512",
+    "784-256-128-10@128:float64",
+    "784-256-128-10@128:regression",
+    "64-256-256@64:wgan",
+)
 TURN, MOST = 0.1, 256  # seconds and steps that a turn is timed for
 REST = 0.05  # seconds between turns: thread pools spin for a while after their last task
 UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
@@ -127,26 +138,34 @@ def main() -> None:
         "--patience", type=float, default=3.0, help="seconds to wait for a turn without disturbance"
     )
     options = parser.parse_args()
-    tools = [tool for tool in options.tools if importlib.util.find_spec(TOOLS[tool][0])]
+    installed = [tool for tool in options.tools if importlib.util.find_spec(TOOLS[tool][0])]
     about: list[str] = []
     print(
-        "".join(["size".ljust(24), *(f"{tool} us".ljust(26) for tool in tools), "disturbed"]),
+        "".join(["size".ljust(32), *(f"{tool} us".ljust(26) for tool in installed), "disturbed"]),
         flush=True,
     )
     summary = []
     for size in options.sizes:
-        times, about, disturbed = measure(size, tools, options)
+        tools = [tool for tool in installed if tool != "sklearn" or not size.endswith(":wgan")]
+        times, tools_of_size, disturbed = measure(size, tools, options)
+        about = about or tools_of_size
         cells = [
-            f"{statistics.median(t):.0f} ({min(t):.0f}..{max(t):.0f})".ljust(26)
-            for t in times.values()
+            f"{statistics.median(times[tool]):.0f} ({min(times[tool]):.0f}..{max(times[tool]):.0f})"
+            if tool in times
+            else "-"
+            for tool in installed
         ]
-        print("".join([size.ljust(24), *cells, f"{disturbed:.0%}"]), flush=True)
-        others = {tool: statistics.median(t) for tool, t in times.items() if tool != "stepctl"}
-        if "stepctl" in times and others:
-            fastest = min(others, key=others.__getitem__)
-            compared = dict.fromkeys([fastest, *(tool for tool in ("torch",) if tool in others)])
-            ratios = [f"{ratio(times['stepctl'], times[tool])} of {tool}" for tool in compared]
-            summary.append(f"{size}: stepctl takes {'; '.join(ratios)}")
+        cells = [cell.ljust(26) for cell in cells]
+        print("".join([size.ljust(32), *cells, f"{disturbed:.0%}"]), flush=True)
+        others = [tool for tool in times if not tool.startswith("stepctl")]
+        for mine in ("stepctl", "stepctl-numpy"):
+            if mine in times and others:
+                fastest = min(others, key=lambda tool: statistics.median(times[tool]))
+                compared = dict.fromkeys(
+                    [fastest, *(tool for tool in ("torch",) if tool in others)]
+                )
+                ratios = [f"{ratio(times[mine], times[tool])} of {tool}" for tool in compared]
+                summary.append(f"{size}: {mine} takes {'; '.join(ratios)}")
     print("\n" + "\n".join(summary))
     load = os.getloadavg()[0]
     print(f"{cpu()}, {options.threads} of {cores} cores, load {load:.1f}, Python {platform.python_version()}; "
