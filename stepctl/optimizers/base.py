@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 # Elements of a block. A NumPy call on a block takes longer than passing the interpreter lock to
 # another thread, and all arrays of a block fit in the last-level cache together.
 BLOCK = 1 << 18
-THREADED = 1 << 20  # elements of an update that is worth a second thread
+# Elements of an update that is worth a second thread. A worker of BLAS that still spins after the
+# matrix products competes with it: below, two threads are no faster than one.
+THREADED = 10_000_000
 
 
 class UpdateInfo(NamedTuple):

@@ -8,6 +8,7 @@ rounds exactly, and the compiler neither reorders nor contracts them (no fused m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from math import sqrt
 from typing import Any
 
@@ -184,6 +185,12 @@ def kernel_of(optimizer: Optimizer) -> Kernel | None:
     return None if find is None else find(optimizer)
 
 
+@lru_cache(maxsize=64)
+def _bounds(bounds: tuple[tuple[int, int], ...]) -> Array:
+    """Return starts and stops as an array, which takes longer to make than to find again."""
+    return np.array(bounds)
+
+
 class CompiledUpdate:
     """The compiled update of one optimizer."""
 
@@ -228,7 +235,7 @@ class CompiledUpdate:
             if source is not None
         ]
         if not copies:
-            self._kernel(np.array(bounds), numbers, grads, *arrays)
+            self._kernel(_bounds(tuple(bounds)), numbers, grads, *arrays)
             return
         for number, (first, stop) in enumerate(bounds):
             for block in range(first, stop, _COPIED_BLOCK):

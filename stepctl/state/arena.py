@@ -273,6 +273,8 @@ class Arena(Mapping[str, Array]):
 
         Each process checks its own slice.
         """
+        if not self:
+            return None
         index = self.partition.minimum(self._first_non_finite_index())
         return None if index == len(self) else list(self)[index]
 
@@ -280,7 +282,10 @@ class Arena(Mapping[str, Array]):
         """Return the index of the first non-finite array in the owned slice, or `len(self)`."""
         owned = self.owned_slice
         values = self.flat[owned]
-        if all_finite(values):
+        with np.errstate(over="ignore"):
+            sum_of_squares = np.dot(values, values)
+        # twice as fast as `all_finite`, which decides if the sum overflows
+        if math.isfinite(sum_of_squares) or all_finite(values):
             return len(self)
         position = owned.start + int(np.isfinite(values).argmin())
         address = self.flat.ctypes.data

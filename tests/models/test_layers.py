@@ -28,7 +28,7 @@ from stepctl.optimizers.schedules import Constant
 from stepctl.optimizers.sgd import SGD
 from stepctl.programs.learner import MODEL, Learner
 from stepctl.programs.supervised import Regression
-from stepctl.state.arena import Arena, Array, Shape
+from stepctl.state.arena import Arena, Array, Shape, same_bits
 from stepctl.state.rng import rng
 from stepctl.state.workspace import Workspace
 
@@ -324,3 +324,20 @@ def test_gelu_keeps_its_relative_precision_in_its_tail(dtype: str) -> None:
     assert relative_errors(y, exact * gate).max() < tolerance
     away = np.abs(exact + 0.75) > 0.1  # from where the slope is 0
     assert relative_errors(dx[away], slope[away]).max() < 4 * tolerance
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("slope", [0.01, 0.0, -0.2, 0.9])
+def test_the_gradient_of_a_leaky_relu_is_dy_or_slope_dy_to_the_bit(
+    slope: float, dtype: str
+) -> None:
+    random = np.random.default_rng(0)
+    x = random.standard_normal((64, 33)).astype(dtype)
+    dy = random.standard_normal((64, 33)).astype(dtype)
+    x[0, :4] = [0.0, -0.0, np.inf, -np.inf]
+    dy[1:9, :2] = [0.0, -0.0]
+    expected = np.where(x > 0, dy, np.multiply(dy, slope))
+    _, backward = LeakyReLU(slope=slope).forward({}, x, Workspace(dtype))
+    dx = backward(dy.copy(), {})
+    assert dx is not None
+    assert same_bits(dx, expected)

@@ -14,8 +14,9 @@ from syrupy.assertion import SnapshotAssertion
 from stepctl.config import yaml
 from stepctl.config.model import parse_config
 from stepctl.errors import ConfigError
+from stepctl.optimizers import base
 from stepctl.optimizers.adam import AdamW
-from stepctl.optimizers.base import BLOCK, THREADED, Optimizer, UpdateInfo
+from stepctl.optimizers.base import BLOCK, Optimizer, UpdateInfo
 from stepctl.optimizers.groups import Setting, settings_by_path
 from stepctl.optimizers.schedules import Constant
 from stepctl.optimizers.sgd import SGD
@@ -25,7 +26,7 @@ from stepctl.runs.records import read_records
 from stepctl.state.arena import Arena, same_bits, spans, update_target
 from stepctl.training.build import assemble, prepare
 from stepctl.training.trainer import Trainer
-from tests.optimizers.test_optimizers import CASES, RATE, Arrays, adam, gradients, start
+from tests.optimizers.test_optimizers import CASES, RATE, THREADED, Arrays, adam, gradients, start
 from tests.support.counting_optimizer import Counting
 from tests.support.runs import forked, make_config, resume, rows, silent, train
 
@@ -139,7 +140,8 @@ def test_the_bits_are_those_of_each_parameter_on_its_own(case: str, dtype: str) 
 
 @pytest.mark.training
 @pytest.mark.parametrize("case", ["momentum, clipped and decayed", "adamw, clipped"])
-def test_the_number_of_threads_changes_no_bit(case: str) -> None:
+def test_the_number_of_threads_changes_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "THREADED", THREADED)
     optimizer = grouped(CASES[case][0])
     shapes = {**SHAPES, "embedding/weight": (THREADED // 2, 2), "head/weight": (BLOCK + 9, 2)}
     found = []

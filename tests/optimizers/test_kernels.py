@@ -14,7 +14,7 @@ import pytest
 
 from stepctl import optimizers
 from stepctl.config import registry
-from stepctl.optimizers import compilation, kernels
+from stepctl.optimizers import base, compilation, kernels
 from stepctl.optimizers.base import Optimizer, UpdateInfo
 from stepctl.optimizers.compilation import CompilationError
 from stepctl.optimizers.kernels import CompiledUpdate
@@ -27,7 +27,7 @@ from stepctl.training import compile_updates as decision
 from stepctl.training.build import assemble
 from stepctl.training.compile_updates import compile_updates, seconds_saved
 from tests.optimizers.test_groups import grouped
-from tests.optimizers.test_optimizers import CASES
+from tests.optimizers.test_optimizers import CASES, gradients, start
 from tests.support.counting_optimizer import Counting
 from tests.support.runs import make_config, resume, rows, train
 
@@ -148,6 +148,22 @@ def test_the_bits_are_numpy_s(case: str, dtype: str) -> None:
             found = updated(optimizer, dtype, compiled, **options)
             assert all(map(same_bits_or_nan, found, expected))
             assert any(np.isnan(array).any() for array in expected) == options["special"]
+
+
+@pytest.mark.usefixtures("kernel_cache")
+def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "THREADED", 0)
+    monkeypatch.setattr(base, "BLOCK", 1 << 12)
+    optimizer = grouped(CASES["adamw, clipped"][0])
+    compiled = compiled_update(optimizer, "float32")
+    found = []
+    for threads in (1, 3):
+        params, slots = start(optimizer, SHAPES, "float32")
+        for number, grads in enumerate(gradients(params, 2), 1):
+            info = UpdateInfo(0.1, number)
+            optimizer.update(params, slots, grads, info, threads=threads, compiled=compiled)
+        found.append([arena.flat.tobytes() for arena in (params, *slots.values())])
+    assert found[0] == found[1]
 
 
 @pytest.mark.usefixtures("kernel_cache")

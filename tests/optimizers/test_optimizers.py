@@ -11,9 +11,10 @@ import pytest
 
 from stepctl import optimizers
 from stepctl.config import registry
+from stepctl.optimizers import base
 from stepctl.optimizers.adagrad import Adagrad
 from stepctl.optimizers.adam import Adam, AdamW
-from stepctl.optimizers.base import BLOCK, THREADED, Optimizer, UpdateInfo, global_norm
+from stepctl.optimizers.base import BLOCK, Optimizer, UpdateInfo, global_norm
 from stepctl.optimizers.rmsprop import RMSProp
 from stepctl.optimizers.schedules import Constant, Cosine
 from stepctl.optimizers.sgd import SGD
@@ -30,6 +31,9 @@ Textbook = Callable[[Array, Array, Arrays, float, int], Array]
 RATE = Cosine(peak=0.03, decay_steps=150, warmup_steps=30)
 # Two blocks, the last one not full, and gaps after two of the arrays.
 SHAPES = {"dense0/weight": (BLOCK // 2 + 3, 2), "dense0/bias": (5,), "dense1/weight": (64, 3)}
+
+
+THREADED = BLOCK  # elements that are worth a second thread, in these tests
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +229,8 @@ def test_out_of_place_has_the_same_bits_and_leaves_the_old_ones_alone(
 
 @pytest.mark.training
 @pytest.mark.parametrize("case", CASES)
-def test_the_number_of_threads_changes_no_bit(case: str) -> None:
+def test_the_number_of_threads_changes_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "THREADED", THREADED)
     optimizer, found = CASES[case][0], []
     shapes = {"weight": (THREADED + 3 * BLOCK, 1), "bias": (77,)}
     for threads in (1, 2, 3):

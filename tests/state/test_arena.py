@@ -321,3 +321,19 @@ def test_a_sum_in_shared_memory_can_be_reset_halfway() -> None:
             tree.leaf()["x"] = number
             tree.add()
         assert tree.total()["x"].tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_first_array_with_a_nan_or_infinity_is_found(dtype: str) -> None:
+    """Also beside finite values whose squares overflow; no warning is given."""
+    arena = Arena({"a": (3,), "b": (40_000,), "c": (2,)}, dtype)
+    assert arena.first_non_finite() is None
+    arena["a"] = np.finfo(dtype).max
+    assert arena.first_non_finite() is None
+    for bad in (np.nan, np.inf, -np.inf):
+        arena["c"] = bad
+        assert arena.first_non_finite() == "c"
+        arena["b"][39_999] = bad
+        assert arena.first_non_finite() == "b"
+        arena["b"] = 0
+    assert Arena({}, dtype).first_non_finite() is None

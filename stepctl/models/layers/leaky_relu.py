@@ -24,11 +24,15 @@ class LeakyReLU(Elementwise):
         np.maximum(x, y, out=y)
 
         def backward(dy: Array, grads: Mapping[str, Array]) -> Array:
-            dx = workspace.empty(x.shape)
-            positive = workspace.empty(x.shape, np.bool_)
+            # the derivative is 1 p + slope (1 - p), where p is 1 if x > 0, else 0: several times as
+            # fast as a copy of dy where x > 0, with the same bits
+            positive = workspace.empty(x.shape)
             np.greater(x, 0, out=positive)
-            np.multiply(dy, self.slope, out=dx)
-            np.copyto(dx, dy, where=positive)
-            return dx
+            derivative = workspace.empty(x.shape)
+            np.subtract(1, positive, out=derivative)
+            np.multiply(derivative, self.slope, out=derivative)
+            np.add(derivative, positive, out=derivative)
+            np.multiply(dy, derivative, out=derivative)
+            return derivative
 
         return y, backward
