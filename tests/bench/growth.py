@@ -56,11 +56,9 @@ main()
 # The state of a run is restored, as for its next step.
 RESTORE = """\
 import sys
-from stepctl.rundir.directory import RunDirectory
-from stepctl.runs.at_step import ResumeOptions
-from stepctl.runs.open import resume_run
-with resume_run(RunDirectory(sys.argv[1]), ResumeOptions()) as segment:
-    assert segment.start == 1
+import stepctl
+with stepctl.resume(sys.argv[1], num_steps=1) as run:
+    assert run.global_step == 1
 """
 
 READ_NPZ = """\
