@@ -1,7 +1,7 @@
 """The duration of whole commands against the imports that they need.
 
-`stepctl --help` against `import click` (target 1.6), and `stepctl resume RUN` of a run that is finished against
-`import numpy, h5py, click, yaml` (target 2.5). Byte code and page cache are warm; the two of a pair take turns in
+`stepctl --help` against `import click` (target 1.4), and `stepctl resume RUN` of a run that is finished against
+`import numpy, h5py, click, yaml` (target 2.2). Byte code and page cache are warm; the two of a pair take turns in
 alternating order. By hand, from the checkout:
 
     PYTHONPATH=. python tests/bench/start.py
@@ -113,8 +113,8 @@ def main() -> None:
         run([*stepctl, "train", "--config", str(config), "--run-dir", "run"], folder)
         print(f"{'ms':<24}{'stepctl':<18}{'imports':<18}{'ratio':<22}{'best':<8}{'cpu':<8}target")
         for label, target, arguments, imports in (
-            ("--help", 1.6, ["--help"], "import click"),
-            ("resume, finished run", 2.5, ["resume", "run"], "import numpy, h5py, click, yaml"),
+            ("--help", 1.4, ["--help"], "import click"),
+            ("resume, finished run", 2.2, ["resume", "run"], "import numpy, h5py, click, yaml"),
         ):
             theirs = [sys.executable, "-c", imports]
             print(
