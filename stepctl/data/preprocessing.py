@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from stepctl.config import registry
 from stepctl.config.model import DataConfig
 from stepctl.data.base import Targets
 from stepctl.data.columns import CellError, Column, Encoding
@@ -83,7 +84,7 @@ class Preprocessing:
         spec = data.spec()
         self._targets = targets
         self._dtype = dtype
-        self._scale = float(spec.get("scale", 1.0))
+        self._scale = scale_of(spec)
         self._names = data.class_names
         self._n_classes = data.n_classes
         self._table = None
@@ -136,6 +137,13 @@ class Preprocessing:
             return None
         return [str(number) for number in range(self._n_classes)]
 
+    @property
+    def factors(self) -> Array:
+        """The factor of each value of a sample: (features,) of a table, otherwise () or (1,)."""
+        if self._table is None:
+            return np.array(self._scale)
+        return np.where(self._table.is_number, self._scale, 1.0)
+
     def transform(self, rows: Array | Sequence[Sequence[object]]) -> Array:
         """Return raw samples as a model's input: (rows, *sample_shape) in the run's dtype.
 
@@ -148,6 +156,10 @@ class Preprocessing:
             if self._sample_shape is not None:
                 samples = samples.reshape(len(samples), *self._sample_shape)
             return scaled(samples, self._scale, out=aligned_empty(samples.shape, self._dtype))
+        if isinstance(rows, np.ndarray) and rows.dtype.kind in "biuf":
+            numbers = self._table.numbers(rows)
+            if numbers is not None:
+                return self._completed(self._table, numbers)
         cells = [[_cell_text(value) for value in row] for row in rows]
         for number, row in enumerate(cells):
             if len(row) != len(self._table.inputs):
@@ -157,13 +169,18 @@ class Preprocessing:
                 )
         try:
             features = self._table.encode_cells(cells)
-            found = TableRows(features, None, np.arange(len(cells)))
-            self._table.complete(found, may_drop=False, noun="row")
         except CellError as error:
             raise DataError(f"row {error.row}: {error}") from error
+        return self._completed(self._table, features)
+
+    def _completed(self, table: Table, features: Array) -> Array:
+        """Return features, of which none may be missing without a fill, as a model's input."""
+        try:
+            found = TableRows(features, None, np.arange(len(features)))
+            table.complete(found, may_drop=False, noun="row")
         except ValueError as error:
             raise DataError(str(error)) from error
-        return self._finish(self._table, features)
+        return self._finish(table, features)
 
     def encode_target(self, cells: Sequence[object]) -> Array:
         """Return targets: labels (rows,) int64, or values (rows, 1); DataError.
@@ -226,6 +243,17 @@ class Preprocessing:
         if with_target and table.target is None:
             raise ValueError(f"it has {head.n_columns} columns, so there is none for the target")
         return table
+
+
+def scale_of(section: Mapping[str, Any]) -> float:
+    """Return the factor of a data section; x of a user's own source is as the source returns it."""
+    name = section.get("name")
+    if name not in registry.names("data"):
+        return 1.0
+    argument = registry.arguments(registry.resolve("data", name)).get("scale")
+    if argument is None:
+        return 1.0
+    return float(section.get("scale", argument.default))
 
 
 class _DetectedHead(NamedTuple):

@@ -130,6 +130,16 @@ class Table:
         np.multiply(features, factors, out=out, casting="unsafe")
         return out
 
+    def numbers(self, rows: Array) -> Array | None:
+        """Return rows of numbers as features, (rows, features) float64.
+
+        None if a column holds no numbers, or if there is another number of columns.
+        """
+        has_words = any(column.kind != "number" for column in self.inputs)
+        if has_words or rows.shape[1:] != (len(self.inputs),):
+            return None
+        return rows.astype(np.float64)
+
     def encode_cells(self, rows: Sequence[Sequence[str]]) -> Array:
         """Return the features of rows of input cells: (rows, features) float64.
 

@@ -16,8 +16,8 @@ from stepctl.config.changes import HOOKS
 from stepctl.config.model import DataConfig, LogConfig, TaskConfig, parse_config
 from stepctl.data.base import Sources, check_rows
 from stepctl.data.batches import Batch, EvaluationBatches
+from stepctl.data.preprocessing import scale_of
 from stepctl.errors import ConfigError, DataError
-from stepctl.inference.inputs import scale_of
 from stepctl.inference.load import (
     NEWEST,
     NO_SPLIT,

@@ -61,18 +61,34 @@ def exported_arrays(model: TrainedModel) -> dict[str, Array]:
 def metadata(model: TrainedModel) -> dict[str, str]:
     """Return facts about a model, each as JSON, by name.
 
-    global_step; config; class_names (null unless it is a classifier); preprocessing: what is done
-    with x before the first layer; layout: the layers in order, with their arguments, by the name of
-    the model, null for a model that is not made of layers.
+    global_step; config; class_names (null unless it is a classifier); preprocessing: the shape of a
+    sample, the factors of its values, of a table the names of its columns and features, and the
+    statistics; layout: the layers in order, with their arguments, by the name of the model, null for
+    a model that is not made of layers.
     """
     facts: dict[str, Any] = {
         "global_step": model.global_step,
         "config": model.config.plain(),
         "class_names": model.class_names,
-        "preprocessing": {"shape": [*model.inputs.shape], "scale": model.inputs.scale},
+        "preprocessing": _preprocessing(model),
         "layout": {name: layout(each) for name, each in model.models.items()},
     }
     return {name: json.dumps(value, default=str) for name, value in facts.items()}
+
+
+def _preprocessing(model: TrainedModel) -> dict[str, Any]:
+    """Return what is done with x before the first layer.
+
+    x <- factors x; NaN <- fill; x <- (x - mean) / deviation, as far as there are such arrays.
+    """
+    preprocessing = model.inputs.preprocessing
+    return {
+        "shape": [*model.inputs.shape],
+        "columns": preprocessing.columns,
+        "features": preprocessing.feature_names,
+        "factors": preprocessing.factors.tolist(),
+        **{name: array.tolist() for name, array in preprocessing.arrays.items()},
+    }
 
 
 def layout(model: Model) -> list[dict[str, Any]] | None:

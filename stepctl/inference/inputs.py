@@ -1,100 +1,117 @@
-"""The form in which a model takes x, and the preprocessing that a config describes."""
+"""The form in which a model takes x, and its preprocessing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from stepctl import data
-from stepctl.config import registry
 from stepctl.config.model import TaskConfig
-from stepctl.data.base import row_name
+from stepctl.data.base import Targets, row_name
 from stepctl.data.memory import input_dtype, scaled
+from stepctl.data.preprocessing import Preprocessing
 from stepctl.errors import DataError
 from stepctl.models.base import Model
 from stepctl.state.arena import Array, Shape, aligned_empty
 
+BATCH_ROWS = 1024  # of one forward pass: the last bits of a prediction depend on it
 
-@dataclass(frozen=True)
+
 class InputFormat:
-    """The shape and dtype of a row of x, and the factor it is multiplied by.
+    """The shape of a row of x, and what is done with it before the model."""
 
-    With `integer_inputs`, integers that are not scaled keep their dtype.
-    """
-
-    shape: Shape
-    dtype: str
-    scale: float
-    integer_inputs: bool
-
-    @classmethod
-    def of(cls, config: TaskConfig, models: Collection[Model]) -> Self:
-        """Return the format of a resolved config's data."""
+    def __init__(
+        self,
+        config: TaskConfig,
+        statistics: Mapping[str, Array],
+        models: Collection[Model],
+        targets: Targets,
+    ) -> None:
+        """`statistics` are the arrays of the state's preprocessing."""
         assert config.data.sample_shape is not None
-        return cls(
-            shape=tuple(config.data.sample_shape),
-            dtype=config.dtype,
-            scale=scale_of(config.data.spec()),
-            integer_inputs=all(model.integer_inputs for model in models),
+        self.shape: Shape = tuple(config.data.sample_shape)
+        self.dtype = config.dtype
+        self.preprocessing = Preprocessing(
+            config.data, statistics, targets=targets, dtype=config.dtype, sample_shape=self.shape
         )
+        self._integer_inputs = all(model.integer_inputs for model in models)
 
     @property
-    def n_features(self) -> int:
-        """The numbers in one row."""
-        return math.prod(self.shape)
+    def columns(self) -> list[str] | None:
+        """The names of the input columns of a table; None if x has no columns."""
+        return self.preprocessing.columns
 
-    def array(self, x: npt.ArrayLike, origin: str = "x") -> Array:
-        """Return x as an array of rows, not preprocessed; DataError if it does not fit."""
+    def batches(self, x: npt.ArrayLike, origin: str = "x", first_row: int = 0) -> Iterator[Array]:
+        """Yield x in batches that the model takes; DataError if it does not fit.
+
+        `origin` is the name of x, and `first_row` the number of its first row, in messages.
+        """
+        if self.columns is not None:
+            rows = np.asarray(x)
+            if rows.dtype.kind not in "biuf":
+                rows = np.asarray(x, object)  # None stays None
+            if rows.ndim != 2:
+                raise DataError(
+                    f"{origin}: has shape {rows.shape}, but the model takes (rows, "
+                    f"{len(self.columns)}){self._remedy(rows)}"
+                )
+            inputs = self.checked(self.preprocessing.transform(rows), origin)
+            yield from in_batches(self.from_table(inputs))
+            return
+        array = self._array(x, origin)
+        for first in range(0, max(len(array), 1), BATCH_ROWS):
+            inputs = self._converted(array[first : first + BATCH_ROWS])
+            yield self.checked(inputs, origin, _numbered_from(first_row + first))
+
+    def _array(self, x: npt.ArrayLike, origin: str) -> Array:
         array = np.asarray(x)
         if array.dtype.kind not in "biuf":
             raise DataError(f"{origin}: has dtype {array.dtype}; numbers are needed")
-        if array.shape[1:] != self.shape and array.shape[1:] != (self.n_features,):
+        n_features = math.prod(self.shape)
+        if array.shape[1:] != self.shape and array.shape[1:] != (n_features,):
             needed = ", ".join(["rows", *map(str, self.shape)])
-            remedy = ""
-            if array.shape == self.shape:
-                remedy = "; for one row, give x[None]"
             raise DataError(
-                f"{origin}: has shape {array.shape}, but the model takes ({needed}){remedy}"
+                f"{origin}: has shape {array.shape}, but the model takes ({needed})"
+                f"{self._remedy(array)}"
             )
         return array
 
-    def preprocessed(
-        self,
-        x: Array,
-        *,
-        origin: str = "x",
-        first_row: int = 0,
-        place: Callable[[int], str] = row_name,
-    ) -> Array:
-        """Return rows of an array that `array` returned as the model takes them.
+    def _remedy(self, array: Array) -> str:
+        return "; for one row, give x[None]" if array.ndim == len(self.shape) else ""
 
-        `place` returns the name of a row, of which the first is `first_row`, for the DataError at a
-        value that is not finite.
-        """
+    def _converted(self, rows: Array) -> Array:
+        """Return numbers as the model takes them; integers may stay integers."""
+        scale = float(self.preprocessing.factors)
         dtype = input_dtype(
-            x.dtype, self.dtype, integer_inputs=self.integer_inputs, scale=self.scale
+            rows.dtype, self.dtype, integer_inputs=self._integer_inputs, scale=scale
         )
-        inputs = scaled(x, self.scale, out=aligned_empty(x.shape, dtype))
-        if dtype.kind == "f" and not np.isfinite(inputs).all():
+        inputs = scaled(rows, scale, out=aligned_empty(rows.shape, dtype))
+        return inputs.reshape(len(rows), *self.shape)
+
+    def checked(self, inputs: Array, origin: str, place: Callable[[int], str] = row_name) -> Array:
+        """Return preprocessed rows; DataError, with its place, at a value that is not finite."""
+        if inputs.dtype.kind == "f" and not np.isfinite(inputs).all():
             row = int(np.argwhere(~np.isfinite(inputs))[0][0])
             raise DataError(
-                f"{origin}: {place(first_row + row)}: has a value that is not finite as {dtype}; fix "
-                "or drop the row"
+                f"{origin}: {place(row)}: has a value that is not finite as {inputs.dtype}; fix or "
+                "drop the row"
             )
-        return inputs.reshape(len(x), *self.shape)
+        return inputs
+
+    def from_table(self, x: Array) -> Array:
+        """Return the numbers of a table, which are floats, as the model takes them."""
+        if self._integer_inputs and np.array_equal(x, np.rint(x)):
+            return x.astype(np.int64)
+        return x
 
 
-def scale_of(section: Mapping[str, Any]) -> float:
-    """Return the factor of a data section; x of a user's own source is as the source returns it."""
-    name = section.get("name")
-    if name not in data.NAMES:
-        return 1.0
-    argument = registry.arguments(registry.resolve("data", name)).get("scale")
-    if argument is None:
-        return 1.0
-    return float(section.get("scale", argument.default))
+def in_batches(x: Array) -> Iterator[Array]:
+    """Yield an array in batches; an empty one is one batch."""
+    for first in range(0, max(len(x), 1), BATCH_ROWS):
+        yield x[first : first + BATCH_ROWS]
+
+
+def _numbered_from(first: int) -> Callable[[int], str]:
+    return lambda row: row_name(first + row)

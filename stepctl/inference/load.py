@@ -225,14 +225,14 @@ class _NoRows(Source):
         self.sample_shape: Shape = tuple(config.data.sample_shape or ())
         self.target_shape: Shape = tuple(config.data.target_shape or ())
 
-    def statistics(self) -> Mapping[str, Array]:
-        return self._statistics
-
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:
         raise NotImplementedError
 
     def slices(self) -> Iterator[tuple[int, Array, Array]]:
         return iter(())
+
+    def statistics(self) -> Mapping[str, Array]:
+        return self._statistics
 
     def fingerprint(self) -> str:
         return ""

@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stepctl import __version__
+from stepctl.data.statistics import DEVIATION, FILL, MEAN
 from stepctl.errors import ConfigError
+from stepctl.inference.inputs import InputFormat
 from stepctl.inference.trained_model import TrainedModel
 from stepctl.models.base import Model
 from stepctl.models.layers import gelu
@@ -43,9 +45,11 @@ _PROBABILITY = "probability"
 def build_onnx(onnx: Any, model: TrainedModel, metadata: Mapping[str, str]) -> Any:
     """Return the ONNX model; `onnx` is the package. ConfigError if it cannot be one.
 
-    Input: x (rows, *sample_shape). Outputs: `prediction`, the number of the class (rows,) int64, and
-    `probability` (rows, n_classes); or the values (rows, n_outputs). Of a WGAN, the input is the
-    latent vector, (rows, latent), and the output `sample`: (rows, *sample_shape).
+    Input: x (rows, *sample_shape), not preprocessed; of a table its features, in the order of the
+    metadata, words as one-hot numbers. It is float64 if features are standardized or filled.
+    Outputs: `prediction`, the number of the class, (rows,) int64, and `probability` (rows,
+    n_classes); or `prediction`, the values (rows, n_outputs). Of a WGAN, the input is the latent
+    vector, (rows, latent), and the output `sample`: (rows, *sample_shape).
     """
     graph = _Graph(onnx, model.config.dtype)
     task = model.task
@@ -55,9 +59,7 @@ def build_onnx(onnx: Any, model: TrainedModel, metadata: Mapping[str, str]) -> A
         shape = graph.constant(np.array([-1, *model.inputs.shape], np.int64))
         graph.output("sample", graph.node("Reshape", flat, shape), model.inputs.shape)
     elif isinstance(task, Classification | BinaryClassification | Regression):
-        x = graph.input(_INPUT, model.inputs.shape)
-        if model.inputs.scale != 1:
-            x = graph.node("Mul", x, graph.number(model.inputs.scale))
+        x = graph.preprocessed(model.inputs)
         arrays = {**model.parameters, **model.buffers}
         outputs = graph.model(_sequential(model, MODEL), arrays, "", x)
         if isinstance(task, Classification):
@@ -95,10 +97,33 @@ class _Graph:
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
 
-    def input(self, name: str, shape: Shape) -> str:
-        """Add an input, (rows, *shape), in the run's dtype."""
-        self._inputs.append(self._described(name, self._dtype, ("rows", *shape)))
+    def input(self, name: str, shape: Shape, dtype: npt.DTypeLike | None = None) -> str:
+        """Add an input, (rows, *shape), by default in the run's dtype."""
+        described = self._described(name, np.dtype(dtype or self._dtype), ("rows", *shape))
+        self._inputs.append(described)
         return name
+
+    def preprocessed(self, inputs: InputFormat) -> str:
+        """Add the input x, and return it as the model takes it.
+
+        Statistics are applied in float64, as in training.
+        """
+        statistics = inputs.preprocessing.arrays
+        dtype = np.dtype(np.float64) if statistics else self._dtype
+        x = self.input(_INPUT, inputs.shape, dtype)
+        factors = inputs.preprocessing.factors
+        if np.any(factors != 1):
+            x = self.node("Mul", x, self.constant(factors.astype(dtype)))
+        if FILL in statistics:
+            fill = self.constant(statistics[FILL])
+            x = self.node("Where", self.node("IsNaN", x), fill, x)
+        if MEAN in statistics:
+            x = self.node("Sub", x, self.constant(statistics[MEAN]))
+            x = self.node("Div", x, self.constant(statistics[DEVIATION]))
+        if dtype == self._dtype:
+            return x
+        kind = self._onnx.helper.np_dtype_to_tensor_dtype(self._dtype)
+        return self.node("Cast", x, to=kind)
 
     def output(
         self, name: str, value: str, shape: Shape, dtype: npt.DTypeLike | None = None

@@ -54,9 +54,9 @@ def predict_to_npz(model: TrainedModel, path: str, output: str, report: Report) 
 def predict_chunks(model: TrainedModel, path: str, report: Report) -> Iterator[Predictions]:
     """Yield the predictions for the rows of a file in order; DataError without a row."""
     n_rows = 0
-    for chunk in read_chunks(path):
-        yield model.predictions(chunk.x, origin=in_one_line(path), place=chunk.place)
-        n_rows += len(chunk.x)
+    for chunk in read_chunks(path, model.inputs):
+        yield model.predictions_of(chunk.batches)
+        n_rows += len(chunk)
         report(chunk.done)
     if n_rows == 0:
         raise DataError(f"{in_one_line(path)}: it has no rows; give at least one")

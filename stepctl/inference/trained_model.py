@@ -9,13 +9,12 @@ The methods follow the conventions of scikit-learn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from stepctl.config.model import TaskConfig
-from stepctl.data.base import row_name
 from stepctl.data.batches import Batch
 from stepctl.errors import ConfigError
 from stepctl.inference.inputs import InputFormat
@@ -26,14 +25,13 @@ from stepctl.state.arena import Array
 from stepctl.state.train_state import TrainState
 from stepctl.system import blas
 
-BATCH_ROWS = 1024  # of one forward pass: the last bits of a prediction depend on it
-
 
 class TrainedModel:
     """The weights of one step, and the preprocessing of their inputs.
 
-    `predict` and `predict_proba` take x as the data files have it: (rows, features), or (rows,
-    *input_shape). A config's `scale` is applied here.
+    `predict` and `predict_proba` take x as the data files have it: numbers, (rows, *sample_shape) or
+    (rows, features); or the cells of a table, in the order of `inputs.columns`. What the config says
+    of it (scale, words, missing values, standardize) is applied here.
     """
 
     def __init__(
@@ -61,11 +59,11 @@ class TrainedModel:
         self._state = state
         self._threads = threads
         self._average = average
-        self.inputs = InputFormat.of(config, [learner.model for learner in task.learners.values()])
+        models = [learner.model for learner in task.learners.values()]
+        self.inputs = InputFormat(config, state.preprocessing, models, task.targets)
         self.class_names: list[str] | None = None
         if task.classifies:
-            assert config.data.n_classes is not None
-            self.class_names = [str(number) for number in range(config.data.n_classes)]
+            self.class_names = self.inputs.preprocessing.class_names
 
     def __repr__(self) -> str:
         return f"TrainedModel({self.origin!r}, global step {self.global_step})"
@@ -111,8 +109,11 @@ class TrainedModel:
         return self.named(self.predictions(x).values)
 
     def named(self, values: Array) -> Array:
-        """Return the values of `predictions` as `predict` does."""
-        return values
+        """Return the values of `predictions` as `predict` does: a class that has a name by its name."""
+        names = self.config.data.class_names
+        if self.class_names is None or names is None:
+            return values
+        return np.array(names)[values]
 
     def predict_proba(self, x: npt.ArrayLike) -> Array:
         """Return the probability of each class: (rows, n_classes), in the order of `class_names`.
@@ -128,35 +129,24 @@ class TrainedModel:
         assert probabilities is not None
         return probabilities
 
-    def predictions(
-        self,
-        x: npt.ArrayLike,
-        *,
-        origin: str = "x",
-        first_row: int = 0,
-        place: Callable[[int], str] = row_name,
-    ) -> Predictions:
+    def predictions(self, x: npt.ArrayLike, origin: str = "x") -> Predictions:
         """Return values and probabilities together; classes are numbers from 0.
 
-        `origin` is the name of x in messages; see `InputFormat.preprocessed` for the others.
+        `origin` is the name of x in messages.
         """
-        rows = self.inputs.array(x, origin)
+        return self.predictions_of(self.inputs.batches(x, origin))
+
+    def predictions_of(self, batches: Iterable[Array]) -> Predictions:
+        """Return the predictions for batches that `InputFormat` preprocessed."""
         blas.restore_threads(self._threads)
-        parts = []
-        for first in range(0, max(len(rows), 1), BATCH_ROWS):
-            inputs = self.inputs.preprocessed(
-                rows[first : first + BATCH_ROWS],
-                origin=origin,
-                first_row=first_row + first,
-                place=place,
-            )
-            parts.append(self.predict_batch(inputs))
+        parts = [self.predict_batch(batch) for batch in batches]
         values = np.concatenate([part.values for part in parts])
         if self.config.data.target_shape == [1] and values.ndim == 2:
             values = values[:, 0]  # of y: (rows,)
-        if parts[0].probabilities is None:
+        probabilities = [part.probabilities for part in parts if part.probabilities is not None]
+        if not probabilities:
             return Predictions(values)
-        return Predictions(values, np.concatenate([part.probabilities for part in parts]))
+        return Predictions(values, np.concatenate(probabilities))
 
     def predict_batch(self, x: Array) -> Predictions:
         """Return the predictions for x as the data source gives it: (rows, *input_shape)."""

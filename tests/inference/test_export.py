@@ -62,7 +62,7 @@ def test_an_npz_file_has_weights_and_metadata(digits_run: Path, tmp_path: Path) 
     assert {path: array.tobytes() for path, array in arrays.items()} == {
         path: array.tobytes() for path, array in model.parameters.items()
     }
-    logits = mlp_outputs(arrays, X * facts["preprocessing"]["scale"])
+    logits = mlp_outputs(arrays, X * facts["preprocessing"]["factors"])
     np.testing.assert_allclose(model.predict_proba(X), softmax(logits), rtol=TOLERANCE, atol=1e-9)
     assert facts["global_step"] == 30
     assert facts["class_names"] == model.class_names
