@@ -17,6 +17,7 @@ from stepctl.cli.doctor import doctor
 from stepctl.cli.evaluate import evaluate
 from stepctl.cli.export import export
 from stepctl.cli.fork import fork
+from stepctl.cli.init import init
 from stepctl.cli.inspect import inspect
 from stepctl.cli.interrupts import WHOLE_PROCESS
 from stepctl.cli.output import prepare_stdout
@@ -144,8 +145,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 _COMMANDS = (
-    train, resume, evaluate, predict, sample, export, fork, plan, inspect, verify, diff, prune, runs, plot, config,
-    doctor,
+    init, train, resume, evaluate, predict, sample, export, fork, plan, inspect, verify, diff, prune,
+    runs, plot, config, doctor,
 )  # fmt: skip
 for _command in _COMMANDS:
     cli.add_command(_command)

@@ -19,6 +19,7 @@ from tests.support.runs import BASE, make_config, train
 
 ROOT = Path(stepctl.__file__).parents[1]
 COMMANDS = {
+    "init": "init neu-é",
     "train": "train é.yaml --run-dir new-é",
     "train --dry-run": "train é.yaml --dry-run",
     "resume": "resume runs/é --num-steps 1",
