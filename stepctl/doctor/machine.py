@@ -33,6 +33,7 @@ EXTRAS = {
     "autograd": ("autograd",),
     "numba": ("numba",),
     "plot": ("matplotlib", "plotext"),
+    "export": ("safetensors", "onnx"),
 }
 # required part -> consequence of its failure
 _REQUIRED = {
