@@ -19,8 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from stepctl.config import yaml
 from stepctl.config.model import Config, ScriptConfig, StopConfig, parse_config
 from stepctl.distributed.launcher import refuse_job
@@ -33,6 +31,7 @@ from stepctl.runs.open import resume_locked, start_segment
 from stepctl.runs.progress import show_progress
 from stepctl.runs.records import lock_records
 from stepctl.runs.segment import OpenSegment, Segment
+from stepctl.state.arena import Array
 from stepctl.state.counters import GLOBAL_STEP, SAMPLES_SEEN
 from stepctl.state.streams import Streams
 from stepctl.stopping.base import StopReason
@@ -44,6 +43,7 @@ from stepctl.system.text import a_or_an, local_step_note
 from stepctl.system.user_code import describe_with_type
 from stepctl.training.build_program import ProgramAssembly, assemble_script
 from stepctl.training.trainer import Trainer, Update
+from stepctl.writers.series import as_row
 
 REPLAY_VARIABLE = "STEPCTL_REPLAY"  # of the environment of a script that is replayed
 _INCREMENTS = {GLOBAL_STEP: 1, SAMPLES_SEEN: 0}
@@ -138,7 +138,7 @@ class Loop:
         self._has_begun = False  # whether the loop began
         self._save_requested = False
         self._metrics: Metrics = {}
-        self._rows: dict[str, Any] = {}  # of series
+        self._rows: dict[str, Array] = {}  # of series
         self._process = os.getpid()
 
     def __repr__(self) -> str:
@@ -187,7 +187,7 @@ class Loop:
         self._check_in_step("append")
         if name in self._rows:
             raise ConfigError(f"run.append: {name!r} has a row already in this step")
-        self._rows[name] = row.copy() if isinstance(row, np.ndarray) else row
+        self._rows[name] = as_row(name, row).copy()  # the script may change it in this step
 
     def save(self) -> None:
         """Publish a checkpoint when the step in flight is complete.

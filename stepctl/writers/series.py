@@ -33,7 +33,7 @@ class _Series:
         self._stored = self.dtype.newbyteorder("<")
 
     def add(self, step: int, value: object) -> None:
-        array = _as_row(self.name, value)
+        array = as_row(self.name, value)
         if array.dtype != self.dtype or array.shape != self.kind.shape:
             raise ConfigError(
                 f"series {self.name!r}: the row of step {step} is {array.dtype} {array.shape}, and the "
@@ -46,7 +46,7 @@ class _Series:
         self.pending += array.astype(self._stored, copy=False).tobytes()
 
 
-def _as_row(name: str, value: object) -> Array:
+def as_row(name: str, value: object) -> Array:
     """Return a value as an array of the machine's byte order; ConfigError if it cannot be one."""
     if isinstance(value, np.ndarray) and type(value) is not np.ndarray:
         raise ConfigError(
@@ -109,7 +109,7 @@ class SeriesBuffer:
     def _create(self, name: str, value: object) -> _Series:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ConfigError(f"series {name!r}: use letters, digits, '_', '.' and '-' in its name")
-        array = _as_row(name, value)
+        array = as_row(name, value)
         if array.dtype.name not in DTYPES:
             raise ConfigError(
                 f"series {name!r}: a row of dtype {array.dtype} cannot be saved; use bool, an "

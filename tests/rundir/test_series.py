@@ -226,15 +226,18 @@ def test_two_rows_of_a_step_are_refused() -> None:
         append_twice()
 
 
-def test_a_row_is_copied_when_it_is_appended() -> None:
-    row = np.zeros(2)
+@pytest.mark.parametrize("kind", ["array", "list", "list of arrays"])
+def test_a_row_is_copied_when_it_is_appended(kind: str) -> None:
+    numbers = np.zeros(2)
+    row = {"array": numbers, "list": [0.0, 0.0], "list of arrays": [numbers[:1], numbers[1:]]}[kind]
     with stepctl.loop("run", {"n": 0}, last_step=2) as run:
         for _ in run:
             run.append("s", row)
-            row += 1
+            for number in range(2):
+                row[number] += 1
     found = stepctl.load_series("run", "s")
     assert isinstance(found, np.ndarray)
-    assert found.tolist() == [[0, 0], [1, 1]]
+    assert found.reshape(2, 2).tolist() == [[0, 0], [1, 1]]
 
 
 def test_a_series_that_there_is_not_is_named(snapshot: SnapshotAssertion) -> None:
