@@ -1,10 +1,10 @@
 """`stepctl`: the group of commands, the messages of errors, and the exit of the process."""
 
 import contextlib
+import gc
 import os
 import sys
 import threading
-import traceback
 from typing import Any, NoReturn
 
 import click
@@ -118,6 +118,8 @@ def _package_location(error: BaseException) -> str:
         components = registry.user_components()
         if components:
             return f" (while using {components})"
+    import traceback  # not at the top: `--help` needs none
+
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f" ({os.path.basename(frame.filename)}:{frame.lineno})"
 
@@ -154,6 +156,7 @@ for _command in _COMMANDS:
 
 def main() -> None:
     """Run the command line."""
+    gc.freeze()  # what the imports made stays, and is searched for garbage no more, not at the exit
     prepare_stdout()
     if "_STEPCTL_COMPLETE" in os.environ:
         complete_keys_without_space()
@@ -170,6 +173,8 @@ def main() -> None:
             comm.finalize(Exit.INTERRUPTED, failed=True)
             sys.exit(Exit.INTERRUPTED)
         if launcher.is_rank():
+            import traceback
+
             with contextlib.suppress(OSError):
                 traceback.print_exc()
             drain_output()
