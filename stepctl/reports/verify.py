@@ -237,7 +237,7 @@ def check_series(directory: RunDirectory, ledger: Ledger) -> Iterator[FileProble
         found = 0
         if name in known:
             try:
-                steps = series.read(folder, name)["step"]
+                steps = series.read_steps(folder, name)
             except StepctlError as error:
                 yield FileProblem("series", file_name, str(error))
                 continue

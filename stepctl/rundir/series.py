@@ -35,6 +35,7 @@ _BIN = ".bin"
 _JSON = ".json"
 _MAX_JSON = 1 << 16  # bytes
 _STEP_BYTES = 8
+_BLOCK_BYTES = 1 << 22  # read at a time
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,25 @@ def read(folder: Folder, name: str, *, after: int = -1, last: int | None = None)
         if is_unavailable(error):
             raise unreadable(path, error) from error
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_steps(folder: Folder, name: str) -> Array:
+    """Return the steps of all records, (rows,) int64, without their values in memory."""
+    kind = read_type(folder, name)
+    path = folder.display_path / f"{name}{_BIN}"
+    at_a_time = max(_BLOCK_BYTES // kind.record.itemsize, 1)
+    found = [np.empty(0, np.int64)]
+    try:
+        with folder.open_regular(path.name) as file:
+            n_rows = os.fstat(file.fileno()).st_size // kind.record.itemsize
+            for first in range(0, n_rows, at_a_time):
+                records = np.fromfile(file, kind.record, min(at_a_time, n_rows - first))
+                found.append(records["step"].astype(np.int64))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return np.concatenate(found)
 
 
 def load_series(

@@ -23,6 +23,7 @@ from stepctl.rundir import series
 from stepctl.rundir.directory import RunDirectory
 from stepctl.rundir.series import RecordType, series_folder
 from stepctl.runs.open import create_run
+from stepctl.system.folder import Folder
 from stepctl.writers import series as writer
 from tests.support.run_files import events
 
@@ -382,3 +383,15 @@ def test_a_step_that_returns_another_tuple_is_refused(
         create_run(config, RunDirectory("program")) as segment,
     ):
         segment.train()
+
+
+def test_steps_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(series, "_BLOCK_BYTES", 100)  # four records of 24 bytes
+    folder = Folder(tmp_path)
+    kind = series.RecordType("float64", (2,))
+    series.create(folder, "x", kind)
+    assert series.read_steps(folder, "x").tolist() == []
+    records = np.zeros(10, kind.record)
+    records["step"] = range(1, 11)
+    (tmp_path / "x.bin").write_bytes(records.tobytes() + b"half")
+    assert series.read_steps(folder, "x").tolist() == list(range(1, 11))
