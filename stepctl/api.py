@@ -27,7 +27,7 @@ from stepctl.inference import load
 from stepctl.inference.load import Selection
 from stepctl.inference.trained_model import TrainedModel
 from stepctl.programs.base import Metrics, as_numbers
-from stepctl.reports import inspect
+from stepctl.reports import html, inspect
 from stepctl.rundir.directory import RunDirectory
 from stepctl.runs.at_step import ResumeOptions
 from stepctl.runs.messages import Say
@@ -50,6 +50,13 @@ from stepctl.training.assembly import TaskAssembly
 PathLike = str | os.PathLike[str]
 
 
+class NamedMetrics(dict[str, float]):
+    """Metrics by name; a notebook shows them as a table."""
+
+    def _repr_html_(self) -> str:
+        return html.table(self.items())
+
+
 class Run:
     """A run that this process holds until it is closed; a context manager.
 
@@ -65,6 +72,7 @@ class Run:
         self._is_fresh = segment.restored is None
         self._open_segment = contextlib.ExitStack()
         self._progress = OptionalProgress()
+        self._last_metrics: NamedMetrics | None = None
         self._closed = False
         self._process = os.getpid()
         atexit.register(self._close_at_exit)  # for a program that does not close it
@@ -72,6 +80,16 @@ class Run:
     def __repr__(self) -> str:
         closed = ", closed" if self._closed else ""
         return f"Run({str(self.path)!r}, global step {self.global_step} of {self.target}{closed})"
+
+    def _repr_html_(self) -> str:
+        """Return the run as a notebook shows it: step, newest metrics, curve, config."""
+        facts: dict[str, object] = {"global step": f"{self.global_step} of {self.target}"}
+        reason = None if self._closed else self.stop_reason
+        if reason is not None:
+            facts["stopped"] = reason.text
+        if self._last_metrics is not None:
+            facts |= self._last_metrics
+        return html.run_html(str(self.path), repr(self), facts, self.config.plain())
 
     @property
     def path(self) -> Path:
@@ -119,7 +137,10 @@ class Run:
             before = self.global_step
             trainer.train(n, lambda: interrupt.received)
             self._segment.assembly.rows.flush()
-        return trainer.last_metrics if self.global_step > before else None
+        if self.global_step == before:
+            return None
+        self._last_metrics = NamedMetrics(trainer.last_metrics or {})
+        return self._last_metrics
 
     def train(self, *, progress: bool = False) -> StopReason:
         """Train to the target, or until another stop rule ends the run; return the reason.
@@ -138,6 +159,7 @@ class Run:
             with shown:
                 reason = trainer.train(interrupted=lambda: interrupt.received)
             self._segment.assembly.rows.flush()
+        self._last_metrics = NamedMetrics(trainer.last_metrics or {})
         assert reason is not None  # else the interrupt was raised
         return reason
 
@@ -164,9 +186,11 @@ class Run:
         if average and not self.config.has_average:
             raise ConfigError("average=True: there is no moving average; set ema, or leave it out")
         with explain_read_only(self.state):
-            return as_numbers(
-                assembly.task.evaluate(self.state, assembly.validation, average=average),
-                "task: evaluate returned",
+            return NamedMetrics(
+                as_numbers(
+                    assembly.task.evaluate(self.state, assembly.validation, average=average),
+                    "task: evaluate returned",
+                )
             )
 
     def predict(self, x: npt.ArrayLike, *, average: bool = False) -> Array:
@@ -359,6 +383,14 @@ class Checkpoint:
             f"Checkpoint(run {self.run!r}, global step {self.global_step}, {len(self.arrays)} "
             f"arrays of {n_bytes:,} bytes, sha256 {self.sha256[:12]}...)"
         )
+
+    def _repr_html_(self) -> str:
+        """Return the checkpoint as a notebook shows it: counters, arrays, config."""
+        facts: dict[str, object] = {"run": self.run, **self.counters}
+        facts |= {"created by": self.created_by, "sha256": self.sha256}
+        arrays = {path: (array.shape, str(array.dtype)) for path, array in self.arrays.items()}
+        title = f"Checkpoint of global step {self.global_step}"
+        return html.checkpoint_html(title, facts, arrays, self.config)
 
 
 def load_checkpoint(path: PathLike) -> Checkpoint:
