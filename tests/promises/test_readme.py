@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -194,6 +195,32 @@ def test_the_sessions_of_the_readme_print_what_they_show(tmp_path: Path) -> None
             if line != "...":
                 assert without_numbers(line) in printed, line
                 del printed[: printed.index(without_numbers(line)) + 1]
+
+
+@pytest.mark.process
+def test_its_learning_rates_are_compared(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "stepctl"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m stepctl "$@"\n')
+    command.chmod(0o755)
+    loop = block("sh", "for rate in")
+    (shown,) = re.findall(r"^```\n(run  .*?)^```", README, re.M | re.S)
+    done = subprocess.run(
+        ["sh", "-c", loop],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    head, best, *others = done.stdout.splitlines()
+    assert [head.split(), best.split()[:6]] == [
+        shown.splitlines()[0].split(),
+        shown.splitlines()[1].split()[:6],
+    ]
+    assert len(others) == 3
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
 
 
 def without_numbers(line: str) -> str:
