@@ -44,6 +44,13 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
 
 
+def test_it_has_the_two_commands_that_the_ci_pastes() -> None:
+    assert [*re.findall(r"^```sh paste\n(.*)", README, re.M)] == [
+        "python3 -m venv .venv && . .venv/bin/activate &&",
+        "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && pytest",
+    ]
+
+
 def test_the_example_config_is_valid() -> None:
     page = (ROOT / "configs" / "README.md").read_text()
     (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
