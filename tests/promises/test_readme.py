@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -178,6 +177,23 @@ def test_the_hook_of_the_page_is_changed_on_a_resume_and_in_a_fork(tmp_path: Pat
     assert steps == [72, 72]
 
 
+def in_shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command line in a shell that finds stepctl."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir(exist_ok=True)
+    script = bin_folder / "stepctl"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m stepctl "$@"\n')
+    script.chmod(0o755)
+    return subprocess.run(
+        ["sh", "-c", command],
+        cwd=folder,
+        env=os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.process
 def test_the_sessions_of_the_readme_print_what_they_show(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
@@ -188,14 +204,7 @@ def test_the_sessions_of_the_readme_print_what_they_show(tmp_path: Path) -> None
         if "Ctrl-C" in command:
             continue
         assert command.startswith("stepctl ")
-        words = shlex.split(command, comments=True)[1:]
-        done = subprocess.run(
-            [sys.executable, "-m", "stepctl", *words],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = in_shell(command, tmp_path)
         assert done.returncode == 0, done.stderr
         printed = [without_numbers(line) for line in (done.stderr + done.stdout).splitlines()]
         for line in shown:
@@ -207,20 +216,10 @@ def test_the_sessions_of_the_readme_print_what_they_show(tmp_path: Path) -> None
 @pytest.mark.process
 def test_its_learning_rates_are_compared(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin" / "stepctl"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m stepctl "$@"\n')
-    command.chmod(0o755)
     loop = block("sh", "for rate in")
     (shown,) = re.findall(r"^```\n(run  .*?)^```", README, re.M | re.S)
-    done = subprocess.run(
-        ["sh", "-c", loop],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = in_shell(loop, tmp_path)
+    assert done.returncode == 0, done.stderr
     head, best, *others = done.stdout.splitlines()
     assert [head.split(), best.split()[:6]] == [
         shown.splitlines()[0].split(),
