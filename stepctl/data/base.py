@@ -9,7 +9,7 @@ arguments that its signature names: `targets` (the form of y, see `Targets`), `d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -146,7 +146,11 @@ def check_labels(
     )
 
 
-def label_warnings(sources: list[Source], occurs: list[npt.NDArray[np.bool_]]) -> Iterator[str]:
+def label_warnings(
+    sources: list[Source],
+    occurs: list[npt.NDArray[np.bool_]],
+    class_names: Sequence[str] | None = None,
+) -> Iterator[str]:
     """Yield warnings about the labels of [training source] or [training, validation source].
 
     occurs: for each source, which labels occur.
@@ -154,8 +158,17 @@ def label_warnings(sources: list[Source], occurs: list[npt.NDArray[np.bool_]]) -
     origin = sources[0].origin
     trained = occurs[0]
     labels = np.flatnonzero(trained)
+
+    def shown(label: int) -> str:
+        return str(label) if class_names is None else repr(class_names[label])
+
     if len(labels) == 1:
-        yield f"{origin}: every label is {labels[0]}; classification needs two or more classes"
+        yield (
+            f"{origin}: every label is {shown(labels[0])}; classification needs two or more classes"
+        )
+    elif class_names is not None and not trained.all():
+        absent = int(np.flatnonzero(~trained)[0])
+        yield f"{origin}: class {shown(absent)} does not occur in the training data"
     elif len(labels) and labels[0] > 0:
         yield (
             f"{origin}: the labels are {labels[0]}..{labels[-1]}, but classes are numbered from 0; "
@@ -164,7 +177,7 @@ def label_warnings(sources: list[Source], occurs: list[npt.NDArray[np.bool_]]) -
     for source, there in zip(sources[1:], occurs[1:], strict=True):
         new = np.flatnonzero(there & ~trained)
         if len(new):
-            yield f"{source.origin}: label {new[0]} does not occur in the training data"
+            yield f"{source.origin}: label {shown(new[0])} does not occur in the training data"
 
 
 def row_ranges(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
@@ -173,18 +174,31 @@ class ColumnFacts:
             self._first.setdefault("number", (int(next(iter(lines))), cells[0]))
             self._n_cells["number"] += len(cells)
             return
-        kinds = {cell: self._kind(cell) for cell in {*cells}}
+        counts = Counter(cells)
+        by_kind: dict[str, set[str]] = {"number": set(), "word": set(), "missing": set()}
+        for cell in counts:
+            by_kind[self._kind(cell)].add(cell)
+        for kind in ("number", "word"):
+            found = by_kind[kind]
+            self._n_cells[kind] += sum(counts[cell] for cell in found)
+            if found and kind not in self._first:
+                self._first[kind] = _first_of(found, lines, cells)
+        self._add_words(by_kind["word"], lines, cells)
+
+    def _add_words(self, words: set[str], lines: Iterable[int], cells: Sequence[str]) -> None:
+        """Add the words among some cells, up to the limit."""
+        if self._overflow is not None:
+            return
+        stripped = {word.strip() for word in words}
+        if len(self._words | stripped) <= self._limit:
+            self._words |= stripped
+            return
         for line, cell in zip(lines, cells, strict=True):
-            kind = kinds[cell]
-            if kind == "missing":
-                continue
-            if kind not in self._first:
-                self._first[kind] = (int(line), cell)
-            self._n_cells[kind] += 1
-            if kind == "word" and len(self._words) <= self._limit:
+            if cell in words:
                 self._words.add(cell.strip())
-                if len(self._words) > self._limit:
-                    self._overflow = int(line)
+            if len(self._words) > self._limit:
+                self._overflow = int(line)
+                return
 
     def _kind(self, cell: str) -> str:
         if is_missing(cell):
@@ -258,6 +272,15 @@ class ColumnFacts:
             f"{message}, as the column's other cells are; fix it, or take all for categories: "
             f"data.categorical: [{config_text(self.name)}]"
         )
+
+
+def _first_of(
+    wanted: Container[str], lines: Iterable[int], cells: Sequence[str]
+) -> tuple[int, str]:
+    """Return the line and the cell of the first cell that is wanted."""
+    return next(
+        (int(line), cell) for line, cell in zip(lines, cells, strict=True) if cell in wanted
+    )
 
 
 def merged(column: Column, other: Column) -> Column:

@@ -159,7 +159,7 @@ class TaskAssembly(Assembly):
     def _data_warnings(self, occurring: list[npt.NDArray[np.bool_]]) -> Iterator[str]:
         config = self.config.data
         if config.n_classes is not None and self.task.learns_labels:
-            yield from label_warnings(self.sources, occurring)
+            yield from label_warnings(self.sources, occurring, config.class_names)
         if len(self.sources) == 2:
             # the joined fingerprint "<training>; <validation>" is computed anyway, for the ledger
             fingerprints = self.data_fingerprint()

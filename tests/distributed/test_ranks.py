@@ -15,6 +15,7 @@ import pytest
 from stepctl.distributed import shared_memory
 from stepctl.distributed.comm import Comm
 from stepctl.rundir.directory import RunDirectory
+from tests.support.flowers import FLOWERS
 from tests.support.mpi_jobs import launcher, needs_mpi, run_python
 from tests.support.runs import BASE, content, make_config, rows, train
 
@@ -141,6 +142,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # name -> ranks, config
             model={"name": "tests.support.loss_by_hand:ByHand", "noise": 0.1},
         ),
     ),
+    "a table, standardized, stratified": (2, sharded(4, data=FLOWERS | {"shards": 4})),
     "sequential": (2, sharded(4, data=DIGITS | {"shards": 4, "order": "sequential"})),
     "windows of a text": (
         2,
@@ -184,7 +186,7 @@ def do(
 
 def placed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return a config whose data are in a folder; make those of which a few are too large to learn from."""
-    if "path" not in config["data"]:
+    if config["data"]["name"] != "arrays":
         return config
     generator, path = np.random.default_rng(0), folder / f"{config['task']['name']}.npz"
     if not path.exists():

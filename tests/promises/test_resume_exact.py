@@ -15,6 +15,7 @@ from stepctl.hooks.base import Hook
 from stepctl.programs.base import Metrics
 from stepctl.state.arena import Array
 from stepctl.state.train_state import TrainState
+from tests.support.flowers import FLOWERS
 from tests.support.runs import make_config, resume, rows, train
 
 LAST = 40
@@ -33,16 +34,6 @@ WINDOWS = {
     "validation_fraction": 0.1,
 }
 BIGRAM = {"task": {"name": "loss"}, "model": {"name": f"{TOKENS}:Bigram"}}
-FLOWERS = {
-    "name": "csv",
-    "path": str(Path(__file__).parents[1] / "support" / "flowers.csv"),
-    "target": "species",
-    "missing": "mean",
-    "standardize": True,
-    "batch_size": 48,
-    "validation_fraction": 0.2,
-    "stratify": True,
-}
 CASES: dict[str, dict[str, Any]] = {
     "adam": {},
     "sgd": {"optimizer": {"name": "sgd", "learning_rate": 0.1}},
