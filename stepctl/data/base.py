@@ -70,18 +70,18 @@ class Source(ABC):
         """Return a row's name in messages, such as "row 3" or "line 5"."""
         return row_name(row)
 
-    def labels(self) -> Array | None:
+    def labels_in_memory(self) -> Array | None:
         """Return the labels, (rows,) int64, or other targets, of data in memory; otherwise None."""
         return None
 
-    def fit(self, rows: npt.NDArray[np.int64]) -> None:  # noqa: B027
+    def fit_preprocessing(self, rows: npt.NDArray[np.int64]) -> None:  # noqa: B027
         """Compute the statistics that x is computed with from these rows, which are trained on."""
 
-    def statistics(self) -> Mapping[str, Array]:
+    def preprocessing_arrays(self) -> Mapping[str, Array]:
         """Return these statistics by name; they become part of the state, and are restored in place."""
         return {}
 
-    def decided(self) -> Mapping[str, Any]:
+    def decided_config(self) -> Mapping[str, Any]:
         """Return values for keys of the config's data section that were open."""
         return {}
 

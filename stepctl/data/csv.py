@@ -98,6 +98,10 @@ def csv(
     }
     paths = [path] if validation_path is None else [path, validation_path]
     table = table_of(spec, class_names)
+    if table is None and n_columns is not None:
+        with reading(path, "CSV"):
+            head = CSVFile(path, delimiter=delimiter, header=header).head
+        table = table_of(spec, class_names, head)
     loader = _Loader(
         scale=scale,
         standardize=standardize,

@@ -103,10 +103,10 @@ class InMemory(Source):
     def place(self, row: int) -> str:
         return self._place(row)
 
-    def decided(self) -> Mapping[str, Any]:
+    def decided_config(self) -> Mapping[str, Any]:
         return self._decided
 
-    def labels(self) -> Array:
+    def labels_in_memory(self) -> Array:
         return self._y
 
     def read(self, rows: npt.NDArray[np.int64], x: Array, y: Array) -> None:

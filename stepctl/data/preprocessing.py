@@ -87,27 +87,34 @@ class Preprocessing:
         self._scale = scale_of(spec)
         self._names = data.class_names
         self._n_classes = data.n_classes
-        self._table = None
-        self._choice = ColumnChoice(target=-1)
-        self._head = _DetectedHead(None, None)
-        if data.name == CSV:
-            self._choice = choice_of(spec)
-            self._head = _DetectedHead(spec.get("delimiter"), spec.get("header"))
-            self._table = table_of(spec, data.class_names)
         self._sample_shape = sample_shape
-        self._statistics = None
+        if sample_shape is None and data.sample_shape is not None:
+            self._sample_shape = tuple(data.sample_shape)
+        self._spec: dict[str, Any] = {"target": -1, "missing": "error"}
+        self._table = None
+        if data.name == CSV:
+            self._spec |= spec
+            self._table = table_of(self._spec, self._names)
+        self._statistics = self._new_statistics()
+        if arrays is not None:
+            _restore(self._statistics, arrays)
+
+    def _new_statistics(self) -> Statistics:
+        standardize = self._spec.get("standardize", False)
         if self._table is not None:
-            self._sample_shape = (len(self._table.feature_names),)
-            self._statistics = statistics_of(
-                self._table, standardize=spec.get("standardize", False)
-            )
-            if arrays is not None:
-                _restore(self._statistics, arrays)
+            return statistics_of(self._table, standardize=standardize)
+        n_features = math.prod(self._sample_shape or ())
+        return Statistics(
+            [str(number) for number in range(n_features)],
+            is_number=[True] * n_features,
+            fill=self._spec["missing"] == "mean",
+            standardize=standardize,
+        )
 
     @property
     def arrays(self) -> dict[str, Array]:
         """The statistics by name, as a checkpoint has them; there may be none."""
-        return {} if self._statistics is None else self._statistics.arrays
+        return self._statistics.arrays
 
     @property
     def columns(self) -> list[str] | None:
@@ -153,9 +160,13 @@ class Preprocessing:
         """
         if self._table is None:
             samples = np.asarray(rows)
-            if self._sample_shape is not None:
-                samples = samples.reshape(len(samples), *self._sample_shape)
-            return scaled(samples, self._scale, out=aligned_empty(samples.shape, self._dtype))
+            shape = (len(samples), *(self._sample_shape or samples.shape[1:]))
+            out = aligned_empty(samples.shape, self._dtype)
+            if not self.arrays:
+                return scaled(samples, self._scale, out=out).reshape(shape)
+            features = scaled(samples, self._scale, out=np.empty(samples.shape))
+            self._statistics.apply(features, out=out)
+            return out.reshape(shape)
         if isinstance(rows, np.ndarray) and rows.dtype.kind in "biuf":
             numbers = self._table.numbers(rows)
             if numbers is not None:
@@ -218,7 +229,7 @@ class Preprocessing:
     def _finish(self, table: Table, features: Array) -> Array:
         """Scale, fill and standardize features: (rows, features) float64."""
         x = aligned_empty(features.shape, self._dtype)
-        if self._statistics is None or not self.arrays:
+        if not self.arrays:
             table.scale(features, self._scale, out=x)
         else:
             scaled_features = table.scale(features, self._scale, out=np.empty(features.shape))
@@ -227,21 +238,25 @@ class Preprocessing:
 
     def _table_like(self, path: str, *, with_target: bool) -> Table:
         """Return the table of a file whose columns the config does not name."""
-        head = CSVFile(path, delimiter=self._head.delimiter, header=self._head.header).head
-        choice = self._choice
+        spec = self._spec
+        head = CSVFile(path, delimiter=spec.get("delimiter"), header=spec.get("header")).head
+        choice = choice_of(spec)
         n_features = head.n_columns - 1
         if self._sample_shape is not None:
             n_features = math.prod(self._sample_shape)
-        lacks_target = isinstance(choice.target, str) and choice.target not in head.names
-        if head.n_columns == n_features or lacks_target:
+        is_absent = head.n_columns == (spec.get("n_columns") or n_features + 1) - 1
+        if isinstance(choice.target, str):
+            is_absent = choice.target not in head.names
+        if is_absent and with_target:
+            raise ValueError(f"it has {head.n_columns} columns, so there is none for the target")
+        if is_absent:
             choice = replace(choice, target=None)
-        table = choose_columns(head, choice, missing="error")
-        if len(table.inputs) != n_features:
+        table = choose_columns(head, choice, missing=spec["missing"])
+        table = with_encodings(table, encodings_of(spec), self._names)
+        if len(table.feature_names) != n_features:
             raise ValueError(
                 f"it has {head.n_columns} columns, but a sample has {n_features} values"
             )
-        if with_target and table.target is None:
-            raise ValueError(f"it has {head.n_columns} columns, so there is none for the target")
         return table
 
 
@@ -256,13 +271,6 @@ def scale_of(section: Mapping[str, Any]) -> float:
     return float(section.get("scale", argument.default))
 
 
-class _DetectedHead(NamedTuple):
-    """The delimiter and the header that a config gives; None is detected."""
-
-    delimiter: str | None
-    header: bool | None
-
-
 def choice_of(spec: Mapping[str, Any]) -> ColumnChoice:
     """Return the columns that a csv section chooses."""
     return ColumnChoice(
@@ -273,19 +281,34 @@ def choice_of(spec: Mapping[str, Any]) -> ColumnChoice:
     )
 
 
-def table_of(spec: Mapping[str, Any], class_names: Sequence[str] | None) -> Table | None:
-    """Return the table that a resolved csv section describes; None if it is of an older version."""
-    if spec.get("n_columns") is None:
-        return None
-    head = Head(spec["delimiter"], spec["header"], tuple(spec["names"] or ()), spec["n_columns"])
-    table = choose_columns(head, choice_of(spec), missing=spec["missing"])
+def encodings_of(spec: Mapping[str, Any]) -> list[Encoding]:
+    """Return the encodings that a csv section records; DataError if they are not such."""
     try:
-        encodings = [Encoding.model_validate(encoding) for encoding in spec["encodings"] or ()]
+        return [Encoding.model_validate(encoding) for encoding in spec.get("encodings") or ()]
     except ValidationError as error:
         raise DataError(
             "data.encodings: is not what a run records; leave it out, and it is found in the data"
         ) from error
-    return with_encodings(table, encodings, class_names)
+
+
+def table_of(
+    spec: Mapping[str, Any], class_names: Sequence[str] | None, head: Head | None = None
+) -> Table | None:
+    """Return the table that a resolved csv section describes.
+
+    `head` is that of a file, which has the names of the columns if they are too long for a config:
+    None if it is needed, or if an older version wrote the section.
+    """
+    if spec.get("n_columns") is None:
+        return None
+    if spec["names"] is not None or not spec["header"]:
+        head = Head(
+            spec["delimiter"], spec["header"], tuple(spec["names"] or ()), spec["n_columns"]
+        )
+    if head is None:
+        return None
+    table = choose_columns(head, choice_of(spec), missing=spec["missing"])
+    return with_encodings(table, encodings_of(spec), class_names)
 
 
 def _restore(statistics: Statistics, arrays: Mapping[str, Array]) -> None:

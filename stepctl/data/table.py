@@ -29,7 +29,7 @@ from stepctl.system.text import did_you_mean, in_one_line
 Missing = Literal["error", "drop", "mean"]  # what happens to a row with a missing value
 
 TARGET = -1  # the target among the numbers of columns
-_MAX_NAMES = 4096  # characters of all names that a config records
+_MAX_NAMES = 8192  # characters of all names that a config records, with ", " between them
 
 
 class TableRows(NamedTuple):
@@ -49,8 +49,8 @@ class TableRows(NamedTuple):
 class Table:
     """The columns of a table and how they are encoded.
 
-    head: of the training file; its names are empty if they are too long for a config, and then
-    columns are found by their positions. inputs: the columns of the features, at these `positions`
+    head: of the training file; its names are empty if they are too long for a config, and then the
+    columns of a file are found by their positions. inputs: the columns of the features, at these `positions`
     in the training file. target: its column, at `target_position`.
     """
 
@@ -345,14 +345,14 @@ def choose_columns(head: Head, choice: ColumnChoice, *, missing: Missing) -> Tab
         target = choice.position("target", choice.target, head)
     inputs = choice.positions("columns", head)
     if target is not None and target in inputs:
-        raise ValueError(f"data.columns names {names[target]!r}, which is the target; leave it out")
+        raise ValueError(f"data.columns has {names[target]!r}, which is the target; leave it out")
     if choice.columns is None:
         inputs = [position for position in range(head.n_columns) if position != target]
     excluded = {*choice.positions("exclude", head)}
     inputs = [position for position in dict.fromkeys(inputs) if position not in excluded]
     if not inputs:
         raise ValueError("it has no column of features; at least one is needed")
-    if len("".join(head.names)) > _MAX_NAMES:
+    if len(", ".join(head.names)) > _MAX_NAMES:
         head = head._replace(names=())
     return Table(
         head=head,

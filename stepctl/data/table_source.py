@@ -67,16 +67,16 @@ class TableSource(Source):
     def place(self, row: int) -> str:
         return self._place(row)
 
-    def labels(self) -> Array:
+    def labels_in_memory(self) -> Array:
         return self._y
 
-    def decided(self) -> Mapping[str, Any]:
+    def decided_config(self) -> Mapping[str, Any]:
         return self._decided
 
-    def statistics(self) -> Mapping[str, Array]:
+    def preprocessing_arrays(self) -> Mapping[str, Array]:
         return self._statistics.arrays
 
-    def fit(self, rows: npt.NDArray[np.int64]) -> None:
+    def fit_preprocessing(self, rows: npt.NDArray[np.int64]) -> None:
         if not self._statistics.arrays:
             return
 

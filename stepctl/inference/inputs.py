@@ -83,6 +83,8 @@ class InputFormat:
 
     def _converted(self, rows: Array) -> Array:
         """Return numbers as the model takes them; integers may stay integers."""
+        if self.preprocessing.arrays:  # of a table whose columns have no recorded names
+            return self.preprocessing.transform(rows)
         scale = float(self.preprocessing.factors)
         dtype = input_dtype(
             rows.dtype, self.dtype, integer_inputs=self._integer_inputs, scale=scale

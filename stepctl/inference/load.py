@@ -231,7 +231,7 @@ class _NoRows(Source):
     def slices(self) -> Iterator[tuple[int, Array, Array]]:
         return iter(())
 
-    def statistics(self) -> Mapping[str, Array]:
+    def preprocessing_arrays(self) -> Mapping[str, Array]:
         return self._statistics
 
     def fingerprint(self) -> str:

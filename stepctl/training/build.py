@@ -183,7 +183,7 @@ def initial_state(resolved: ResolvedConfig, *, restored: bool = False) -> TrainS
             f"task.name: {config.task.name} writes arrays of its own ({writable[0]}): set sliced = "
             "False"
         )
-    return replace(state, preprocessing=resolved.sources[0].statistics())
+    return replace(state, preprocessing=resolved.sources[0].preprocessing_arrays())
 
 
 def _own_hooks(

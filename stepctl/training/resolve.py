@@ -86,7 +86,7 @@ def resolve(
     integer_inputs = _take_integers(config)
     train, validation = sources or read_sources(config, task, is_rank=comm.rank > 0)
     all_sources = [train] if validation is None else [train, validation]
-    decided = {f"data.{key}": value for key, value in train.decided().items()}
+    decided = {f"data.{key}": value for key, value in train.decided_config().items()}
     check_targets(config, task)
     for source in all_sources:
         check_source(source, config, task, integer_inputs=integer_inputs)
@@ -104,8 +104,8 @@ def resolve(
     decided["data.sample_shape"] = [*train.sample_shape]
     decided["data.target_shape"] = [*train.target_shape]
     training_subset, validation_subset = _subsets(config, task, train, validation)
-    if train.statistics() and sources is None:  # given sources are fitted already
-        train.fit(training_subset.rows(np.arange(training_subset.n)))
+    if train.preprocessing_arrays() and sources is None:  # given sources are fitted already
+        train.fit_preprocessing(training_subset.rows(np.arange(training_subset.n)))
     check_names(config, task)
     decided |= _open_horizons(config, task, target)
     shapes = task.ends(n_classes, train.sample_shape, train.target_shape)
@@ -331,7 +331,7 @@ def _labels_to_split(task: Task, source: Source) -> Array:
     """Return the labels for a stratified split; ConfigError if there are none in memory."""
     if task.targets != "classes" or not source.has_targets:
         raise ConfigError("data.stratify: there are no classes; remove it")
-    labels = source.labels()
+    labels = source.labels_in_memory()
     if labels is None:
         raise ConfigError(
             f"data.stratify: the labels of {source.origin} are not in memory; remove it, or name "

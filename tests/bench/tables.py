@@ -11,7 +11,7 @@ The files are made in a temporary directory and removed again:
 - words: the narrow file, of a tenth of the size, with two columns of words and class names
 
 Each measurement is a fresh process: the wall time of one load, and its peak resident memory. The loaders take turns, in
-alternating order. With `--before`, the stepctl of another environment takes part. Printed are medians (least..most), and
+alternating order. With `--before`, the stepctl of another environment takes part. Printed are medians (least..most) and
 the median of the ratios to np.loadtxt, round by round. np.loadtxt gives one float64 array, stepctl the features and the
 labels; its default is float32.
 """

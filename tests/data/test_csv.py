@@ -121,7 +121,7 @@ def test_another_delimiter_is_found_or_suggested(
     assert HEADER_HINT not in message
     for given in (delimiter, None):
         source = load(tmp_path, content, header=bool(header), delimiter=given)
-        assert source.decided()["delimiter"] == delimiter
+        assert source.decided_config()["delimiter"] == delimiter
         _, y = values(source)
         np.testing.assert_array_equal(y, [0, 1, 0])
 

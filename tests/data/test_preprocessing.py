@@ -18,6 +18,7 @@ from stepctl.state.arena import Array
 from stepctl.state.train_state import PREPROCESSING
 from stepctl.training.assembly import TaskAssembly
 from stepctl.training.build import prepare
+from tests.data.test_tables import wide
 from tests.support.runs import RUN_ID, file_bytes, make_config
 
 TABLE = """width,color,fresh,weight,species
@@ -158,6 +159,25 @@ def test_a_file_without_header_may_lack_the_target_column(target: int, tmp_path:
     np.testing.assert_array_equal(ignored.x, with_target.x)
     np.testing.assert_array_equal(with_target.y, [0, 1, 0])
     assert without.y is None
+
+
+def test_a_table_with_very_many_columns_is_read_by_position(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    text = wide(600)
+    options = {"target": "y", "standardize": True}
+    assembly = assembled(path, text, **options)
+    preprocessing = restored(assembly, tmp_path)
+    x, y = training_rows(assembly)
+    (rows,) = preprocessing.read(str(path), with_target=True)
+    np.testing.assert_array_equal(rows.x, x)
+    np.testing.assert_array_equal(rows.y, y)
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in text.splitlines()))
+    (rows,) = preprocessing.read(str(path))
+    np.testing.assert_array_equal(rows.x, x)
+    assert preprocessing.columns is None
+    assert preprocessing.class_names == ["s", "t"]
+    with pytest.raises(DataError, match="so there is none for the target"):
+        [*preprocessing.read(str(path), with_target=True)]
 
 
 NEW: dict[str, str] = {

@@ -81,7 +81,7 @@ def test_words_become_features_and_classes(tmp_path: Path) -> None:
     x, y = arrays(source)
     assert x.tolist() == [[5.1, 0, 1, 1], [4.9, 1, 0, 0], [6.5, 0, 1, 1]]
     assert y.tolist() == [0, 1, 0]
-    assert source.decided() == {
+    assert source.decided_config() == {
         "header": True,
         "delimiter": ";",
         "names": ["width", "color", "fresh", "species"],
@@ -98,14 +98,14 @@ def test_words_become_features_and_classes(tmp_path: Path) -> None:
 
 def test_what_was_decided_reads_the_same_again(tmp_path: Path) -> None:
     source = load(tmp_path, TABLE)
-    again = load(tmp_path, TABLE, **source.decided())
+    again = load(tmp_path, TABLE, **source.decided_config())
     assert again.fingerprint() == source.fingerprint()
-    assert again.decided() == source.decided()
+    assert again.decided_config() == source.decided_config()
 
 
 def test_columns_that_moved_are_found_by_their_names(tmp_path: Path) -> None:
     source = load(tmp_path, "a,b,y\n1,u,0\n2,v,1\n", target="y")
-    moved = load(tmp_path, "y,b,new,a\n0,u,7,1\n1,v,8,2\n", target="y", **source.decided())
+    moved = load(tmp_path, "y,b,new,a\n0,u,7,1\n1,v,8,2\n", target="y", **source.decided_config())
     assert moved.fingerprint() == source.fingerprint()
 
 
@@ -129,7 +129,10 @@ def test_an_excluded_column_may_hold_anything(tmp_path: Path) -> None:
     text = "id,born,x,y\nu,2001-02-03,1,0\n7,,2,1\n"
     source = load(tmp_path, text, exclude=["id", "born"])
     assert arrays(source)[0].tolist() == [[1], [2]]
-    assert arrays(load(tmp_path, text, columns=["x"], **source.decided()))[0].tolist() == [[1], [2]]
+    assert arrays(load(tmp_path, text, columns=["x"], **source.decided_config()))[0].tolist() == [
+        [1],
+        [2],
+    ]
 
 
 def test_listed_columns_are_categories(tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_listed_columns_are_categories(tmp_path: Path) -> None:
     x, y = arrays(source)
     assert x.tolist() == [[0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 1, 0]]
     assert y.tolist() == [0, 1, 0]
-    assert source.decided()["class_names"] == ["7", "30"]
+    assert source.decided_config()["class_names"] == ["7", "30"]
 
 
 def test_the_config_may_give_the_order_of_the_classes(tmp_path: Path) -> None:
@@ -147,7 +150,7 @@ def test_the_config_may_give_the_order_of_the_classes(tmp_path: Path) -> None:
     names = ["low", "middle", "high"]
     source = load(tmp_path, text, class_names=names)
     assert arrays(source)[1].tolist() == [0, 2]
-    assert source.decided()["class_names"] == names
+    assert source.decided_config()["class_names"] == names
     assert "'low' is a class that the run does not have" in refusal(
         tmp_path, text, class_names=["middle", "high"]
     )
@@ -213,14 +216,23 @@ def test_a_gzipped_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Mo
     assert packed.fingerprint() == whole.fingerprint()
 
 
+def wide(n: int) -> str:
+    """Return a table of n columns with long names, the last two of words."""
+    names = [f"a column of numbers {number}" for number in range(n - 2)]
+    first = [str(number % 7) for number in range(n - 2)]
+    second = [str(number % 5) for number in range(n - 2)]
+    rows = [[*first, "u", "s"], [*second, "v", "t"]]
+    return "".join(",".join(row) + "\n" for row in [[*names, "word", "y"], *rows])
+
+
 def test_names_that_are_too_long_for_a_config_are_not_recorded(tmp_path: Path) -> None:
-    """Then the columns are found by their positions."""
-    text = ",".join(f"column{number}" for number in range(600)) + "\n" + ",".join("1" * 600) + "\n"
-    source = load(tmp_path, text, targets="values")
-    decided = source.decided()
+    """Then they are read in the file again."""
+    source = load(tmp_path, wide(600), target="y")
+    decided = source.decided_config()
     assert (decided["names"], decided["n_columns"]) == (None, 600)
-    again = load(tmp_path, text, targets="values", **decided)
+    again = load(tmp_path, wide(600), target="y", **decided)
     assert again.fingerprint() == source.fingerprint()
+    assert load(tmp_path, wide(100), target="y").decided_config()["names"] is not None
 
 
 MANY = "".join(f"w{number},{number % 2}\n" for number in range(MAX_CATEGORIES + 1))
@@ -280,7 +292,7 @@ def test_constant_numbers_are_named_in_a_warning(
     tmp_path: Path, snapshot: SnapshotAssertion
 ) -> None:
     source = load(tmp_path, "a,b,c,y\n1,0.1,u,0\n2,0.1,u,1\n4,0.1,u,0\n", standardize=True)
-    source.fit(np.arange(3))
+    source.fit_preprocessing(np.arange(3))
     x, _ = arrays(source)
     assert x[:, 1].tolist() == [0, 0, 0]
     assert x[:, 2].tolist() == [1, 1, 1]
@@ -294,11 +306,11 @@ def test_numbers_without_a_deviation_are_refused(
 ) -> None:
     source = load(tmp_path, f"a,b,y\n1,2,0\n2,{value},1\n", standardize=True)
     with pytest.raises(DataError) as caught:
-        source.fit(np.arange(2))
+        source.fit_preprocessing(np.arange(2))
     assert str(caught.value).removeprefix(f"{tmp_path}/") == snapshot
 
 
 def test_a_feature_without_values_in_the_training_part_is_refused(tmp_path: Path) -> None:
     source = load(tmp_path, "a,b,y\n1,,0\n2,,1\n3,4,0\n", missing="mean")
     with pytest.raises(DataError, match=r"feature 'b' has no value in the training rows"):
-        source.fit(np.arange(2))
+        source.fit_preprocessing(np.arange(2))
