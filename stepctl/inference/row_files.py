@@ -19,7 +19,7 @@ from stepctl.system import files
 from stepctl.system.files import open_regular
 from stepctl.system.text import in_one_line
 
-_CHUNK_BYTES = 1 << 24  # of x
+_CHUNK_BYTES = 1 << 22  # of x
 _NAMES = ("x", "x_test")  # of the array in an .npz file
 
 

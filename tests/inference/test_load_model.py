@@ -16,6 +16,7 @@ from syrupy.assertion import SnapshotAssertion
 import stepctl
 from stepctl.checkpoint import codec
 from stepctl.errors import CheckpointError, ConfigError, DataError, StepctlError
+from stepctl.inference.row_files import read_chunks
 from tests.support.checkpoints import NAME, small_state
 from tests.support.messages import without_paths
 from tests.support.runs import RUN_ID, file_bytes, make_config, train
@@ -167,11 +168,35 @@ def test_a_file_runs_no_code_that_it_names(own_model_file: Path, tmp_path: Path)
 
 @pytest.mark.training
 def test_a_loss_model_predicts_by_its_own_method(tmp_path: Path) -> None:
-    model = {"name": "tests.support.loss_models:ByHand"}
-    sections: dict[str, Any] = {"model": model, "task": {"name": "loss"}, "stop": {"last_step": 1}}
-    train(make_config(**sections), tmp_path / "run")
+    sections: dict[str, Any] = {"task": {"name": "loss"}, "stop": {"last_step": 1}}
+    names = ("tests.support.trained_runs:Predicting", "tests.support.loss_models:ByHand")
+    for number, name in enumerate(names):
+        train(make_config(model={"name": name}, **sections), tmp_path / str(number))
+    model = stepctl.load_model(tmp_path / "0")
+    weights = model.parameters
+    linear = (X / 16).astype(np.float32) @ weights["w"] + weights["more/0"]
+    np.testing.assert_allclose(model.predict(X), weights["more/1/0"] * linear, rtol=1e-4)
     with pytest.raises(ConfigError, match="define predict"):
-        stepctl.load_model(tmp_path / "run").predict(X)
+        stepctl.load_model(tmp_path / "1").predict(X)
+
+
+@pytest.mark.training
+def test_integers_stay_integers_for_a_model_that_takes_them(tmp_path: Path) -> None:
+    ids = 33554433 + np.arange(40).reshape(20, 2)  # equal to their neighbors in float32
+    np.savez(tmp_path / "a.npz", x=ids, y=np.arange(20.0))
+    sections: dict[str, Any] = {
+        "data": {"name": "arrays", "path": str(tmp_path / "a.npz"), "batch_size": 5},
+        "model": {"name": "tests.support.token_model:Embedding"},
+        "task": {"name": "regression"},
+        "evaluate": {},
+    }
+    train(make_config(stop={"last_step": 3}, **sections), tmp_path / "run")
+    model = stepctl.load_model(tmp_path / "run")
+    expected = model.parameters["table"][ids % 7].sum(axis=(1, 2))
+    np.testing.assert_allclose(model.predict(ids), expected, rtol=1e-6)
+    np.savetxt(tmp_path / "ids.csv", ids, "%d", delimiter=",")
+    (chunk,) = read_chunks(str(tmp_path / "ids.csv"), model.inputs)
+    assert chunk.batches[0].dtype == np.int64
 
 
 @pytest.mark.training

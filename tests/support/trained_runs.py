@@ -22,7 +22,9 @@ from stepctl.models.layers.relu import ReLU
 from stepctl.models.layers.sigmoid import Sigmoid
 from stepctl.models.layers.tanh import Tanh
 from stepctl.models.sequential import Sequential
+from stepctl.models.trees import Tree
 from stepctl.state.arena import Array, Shape
+from tests.support.loss_by_hand import ByHand
 from tests.support.runs import make_config, train
 
 DIGITS: dict[str, Any] = {
@@ -104,3 +106,12 @@ def every_layer(*, width: int = 6, input_shape: Shape, n_outputs: int) -> Sequen
             Sigmoid(),
         ]
     )
+
+
+class Predicting(ByHand):
+    """A LossModel that predicts."""
+
+    def predict(self, params: Tree, x: Array) -> Array:
+        bias, [scale] = params["more"]
+        predicted: Array = scale * (x.reshape(len(x), -1) @ params["w"] + bias)
+        return predicted
