@@ -240,6 +240,13 @@ BREAKS = (
         "self._set(waited=1)",
         "hooks/test_watch.py",
     ),
+    Break(
+        "A compiled update does not clip",
+        "optimizers/kernels.py",
+        "clip = 1.0 if scale is None else scale",
+        "clip = 1.0",
+        "optimizers/test_kernels.py::test_the_bits_are_numpy_s",
+    ),
 )
 
 

@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "README.md"
 
 def test_the_page_has_the_table() -> None:
     assert table() in PAGE.read_text()
-    assert len(BREAKS) == 30
+    assert len(BREAKS) == 31
 
 
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda broken: broken.effect)
