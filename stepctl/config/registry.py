@@ -20,6 +20,7 @@ from typing import Annotated, Any, NamedTuple, cast, get_args, get_origin, get_t
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+import stepctl
 from stepctl.config.messages import ConfigProblem, non_yaml_types, problems_of, unknown_key
 from stepctl.errors import ConfigError
 from stepctl.system import optional
@@ -345,7 +346,8 @@ def build(family: str, spec: Mapping[str, Any], **context: Any) -> Any:
 
 def _not_a(base_class: type) -> str:
     name = base_class.__name__
-    return f"not {a_or_an(name)}; subclass {base_class.__module__}.{name}"
+    module = "stepctl" if name in stepctl.__all__ else base_class.__module__
+    return f"not {a_or_an(name)}; subclass {module}.{name}"
 
 
 @functools.cache

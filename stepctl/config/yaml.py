@@ -117,12 +117,12 @@ class Document:
         path: KeyPath = ()
         for name in outer:
             key = _key_in(section, name, option)
-            if isinstance(section, dict):
-                section.setdefault(key, {})
-            if not isinstance(section[key], dict | list):
-                section[key] = {}
-            section = section[key]
             path += (key,)
+            below = section.get(key) if isinstance(section, dict) else section[key]
+            if not isinstance(below, dict | list):
+                section[key] = {}
+                self.places[path] = option
+            section = section[key]
         key = _key_in(section, last, option)
         section[key] = value
         path += (key,)

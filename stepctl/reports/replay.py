@@ -22,8 +22,8 @@ from stepctl.training.build import assemble
 from stepctl.training.trainer import Trainer
 
 _KEY_CHANGED = (
-    "its {key} was changed between the two checkpoints: replay from a checkpoint after the change, "
-    "or up to one before it"
+    "{key} was changed later, and a replay uses the newest config: replay from a checkpoint that was "
+    "saved after the change"
 )
 
 
@@ -106,4 +106,7 @@ def _check_data(assembly: Assembly, run: RunFiles, first: int, last: int) -> Non
             f"{assembly.origins}: not the data that {path} was trained on; restore the original data"
         )
     if not all(assembly.has_data(data) for data in ledger.data_between(first, last)):
-        raise ConfigError(f"{path}: {_KEY_CHANGED.format(key='data')}")
+        raise ConfigError(
+            f"{path}: the data was changed after step {first}, and a replay uses the newest data: "
+            "replay from a checkpoint that was saved after the change"
+        )

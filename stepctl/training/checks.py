@@ -128,11 +128,12 @@ def check_numerics(asked: NumericsConfig, here: Numerics) -> None:
 def check_hooks(hooks: Sequence[Hook]) -> None:
     """Raise ConfigError if an object is not a hook, or two hooks have the same name."""
     for hook in hooks:
-        if not (isinstance(hook, Hook) and isinstance(getattr(hook, "name", None), str)):
-            kind = a_or_an(type(hook).__name__)
+        kind = type(hook).__name__
+        if not isinstance(hook, Hook):
+            raise ConfigError(f"hooks: {a_or_an(kind)} is not a hook; subclass stepctl.Hook")
+        if not isinstance(getattr(hook, "name", None), str):
             raise ConfigError(
-                f"hooks: there is {kind}; each must be a stepctl.Hook, with a class attribute "
-                "`name`"
+                f"hooks: {kind} has no name; give the class one, such as name = {kind.lower()!r}"
             )
     names = [hook.name for hook in hooks if not is_builtin(hook)]
     names += [kind.name for kind in _OWN_HOOKS]

@@ -219,6 +219,17 @@ def test_wrong_by_set(assignment: str, snapshot: SnapshotAssertion) -> None:
     assert lines == snapshot
 
 
+def test_the_place_of_a_section_that_an_option_makes_is_the_option() -> None:
+    (line,) = refusal(SMALL, "stop.early_stopping.min_delta=1.0")
+    option = "--set stop.early_stopping.min_delta"
+    assert line == f"{option}: stop.early_stopping: patience is missing"
+
+
+def test_a_base_class_is_named_as_a_config_author_imports_it() -> None:
+    (line,) = refusal(SMALL, "model={name: 'os:system'}")
+    assert line.endswith("it is not a Model; subclass stepctl.Model")
+
+
 @pytest.mark.parametrize("assignment", NO_COMPONENTS)
 def test_an_object_that_is_not_a_component_is_never_called(
     assignment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -112,7 +112,7 @@ def test_it_trains_from_python(tmp_path: Path) -> None:
 def test_its_script_runs_and_is_replayed(tmp_path: Path) -> None:
     code = block("python", "stepctl.loop")
     (tmp_path / "walk.py").write_text(code)
-    assert len(code.splitlines()) <= 15
+    assert len(code.splitlines()) <= 16
     run_in(tmp_path, sys.executable, "walk.py")
     named = re.search(r"`stepctl (verify runs/walk .*?) -- python walk.py`", README)
     assert named is not None
@@ -125,14 +125,17 @@ def test_its_script_runs_and_is_replayed(tmp_path: Path) -> None:
 def test_the_script_the_program_and_the_hook_of_the_page_run(tmp_path: Path) -> None:
     (tmp_path / "sum.py").write_text(block("python", "runs/sum", PROGRAMS))
     run_in(tmp_path, sys.executable, "sum.py")
-    (tmp_path / "walk.py").write_text(block("python", "class Walk", PROGRAMS))
-    (tmp_path / "walk.yaml").write_text(block("yaml", "walk:Walk", PROGRAMS))
-    run_in(tmp_path, sys.executable, "-m", "stepctl", "train", "walk.yaml", "-q")
+    read = block("python", "load_series", PROGRAMS)
+    read = f"import stepctl\n{read}print(totals.shape, steps[0])"
+    assert run_in(tmp_path, sys.executable, "-c", read) == "(100, 2) 1\n"
+    (tmp_path / "metropolis.py").write_text(block("python", "class Metropolis", PROGRAMS))
+    (tmp_path / "metropolis.yaml").write_text(block("yaml", "# metropolis.yaml", PROGRAMS))
+    run_in(tmp_path, sys.executable, "-m", "stepctl", "train", "metropolis.yaml", "-q")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "mean_loss.py").write_text(block("python", "class MeanLoss", PROGRAMS))
     (tmp_path / "hooked.py").write_text(block("python", "runs/hooked", PROGRAMS))
     assert "hook mean_loss: mean loss 0.4" in run_in(tmp_path, sys.executable, "hooked.py")
-    for run, step in (("sum", "100"), ("walk", "10000"), ("hooked", "60")):
+    for run, step in (("sum", "100"), ("metropolis", "10000"), ("hooked", "60")):
         inspect = ("inspect", f"runs/{run}", "--step")
         assert run_in(tmp_path, sys.executable, "-m", "stepctl", *inspect) == f"{step}\n"
 
@@ -149,7 +152,14 @@ def test_the_losses_of_the_page_train_and_predict(tmp_path: Path) -> None:
         code = block(file.rpartition(".")[2].replace("py", "python"), f"# {file}", PROGRAMS)
         (tmp_path / file).write_text(code)
     run_in(tmp_path, sys.executable, "-m", "stepctl", "train", "autoencoder.yaml", "-q")
-    assert run_in(tmp_path, sys.executable, "reconstruct.py") == "(3, 64)\n"
+    assert run_in(tmp_path, sys.executable, "reconstruct.py") == "True\n"
+    (tmp_path / "rows.csv").write_text("1," * 63 + "1\n")
+    predict = re.search(r"`stepctl (predict runs/autoencoder INPUT -o OUT.npz)`", PROGRAMS)
+    assert predict is not None
+    words = predict[1].replace("INPUT", "rows.csv").split()
+    run_in(tmp_path, sys.executable, "-m", "stepctl", *words)
+    with np.load(tmp_path / "OUT.npz") as predictions:
+        assert predictions["prediction"].shape == (1, 64)
     run_in(tmp_path, sys.executable, "bigram.py")
     run_in(tmp_path, sys.executable, "-m", "stepctl", "train", "bigram.yaml", "-q")
     losses = [row["loss"] for row in rows(tmp_path / "runs" / "bigram")]

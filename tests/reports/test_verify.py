@@ -423,6 +423,24 @@ def test_a_replay_with_other_data_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.training
+@pytest.mark.parametrize(("steps", "code"), [("2:4", 3), ("4:6", 3), ("6:8", 0)])
+def test_only_steps_of_the_newest_config_are_replayed(
+    steps: str, code: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    config = make_config(checkpoint={"every": 2, "keep_last": None}, stop={"last_step": 4})
+    train(config, path)
+    key = "optimizer.learning_rate"
+    change = ["--set", f"{key}=0.5", "--allow-change", key]
+    call("resume", path, "--last-step", "8", *change)
+    done = CliRunner().invoke(cli, ["verify", str(path), "--replay", steps])
+    assert done.exit_code == code
+    if code:
+        assert "a replay uses the newest config" in done.stderr
+        assert "replay from a checkpoint that was saved after the change" in done.stderr
+
+
+@pytest.mark.training
 def test_a_replay_says_where_it_first_differs(run: Path) -> None:
     altered(run, 25, "params/dense1/bias", 3, lambda value: np.nextafter(value, np.float32(9)))
     answer = call("verify", run, "--replay", "10:40", expect=1)
