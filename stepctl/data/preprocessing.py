@@ -31,6 +31,7 @@ from stepctl.data.base import Targets
 from stepctl.data.columns import CellError, Column, Encoding
 from stepctl.data.csv_file import CSVFile, Head, is_number
 from stepctl.data.files import reading
+from stepctl.data.integers import is_integer
 from stepctl.data.memory import as_targets, scaled
 from stepctl.data.statistics import Statistics
 from stepctl.data.table import (
@@ -45,6 +46,7 @@ from stepctl.errors import DataError
 from stepctl.state.arena import Array, Shape, aligned_empty
 
 CSV = "csv"  # the name of the source whose rows have columns
+_MAX_EXACT = 2.0**53  # a float64 holds every integer below it
 FOLDER = "preprocessing"  # of the statistics, below /buffers in a checkpoint
 
 
@@ -210,6 +212,37 @@ class Preprocessing:
             raise DataError(f"row {error.row}: {error}") from error
         return as_targets("target", 0, y, self._targets, self._dtype)
 
+    def integers(self, rows: Array) -> Array | None:
+        """Return raw samples of a table, (rows, inputs), as the integers that they are.
+
+        None if they are not all integers of 64 bits, or if preprocessing changes them.
+        """
+        if self._table is None or not self._keeps_integers(self._table):
+            return None
+        if rows.shape[1:] != (len(self._table.inputs),):
+            return None
+        if is_integer(rows.dtype):
+            return rows.astype(rows.dtype.newbyteorder("="), copy=False)
+        if rows.dtype.kind == "f" and (abs(rows) < _MAX_EXACT).all():
+            integers = rows.astype(np.int64)
+            return integers if np.array_equal(integers, rows) else None
+        return None
+
+    def _keeps_integers(self, table: Table) -> bool:
+        return self._scale == 1 and not self.arrays and all(table.is_number)
+
+    def read_integers(self, path: str) -> Iterator[Rows] | None:
+        """Return the rows of a CSV file as `read` does, but with the integers that are written there.
+
+        None if not all of its inputs are written as integers, or if preprocessing changes them.
+        """
+        with reading(path, CSV.upper()):
+            table = self._table or self._table_like(path, with_target=False)
+            found = table.integer_rows(path) if self._keeps_integers(table) else None
+        if found is None:
+            return None
+        return (Rows(self._shaped(rows.features), None, rows.lines) for rows in found)
+
     def read(self, path: str, *, with_target: bool = False) -> Iterator[Rows]:
         """Yield the rows of a CSV file in chunks; DataError with line and column at a bad cell.
 
@@ -234,6 +267,9 @@ class Preprocessing:
         else:
             scaled_features = table.scale(features, self._scale, out=np.empty(features.shape))
             self._statistics.apply(scaled_features, out=x)
+        return self._shaped(x)
+
+    def _shaped(self, x: Array) -> Array:
         return x if self._sample_shape is None else x.reshape(len(x), *self._sample_shape)
 
     def _table_like(self, path: str, *, with_target: bool) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,7 @@ from stepctl.system.text import did_you_mean, in_one_line
 Missing = Literal["error", "drop", "mean"]  # what happens to a row with a missing value
 
 TARGET = -1  # the target among the numbers of columns
+_INTEGERS = (np.dtype(np.int64), np.dtype(np.uint64))
 _MAX_NAMES = 8192  # characters of all names that a config records, with ", " between them
 
 
@@ -192,20 +194,40 @@ class Table:
         return TableRows(np.concatenate(parts, axis=1), y, block.lines)
 
     def read_integers(self, path: str, columns: Sequence[int]) -> Array | None:
-        """Return columns, numbers of the inputs or TARGET, as integers: (rows, columns) int64.
+        """Return columns, numbers of the inputs or TARGET, as integers: (rows, columns).
 
-        None if a cell is no integer of 64 bits, or is written as a float.
+        They are int64, or else uint64. None if a cell is no such integer, or is written as a float.
         """
         file = self.open(path)
         positions, target = self.positions_in(file.head, with_target=TARGET in columns)
         if target is not None:
             positions.append(target)  # at the end, as TARGET says
         wanted = [positions[column] for column in columns]
-        try:
-            parts = [block.numbers(wanted, np.int64) for block in file.blocks()]
-        except ValueError:
-            return None
-        return np.concatenate(parts)
+        for dtype in _INTEGERS:
+            with contextlib.suppress(ValueError):
+                return np.concatenate([block.numbers(wanted, dtype) for block in file.blocks()])
+        return None
+
+    def integer_rows(self, path: str) -> Iterator[TableRows] | None:
+        """Return the rows of a file without the target, with integers as features.
+
+        They are int64, or else uint64. None if an input is no such integer, or is written as a float.
+        The file is read twice, in blocks.
+        """
+        file = self.open(path)
+        positions, _ = self.positions_in(file.head, with_target=False)
+
+        def rows(dtype: np.dtype[Any]) -> Iterator[TableRows]:
+            for block in file.blocks():
+                block.check_width(file.head.n_columns)
+                yield TableRows(block.numbers(positions, dtype), None, block.lines)
+
+        for dtype in _INTEGERS:
+            with contextlib.suppress(ValueError):
+                for _ in rows(dtype):
+                    pass
+                return rows(dtype)
+        return None
 
     def complete(self, rows: TableRows, *, may_drop: bool, noun: str = "line") -> TableRows:
         """Return the rows without those that are dropped because a value is missing.

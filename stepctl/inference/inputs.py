@@ -11,7 +11,7 @@ import numpy.typing as npt
 from stepctl.config.model import TaskConfig
 from stepctl.data.base import Targets, row_name
 from stepctl.data.memory import input_dtype, scaled
-from stepctl.data.preprocessing import Preprocessing
+from stepctl.data.preprocessing import Preprocessing, Rows
 from stepctl.errors import DataError
 from stepctl.models.base import Model
 from stepctl.state.arena import Array, Shape, aligned_empty
@@ -57,8 +57,11 @@ class InputFormat:
                     f"{origin}: has shape {rows.shape}, but the model takes (rows, "
                     f"{len(self.columns)}){self._remedy(rows)}"
                 )
-            inputs = self.checked(self.preprocessing.transform(rows), origin)
-            yield from in_batches(self.from_table(inputs))
+            integers = self.preprocessing.integers(rows) if self._integer_inputs else None
+            if integers is not None:
+                yield from in_batches(integers)
+                return
+            yield from in_batches(self.checked(self.preprocessing.transform(rows), origin))
             return
         array = self._array(x, origin)
         for first in range(0, max(len(array), 1), BATCH_ROWS):
@@ -102,11 +105,10 @@ class InputFormat:
             )
         return inputs
 
-    def from_table(self, x: Array) -> Array:
-        """Return the numbers of a table, which are floats, as the model takes them."""
-        if self._integer_inputs and np.array_equal(x, np.rint(x)):
-            return x.astype(np.int64)
-        return x
+    def read(self, path: str) -> Iterator[Rows]:
+        """Yield the rows of a CSV file as the model takes them; integers may stay integers."""
+        integers = self.preprocessing.read_integers(path) if self._integer_inputs else None
+        yield from integers if integers is not None else self.preprocessing.read(path)
 
 
 def in_batches(x: Array) -> Iterator[Array]:

@@ -96,9 +96,9 @@ def _csv_chunks(path: str, inputs: InputFormat, origin: str) -> Iterator[Chunk]:
     n_lines = _count_lines(path)
     pending: list[Array] = []
     n_pending = 0
-    for rows in inputs.preprocessing.read(path):
+    for rows in inputs.read(path):
         x = inputs.checked(rows.x, origin, _line_of(rows.lines))
-        pending.append(inputs.from_table(x))
+        pending.append(x)
         n_pending += len(x)
         if n_pending >= BATCH_ROWS:
             whole = np.concatenate(pending)

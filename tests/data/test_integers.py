@@ -107,6 +107,18 @@ def test_ids_come_back_as_they_are_stored(kind: str, tmp_path: Path) -> None:
         assert [*source.warnings()] == []
 
 
+def test_unsigned_ids_of_a_csv_come_back_as_they_are_written(tmp_path: Path) -> None:
+    ids = X.astype(np.uint64) + np.uint64(2**63)
+    spec = write_csv(tmp_path, ids, Y)
+    source = build(spec, targets="classes", dtype="float32", integer_inputs=True).train
+    x, _ = first_batch(source)
+    assert x.dtype == np.uint64
+    np.testing.assert_array_equal(x, ids[:4])
+    rounded = build(spec, targets="classes", dtype="float32").train
+    (warning,) = rounded.warnings()
+    assert f"x is the integer {ids[0, 0]}, which float32 rounds to" in warning
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_integer_targets_stay_integers_if_the_task_takes_any(kind: str, tmp_path: Path) -> None:
     y = np.resize(IDS, N).astype(np.int32)
