@@ -97,6 +97,7 @@ def test_a_hostile_text_is_refused_at_once_and_in_full(
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
+    monkeypatch.setenv("BROWSER", "true")  # `import antigravity` opens one
     prepare(ALL[name])
     before = sorted(os.listdir())
     with processes.hold(
