@@ -17,6 +17,7 @@ CONFIG_KEYS = (
     "data.n_classes",
     "data.sample_shape",
     "data.target_shape",
+    "data.integer_samples",
     "data.class_names",
     "data.scale",
     "data.path",

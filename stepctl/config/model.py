@@ -32,7 +32,7 @@ LOCKED: dict[str, JsonValue] = {"resume": "locked"}  # changes on a resume only 
 BY_STATE: dict[str, JsonValue] = {"resume": "live; locked with state"}
 
 # Of every source: keys that are null until the run starts.
-_DECIDED_DATA_KEYS = ("n_classes", "class_names", "sample_shape", "target_shape")
+_DECIDED_DATA_KEYS = ("n_classes", "class_names", "sample_shape", "target_shape", "integer_samples")
 
 Order = Literal["shuffled", "sequential"]  # of the samples in an epoch
 
@@ -93,6 +93,8 @@ class DataConfig(ComponentConfig):
         sample_shape: Shape of one sample. It is recorded when the run starts, so that the trained
             model can be used without the data.
         target_shape: Shape of one target, [] for a label. It is recorded as sample_shape is.
+        integer_samples: Whether a model that takes integers gets them, because the data are
+            integers. It is recorded as sample_shape is.
         class_names: Names of the classes, in the order of their labels. Words in the target of a csv
             are names of classes: by default they are sorted, and recorded when the run starts.
     """
@@ -105,6 +107,7 @@ class DataConfig(ComponentConfig):
     n_classes: PositiveInt | None = None
     sample_shape: list[NonNegativeInt] | None = None
     target_shape: list[NonNegativeInt] | None = None
+    integer_samples: bool | None = None
     class_names: list[str] | None = None
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,6 @@ from stepctl.data.base import Targets, row_name
 from stepctl.data.memory import input_dtype, scaled
 from stepctl.data.preprocessing import Preprocessing, Rows
 from stepctl.errors import DataError
-from stepctl.models.base import Model
 from stepctl.state.arena import Array, Shape, aligned_empty
 
 BATCH_ROWS = 1024  # of one forward pass: the last bits of a prediction depend on it
@@ -26,7 +25,6 @@ class InputFormat:
         self,
         config: TaskConfig,
         statistics: Mapping[str, Array],
-        models: Collection[Model],
         targets: Targets,
     ) -> None:
         """`statistics` are the arrays of the state's preprocessing."""
@@ -36,7 +34,7 @@ class InputFormat:
         self.preprocessing = Preprocessing(
             config.data, statistics, targets=targets, dtype=config.dtype, sample_shape=self.shape
         )
-        self._integer_inputs = all(model.integer_inputs for model in models)
+        self._integer_inputs = bool(config.data.integer_samples)
 
     @property
     def columns(self) -> list[str] | None:

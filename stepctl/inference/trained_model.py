@@ -59,8 +59,7 @@ class TrainedModel:
         self._state = state
         self._threads = threads
         self._average = average
-        models = [learner.model for learner in task.learners.values()]
-        self.inputs = InputFormat(config, state.preprocessing, models, task.targets)
+        self.inputs = InputFormat(config, state.preprocessing, task.targets)
         self.class_names: list[str] | None = None
         if task.classifies:
             self.class_names = self.inputs.preprocessing.class_names

@@ -103,6 +103,9 @@ def resolve(
         decided["data.n_classes"] = n_classes
     decided["data.sample_shape"] = [*train.sample_shape]
     decided["data.target_shape"] = [*train.target_shape]
+    if integer_inputs and config.data.integer_samples is None:
+        x_dtype = np.dtype(train.x_dtype or config.dtype)
+        decided["data.integer_samples"] = x_dtype.kind in "iub"
     training_subset, validation_subset = _subsets(config, task, train, validation)
     if train.preprocessing_arrays() and sources is None:  # given sources are fitted already
         train.fit_preprocessing(training_subset.rows(np.arange(training_subset.n)))
@@ -231,10 +234,12 @@ def read_sources(config: TaskConfig, task: Task, *, is_rank: bool = False) -> So
 
 
 def _take_integers(config: TaskConfig) -> bool:
-    """Return whether all models declare that they take integers.
+    """Return whether the models get integers as they are: all of them declare that they take them.
 
     It is known before they are built, because their shapes come from the data.
     """
+    if config.data.integer_samples is False:
+        return False
     return all(_takes_integers(spec) for spec in config.model.specs().values())
 
 

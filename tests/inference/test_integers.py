@@ -81,3 +81,30 @@ def test_unsigned_ids_are_predicted_without_rounding(model: Any, tmp_path: Path)
 
 def test_an_array_of_ids_is_predicted_without_rounding(model: Any) -> None:
     assert model.predict(IDS[:, None]).tolist() == (IDS % 1000).tolist()
+
+
+class Dtype(LastDigits):
+    """Predicts the kind of x: 1 for integers, 0 for floats."""
+
+    def predict(self, params: Any, x: Array) -> Array:
+        return np.full(len(x), x.dtype.kind in "iu")
+
+
+def test_a_model_trained_on_decimals_gets_no_integers(tmp_path: Path) -> None:
+    """Its arithmetic would be another one, and `evaluate` and `predict` would differ."""
+    (tmp_path / "decimals.csv").write_text("0.5,1\n1.5,0\n")
+    config = make_config(
+        data={"name": "csv", "path": str(tmp_path / "decimals.csv"), "batch_size": 2},
+        model={"name": f"{__name__}:Dtype"},
+        task={"name": "loss"},
+        optimizer={"name": "sgd", "learning_rate": 0.1},
+        stop={"last_step": 1},
+        evaluate={"every": None},
+    )
+    train(config, tmp_path / "run")
+    model = stepctl.load_model(tmp_path / "run")
+    (tmp_path / "x.csv").write_text("1\n2\n")
+    np.save(tmp_path / "x.npy", np.array([[1], [2]]))
+    for name in ("x.csv", "x.npy"):
+        assert predicted(model, tmp_path / name) == [0, 0], name
+    assert model.predict([[1], [2]]).tolist() == [0, 0]
