@@ -64,7 +64,7 @@ class Main(click.Group):
             vars(error)["message"] = _escape_lines(error.message, _MAX_USAGE_LINE)
             raise
         except KeyboardInterrupt:
-            say("stepctl: interrupted before training began; nothing was changed")
+            say("stepctl: interrupted; nothing was changed")
             _fail(ctx, Exit.INTERRUPTED)
         except StepctlError as error:
             if ctx.params["debug"]:

@@ -156,7 +156,9 @@ def cache_folder(dtype: npt.DTypeLike) -> Path | None:
         np.dtype(dtype).name,
     ]
     key = hashlib.sha256("\n".join(content).encode()).hexdigest()
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # such a one is to be ignored (XDG Base Directory Specification)
+        base = os.path.expanduser("~/.cache")
     folder = Path(base, "stepctl", "kernels", key[:16])
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

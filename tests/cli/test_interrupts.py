@@ -16,7 +16,7 @@ from tests.support.runs import BASE
 pytestmark = pytest.mark.process
 
 
-INTERRUPTED = "stepctl: interrupted before training began; nothing was changed\n"
+INTERRUPTED = "stepctl: interrupted; nothing was changed\n"
 
 # Sends SIGINT where a module is looked for, so that it surfaces in one of several ways.
 PROGRAM = """

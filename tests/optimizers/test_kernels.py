@@ -363,3 +363,15 @@ def test_a_short_run_does_not_import_numba(tmp_path: Path) -> None:
             check=True,
         )
         assert done.stdout.endswith("LOADED 0\n")
+
+
+def test_a_relative_cache_folder_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    folder = compilation.cache_folder("float32")
+    assert folder is not None
+    assert folder.is_relative_to(tmp_path / "home" / ".cache")

@@ -23,7 +23,7 @@ SENDERS = {
     "a user": (
         "import subprocess, os; subprocess.run(['kill', '-INT', str(os.getpid())], check=True)",
         Exit.INTERRUPTED,
-        "interrupted before training began",
+        "interrupted",
     ),
 }
 
