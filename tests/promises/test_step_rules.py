@@ -288,7 +288,9 @@ def test_a_finished_run_stays_finished_and_says_so(
     for _ in range(2):
         with resume_run(RunDirectory(path), ResumeOptions(stop=stop), silent) as segment:
             with pytest.raises(click.exceptions.Exit) as end:
-                train_segment(segment, began=0, max_time=None, quiet=True, verbose=False)
+                train_segment(
+                    segment, began=0, max_time=None, quiet=True, verbose=False, as_json=False
+                )
             assert end.value.exit_code == 0
         assert "at global step 12" in capsys.readouterr().err
         assert file_contents(path, "lock") == before

@@ -112,9 +112,12 @@ def test_stepctl_s_own_code_is_not_computed_again(
 ) -> None:
     calls = []
     build_parts = build.build
-    monkeypatch.setattr(
-        build, "build", lambda *arguments: calls.append(arguments) or build_parts(*arguments)
-    )
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return build_parts(*arguments, **options)
+
+    monkeypatch.setattr(build, "build", counted)
     assert said_by_train(tmp_path / "built-in") == []
     assert len(calls) == 1
     assert said_by_train(tmp_path / "own", **model("Steady")) == []
