@@ -205,6 +205,7 @@ class Run:
             assembly.task,
             self.state,
             assembly.config,
+            config=assembly.config.plain(),
             origin=str(self.path),
             threads=assembly.numerics["threads"],
             average=average,

@@ -68,7 +68,7 @@ def metadata(model: TrainedModel) -> dict[str, str]:
     """
     facts: dict[str, Any] = {
         "global_step": model.global_step,
-        "config": model.config.plain(),
+        "config": model.config,
         "class_names": model.class_names,
         "preprocessing": _preprocessing(model),
         "layout": {name: layout(each) for name, each in model.models.items()},

@@ -207,6 +207,7 @@ def restore_model(
         resolved.task,
         state,
         resolved.config,
+        config=opened.config,
         origin=opened.origin,
         threads=resolved.numerics["threads"],
         average=average,

@@ -51,7 +51,7 @@ def build_onnx(onnx: Any, model: TrainedModel, metadata: Mapping[str, str]) -> A
     n_classes); or `prediction`, the values (rows, n_outputs). Of a WGAN, the input is the latent
     vector, (rows, latent), and the output `sample`: (rows, *sample_shape).
     """
-    graph = _Graph(onnx, model.config.dtype)
+    graph = _Graph(onnx, model.inputs.dtype)
     task = model.task
     if isinstance(task, WGAN):
         x = graph.input("latent", (task.latent,))
@@ -69,9 +69,9 @@ def build_onnx(onnx: Any, model: TrainedModel, metadata: Mapping[str, str]) -> A
         else:
             graph.output(_PREDICTION, outputs, (model.n_outputs,))
     else:
+        name = model.config["task"]["name"]
         raise ConfigError(
-            f"{model.origin}: the task {model.config.task.name} has no ONNX form; export .npz or "
-            ".safetensors"
+            f"{model.origin}: the task {name} has no ONNX form; export .npz or .safetensors"
         )
     return graph.finish(metadata)
 

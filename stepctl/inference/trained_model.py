@@ -10,6 +10,7 @@ The methods follow the conventions of scikit-learn.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,28 +39,31 @@ class TrainedModel:
         self,
         task: Task,
         state: TrainState,
-        config: TaskConfig,
+        built_from: TaskConfig,
         *,
+        config: dict[str, Any],
         origin: str,
         threads: int,
         average: bool = False,
     ) -> None:
         """`origin` is the model's name in messages, `threads` the number of BLAS threads.
 
+        `config` is that of the run, as plain values; `built_from` has what the model needs of it.
         With `average`, the weights are their moving average.
         """
-        if average and not config.has_average:
+        if average and not built_from.has_average:
             raise ConfigError(
                 f"{origin}: there is no moving average of the weights; leave out ema, or train with "
                 "ema: {decay: 0.999}"
             )
         self.config = config
+        self._built_from = built_from
         self.origin = origin
         self.task = task
         self._state = state
         self._threads = threads
         self._average = average
-        self.inputs = InputFormat(config, state.preprocessing, task.targets)
+        self.inputs = InputFormat(built_from, state.preprocessing, task.targets)
         self.class_names: list[str] | None = None
         if task.classifies:
             self.class_names = self.inputs.preprocessing.class_names
@@ -109,7 +113,7 @@ class TrainedModel:
 
     def named(self, values: Array) -> Array:
         """Return the values of `predictions` as `predict` does: a class that has a name by its name."""
-        names = self.config.data.class_names
+        names = self._built_from.data.class_names
         if self.class_names is None or names is None:
             return values
         return np.array(names)[values]
@@ -121,7 +125,7 @@ class TrainedModel:
         """
         if self.class_names is None:
             raise ConfigError(
-                f"{self.origin}: the task {self.config.task.name} is no classification, so there "
+                f"{self.origin}: the task {self._built_from.task.name} is no classification, so there "
                 "are no probabilities; use predict"
             )
         probabilities = self.predictions(x).probabilities
@@ -140,7 +144,7 @@ class TrainedModel:
         blas.restore_threads(self._threads)
         parts = [self.predict_batch(batch) for batch in batches]
         values = np.concatenate([part.values for part in parts])
-        if self.config.data.target_shape == [1] and values.ndim == 2:
+        if self._built_from.data.target_shape == [1] and values.ndim == 2:
             values = values[:, 0]  # of y: (rows,)
         probabilities = [part.probabilities for part in parts if part.probabilities is not None]
         if not probabilities:
@@ -155,7 +159,7 @@ class TrainedModel:
             if self.task.generate(self._state, 1) is not None:
                 remedy = "it generates samples: use stepctl sample"
             raise ConfigError(
-                f"{self.origin}: the task {self.config.task.name} makes no predictions; {remedy}"
+                f"{self.origin}: the task {self._built_from.task.name} makes no predictions; {remedy}"
             )
         return predictions
 
@@ -173,7 +177,7 @@ class TrainedModel:
             ) from error
         if samples is None:
             raise ConfigError(
-                f"{self.origin}: the task {self.config.task.name} generates no samples; use predict"
+                f"{self.origin}: the task {self._built_from.task.name} generates no samples; use predict"
             )
         return samples
 

@@ -66,7 +66,8 @@ def test_an_npz_file_has_weights_and_metadata(digits_run: Path, tmp_path: Path) 
     np.testing.assert_allclose(model.predict_proba(X), softmax(logits), rtol=TOLERANCE, atol=1e-9)
     assert facts["global_step"] == 30
     assert facts["class_names"] == model.class_names
-    assert facts["config"] == model.config.plain()
+    assert facts["config"] == model.config == stepctl.load_checkpoint(digits_run).config
+    assert facts["config"]["optimizer"]["name"] == "adam"
     assert [layer["layer"] for layer in facts["layout"]["model"]] == [
         "Dense",
         "ReLU",
@@ -95,7 +96,8 @@ def test_a_safetensors_file_has_weights_buffers_and_metadata(tmp_path: Path) -> 
         for path, array in expected.items():
             assert np.array_equal(file.get_tensor(path), array)
         facts = {key: json.loads(text) for key, text in file.metadata().items()}
-    assert facts["config"] == model.config.plain()
+    assert facts["config"] == model.config == stepctl.load_checkpoint(run).config
+    assert facts["config"]["optimizer"]["name"] == "adam"
     assert facts["layout"]["model"][1]["epsilon"] == 1e-5
 
 
@@ -126,7 +128,7 @@ def test_an_onnx_model_makes_the_same_predictions(name: str, tmp_path: Path) -> 
     run = train_digits(tmp_path / "run", stop={"last_step": 5}, **MODELS[name])
     call("export", run, "-o", tmp_path / "model.onnx")
     model = stepctl.load_model(run)
-    x = X.astype(model.config.dtype)
+    x = X.astype(model.config["dtype"])
     predicted, probability = run_onnx(tmp_path / "model.onnx", x=x)
     np.testing.assert_allclose(probability, model.predict_proba(X), rtol=TOLERANCE)
     assert predicted.dtype == np.int64
