@@ -102,6 +102,8 @@ def resume(
             strict_numerics=strict_numerics,
         )
         with resume_locked(records, options, say, comm=comm) as segment:
+            if assignments and segment.nothing_to_do is not None:
+                say("note: the run is finished, so --set changes nothing")
             train_segment(
                 segment,
                 began=began,

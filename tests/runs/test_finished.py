@@ -160,3 +160,15 @@ def test_a_task_whose_newest_checkpoint_is_lost_needs_its_data(
     done = CliRunner().invoke(cli, ["resume", "run"])
     assert done.exit_code == 2
     assert "rows.csv" in done.stderr
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_change_of_a_finished_run_is_not_dropped_without_a_word() -> None:
+    train()
+    before = Path("run/ledger.jsonl").read_text()
+    done = CliRunner().invoke(cli, ["resume", "run", "--set", "log.every=2"])
+    assert done.exit_code == 0
+    first, second = done.stderr.strip().splitlines()
+    assert first == "note: the run is finished, so --set changes nothing"
+    assert second.startswith("run: at global step 6, target 6: nothing to do")
+    assert Path("run/ledger.jsonl").read_text() == before
