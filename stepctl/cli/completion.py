@@ -1,17 +1,63 @@
 """Shell completion."""
 
-from click.shell_completion import BashComplete, add_completion_class
+import os
 
-_ADD = "COMPREPLY+=($value)"
-_WITHOUT_SPACE = "[[ $value == *= ]] && compopt -o nospace"
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    ZshComplete,
+    add_completion_class,
+)
+
+_BASH_ADD = "COMPREPLY+=($value)"
+_BASH_ADD_QUOTED = """printf -v value %%q "$value"
+            COMPREPLY+=("$value")
+            [[ $value == *[=/] ]] && compopt -o nospace"""
+_ZSH_ADD = "compadd -U -V unsorted -a completions"
+_ZSH_ADD_OWN = """compadd -U -V unsorted -- ${completions:#*[=/]}
+        compadd -U -V unsorted -S '' -- ${(M)completions:#*[=/]}
+        [[ -n $PREFIX && -z $compstate[unambiguous] ]] && compstate[insert]=menu"""
 
 
 class _Bash(BashComplete):
-    """Adds no space after `KEY=`, whose value follows."""
+    """Quotes what it adds, with no space after `KEY=` and `FOLDER/`, which go on."""
 
-    source_template = BashComplete.source_template.replace(_ADD, f"{_ADD}; {_WITHOUT_SPACE}")
+    source_template = BashComplete.source_template.replace(_BASH_ADD, _BASH_ADD_QUOTED)
 
 
-def complete_keys_without_space() -> None:
-    """Use the script for bash that adds no space after `KEY=`; fish and zsh have their own rules."""
-    add_completion_class(_Bash)
+class _Zsh(ZshComplete):
+    """Adds no space after `KEY=` and `FOLDER/`, which go on.
+
+    Where the answers begin with nothing in common, zsh would delete what was typed; it gets the
+    first of them instead, and the next tab the next.
+    """
+
+    source_template = ZshComplete.source_template.replace(_ZSH_ADD, _ZSH_ADD_OWN)
+
+
+class _Fish(FishComplete):
+    """Writes an absolute path for each that begins with what was typed, if others contain it.
+
+    Fish shows those that begin so, and the others only where there are none; ./NAME is hidden.
+    """
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
+        items = super().get_completions(args, incomplete)
+        if all(_begins(item, incomplete) for item in items):
+            return items
+        folder = os.getcwd()
+        return [
+            CompletionItem(f"{folder}/{item.value}") if _begins(item, incomplete) else item
+            for item in items
+        ]
+
+
+def _begins(item: CompletionItem, incomplete: str) -> bool:
+    return str(item.value).startswith(incomplete)
+
+
+def use_own_classes() -> None:
+    """Use the classes of this module for their shells."""
+    for own in (_Bash, _Zsh, _Fish):
+        add_completion_class(own)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from stepctl import __version__
-from stepctl.cli.completion import complete_keys_without_space
+from stepctl.cli.completion import use_own_classes
 from stepctl.cli.config import config
 from stepctl.cli.diff import diff
 from stepctl.cli.doctor import doctor
@@ -159,7 +159,7 @@ def main() -> None:
     gc.freeze()  # what the imports made stays, and is searched for garbage no more, not at the exit
     prepare_stdout()
     if "_STEPCTL_COMPLETE" in os.environ:
-        complete_keys_without_space()
+        use_own_classes()
     try:
         code = cli.main(prog_name="stepctl", obj=WHOLE_PROCESS, standalone_mode=False)
     except click.ClickException as error:

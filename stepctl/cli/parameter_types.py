@@ -54,7 +54,8 @@ class Weight(click.ParamType):  # type: ignore[type-arg]
 class Place(click.Path):
     """A valid path, which need not exist. Shells complete files and folders, or folders only.
 
-    With `run`, a shell also completes the name of a run in `runs/` to its path.
+    With `run`, a shell also completes the name of a run in `runs/` to its path, and offers both where
+    runs and other paths begin so; where nothing is typed yet, only the runs.
     """
 
     def __init__(self, *, folder: bool = False, run: bool = False) -> None:
@@ -64,10 +65,24 @@ class Place(click.Path):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        found = _runs_by_name(incomplete) if self._is_run else []
-        if found:
-            return [CompletionItem(path) for path in found]
-        return super().shell_complete(ctx, param, incomplete)
+        runs = _runs_by_name(incomplete) if self._is_run else []
+        if not runs:
+            return super().shell_complete(ctx, param, incomplete)
+        # listed here: where an item has the type "file" or "dir", bash drops all others
+        paths = [*runs, *self._paths(incomplete)]
+        return [CompletionItem(path) for path in paths]
+
+    def _paths(self, incomplete: str) -> list[str]:
+        """Return what begins so in the current folder, folders with a / at the end; [] for ""."""
+        found = []
+        for name in _names("."):
+            if not incomplete or not name.startswith(incomplete):
+                continue
+            if os.path.isdir(name):
+                found.append(f"{name}/")
+            elif self.file_okay:
+                found.append(name)
+        return found
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value)
@@ -90,9 +105,7 @@ class Place(click.Path):
 
 
 def _runs_by_name(incomplete: str) -> list[str]:
-    """Return the paths of the runs in `runs/` whose names begin so; none if a path begins so."""
-    if incomplete and any(name.startswith(incomplete) for name in _names(".")):
-        return []
+    """Return the paths of the runs in `runs/` whose names begin so."""
     names = [name for name in _names(_RUNS) if name.startswith(incomplete)]
     paths = [os.path.join(_RUNS, name) for name in names]
     return [path for path in paths if os.path.exists(os.path.join(path, "ledger.jsonl"))]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import click
 import pytest
-from click.shell_completion import ShellComplete
+from click.shell_completion import ShellComplete, get_completion_class
 
 import stepctl
+from stepctl.cli.completion import use_own_classes
 from stepctl.cli.main import cli
 from stepctl.cli.parameter_types import Place
 
@@ -52,6 +53,32 @@ def test_the_name_of_a_run_completes_to_its_path(command: str, runs: Path) -> No
     kind = "dir" if command in RUNS else "file"
     for path in ("runs/qui", "ru", "e"):  # a path, the beginning of one, and no run's name
         assert completed([command], path) == [(kind, path)]
+
+
+def test_runs_and_paths_that_begin_alike_are_both_offered(runs: Path) -> None:
+    (runs / "quick.csv").touch()
+    (runs / "quick.yaml").touch()
+    (runs / "quickly").mkdir()
+    found = [("plain", "runs/quick"), ("plain", "quickly/")]
+    files = [("plain", "quick.csv"), ("plain", "quick.yaml")]
+    assert completed(["resume"], "quick") == found
+    for command in ("evaluate", "predict", "export", "inspect"):
+        assert completed([command], "quick") == [found[0], *files, found[1]]
+    assert completed(["inspect"], "quick.") == [("file", "quick.")]
+    assert completed(["resume"], "") == [("plain", "runs/quick"), ("plain", "runs/quiet")]
+
+
+def test_fish_gets_paths_that_it_does_not_prefer_to_the_runs(runs: Path) -> None:
+    """It shows what begins with the typed text only, if there is such an answer."""
+    (runs / "quick.csv").touch()
+    use_own_classes()
+    completion_class = get_completion_class("fish")
+    assert completion_class is not None
+    completion = completion_class(cli, {}, "stepctl", "_STEPCTL_COMPLETE")
+    found = completion.get_completions(["inspect"], "quick")
+    assert [item.value for item in found] == ["runs/quick", f"{runs}/quick.csv"]
+    found = completion.get_completions(["inspect"], "runs/q")
+    assert [(item.type, item.value) for item in found] == [("file", "runs/q")]
 
 
 def test_keys_of_a_config_are_completed() -> None:
@@ -152,6 +179,11 @@ def test_bash_completes_a_run(tmp_path: Path) -> None:
         COMP_WORDS=(stepctl resume qui) COMP_CWORD=2 COMPREPLY=()
         _stepctl_completion stepctl
         printf '%s\\n' "${COMPREPLY[@]}"
+        touch 'qui ck.csv'
+        mkdir quilt
+        COMP_WORDS=(stepctl inspect qui) COMP_CWORD=2 COMPREPLY=()
+        _stepctl_completion stepctl
+        printf '%s\\n' "${COMPREPLY[@]}"
         COMP_WORDS=(stepctl train --set see) COMP_CWORD=3 COMPREPLY=()
         _stepctl_completion stepctl
         printf '%s\\n' "${COMPREPLY[@]}"
@@ -165,5 +197,12 @@ def test_bash_completes_a_run(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    answers = ["dirnames", "runs/quickstart", "runs/quickstart", "nospace", "seed="]
-    assert done.stdout.split() == answers, done.stderr
+    answers = ["dirnames", "runs/quickstart", "runs/quickstart"]
+    answers += [
+        "nospace",
+        "runs/quickstart",
+        "qui\\ ck.csv",
+        "quilt/",
+    ]  # with files beside the runs
+    answers += ["nospace", "seed="]
+    assert done.stdout.splitlines() == answers, done.stderr
