@@ -17,8 +17,11 @@ from stepctl.system.text import align_columns, config_text, in_one_line
 if TYPE_CHECKING:
     from stepctl.reports.run_table import RunSummary
 
-# columns in the order in which they are left out on a terminal that is too narrow
-_DROPPED = ("age", "target", "last", "metric")
+# columns in the order in which they are left out on a terminal that is too narrow: these before and
+# after the config keys but the first, and then it
+_DROPPED_FIRST = ("age", "target")
+_DROPPED_NEXT = ("last",)
+_DROPPED_LAST = ("best", "metric", "step")  # a value is shown with the name of its metric only
 _MAX_DIFFERING = 8  # columns of config keys
 _COLORS = {
     "running": "green",
@@ -148,7 +151,8 @@ def _fitting(columns: list[_Column], width: int) -> tuple[list[_Column], list[st
     }
     heads = list(widths)
     differing = heads[heads.index("target") + 1 : heads.index("metric")]
-    order = [*_DROPPED[:2], *reversed(differing[1:]), *_DROPPED[2:], *differing[:1], "best", "step"]
+    order = [*_DROPPED_FIRST, *reversed(differing[1:]), *_DROPPED_NEXT]
+    order += [*differing[:1], *_DROPPED_LAST]
     dropped = []
     for head in order:
         if sum(widths.values()) - 2 <= width:

@@ -1,4 +1,4 @@
-"""Every key of a config, for shell completion, which cannot wait for the schema.
+"""Every key of a config, for commands that cannot wait for the schema.
 
 Generated from the schema: UPDATE_PAGES=1 pytest tests/config/test_json_schema.py
 """
@@ -145,4 +145,18 @@ CONFIG_KEYS = (
     "numerics.compiled",
     "distributed",
     "distributed.mode",
+)
+
+# null in most configs: the data decide
+DECIDED_KEYS = (
+    "data.n_classes",
+    "data.class_names",
+    "data.sample_shape",
+    "data.target_shape",
+    "data.integer_samples",
+    "data.header",
+    "data.delimiter",
+    "data.names",
+    "data.n_columns",
+    "data.encodings",
 )

@@ -32,7 +32,7 @@ LOCKED: dict[str, JsonValue] = {"resume": "locked"}  # changes on a resume only 
 BY_STATE: dict[str, JsonValue] = {"resume": "live; locked with state"}
 
 # Of every source: keys that are null until the run starts.
-_DECIDED_DATA_KEYS = ("n_classes", "class_names", "sample_shape", "target_shape", "integer_samples")
+DECIDED_DATA_KEYS = ("n_classes", "class_names", "sample_shape", "target_shape", "integer_samples")
 
 Order = Literal["shuffled", "sequential"]  # of the samples in an epoch
 
@@ -587,7 +587,7 @@ class TaskConfig(HookedConfig):
         spec = self.data.spec()
         found = [key for key, argument in known.items() if argument.is_decided]
         found = [key for key in found if spec.get(key) is None]
-        found += [key for key in _DECIDED_DATA_KEYS if getattr(self.data, key) is None]
+        found += [key for key in DECIDED_DATA_KEYS if getattr(self.data, key) is None]
         return [f"data.{key}" for key in found]
 
     def cadences(self) -> dict[str, Cadence]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stepctl.config.keys import DECIDED_KEYS
+
 _SECTIONS = ("optimizer", "model", "program", "data")  # come first, in this order
-_IN_OTHER_COLUMNS = ("stop.last_step", "stop.num_steps")  # of the table: the target
+_TARGET = ("stop.last_step", "stop.num_steps")  # has a column of its own
+_LEFT_OUT = frozenset((*_TARGET, *DECIDED_KEYS))
 
 
 def differing_values(configs: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
     """Return for each flat config its values of the keys that differ; {} where it is None.
 
-    A key differs if at least two of the configs have it, with different values. The keys of the
-    optimizer come first, then those of the model, the program, the data, and all others.
+    A key differs if at least two of the configs have it, with different values; those that a run
+    decides from its data do not count. The keys of the optimizer come first, then those of the
+    model, the program, the data, and all others.
     """
     keys = dict.fromkeys(key for config in configs for key in config or {})
-    differing = [key for key in keys if key not in _IN_OTHER_COLUMNS and _differs(key, configs)]
+    differing = [key for key in keys if key not in _LEFT_OUT and _differs(key, configs)]
     differing.sort(key=_rank)
     return [{key: (config or {}).get(key) for key in differing if config} for config in configs]
 

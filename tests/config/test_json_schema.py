@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +80,36 @@ def test_the_page_has_every_key() -> None:
     assert page == updated(page), "configs/README.md is out of date"
 
 
-KEYS_HEAD = """\"\"\"Every key of a config, for shell completion, which cannot wait for the schema.
+KEYS_HEAD = """\"\"\"Every key of a config, for commands that cannot wait for the schema.
 
 Generated from the schema: UPDATE_PAGES=1 pytest tests/config/test_json_schema.py
 \"\"\"
-
-CONFIG_KEYS = (
 """
 
 
-def test_the_keys_for_completion_are_those_of_the_schema() -> None:
+def tuple_text(name: str, keys: Iterable[str], comment: str = "") -> str:
+    lines = [f'    "{key}",\n' for key in keys]
+    return f"\n{comment}{name} = (\n{''.join(lines)})\n"
+
+
+def decided_keys() -> list[str]:
+    """Return the keys that a run decides from the data, of the section and of every data source."""
+    arguments = [
+        name
+        for source in registry.names("data")
+        for name, argument in registry.arguments(registry.resolve("data", source)).items()
+        if argument.is_decided
+    ]
+    return [f"data.{name}" for name in dict.fromkeys([*model.DECIDED_DATA_KEYS, *arguments])]
+
+
+def test_the_keys_in_the_module_are_those_of_the_schema() -> None:
     """Update the module with `UPDATE_PAGES=1 pytest tests/config/test_json_schema.py`."""
     path = Path(stepctl.config.keys.__file__)
-    expected = KEYS_HEAD + "".join(f'    "{key}",\n' for key in keys(schema())) + ")\n"
+    expected = KEYS_HEAD + tuple_text("CONFIG_KEYS", keys(schema()))
+    expected += tuple_text(
+        "DECIDED_KEYS", decided_keys(), "# null in most configs: the data decide\n"
+    )
     if os.environ.get("UPDATE_PAGES"):
         path.write_text(expected)
     assert path.read_text() == expected, "stepctl/config/keys.py is out of date"

@@ -127,6 +127,12 @@ def test_only_keys_that_two_configs_have_with_different_values_differ() -> None:
     assert found[2] == {"optimizer.learning_rate.value": 0.2, "seed": 0, "log.every": 10}
 
 
+def test_keys_that_the_data_decide_do_not_differ() -> None:
+    decided = {"data.sample_shape": [4], "data.n_classes": 3, "data.encodings": [{"mean": 1.0}]}
+    configs = [{**config_of(seed=1), **decided}, {**config_of(), **dict.fromkeys(decided)}]
+    assert differing_values(configs) == [{"seed": 1}, {"seed": 0}]
+
+
 def test_heads_are_the_shortest_ends_that_are_unique() -> None:
     keys = ["optimizer.learning_rate.value", "log.every", "checkpoint.every", "a.step", "seed"]
     heads = ["learning_rate", "log.every", "checkpoint.every", "a.step", "seed"]
@@ -180,6 +186,7 @@ def test_a_narrow_terminal_gets_fewer_columns_and_whole_values(
     ]
     assert sorted([*kept, *dropped] if shown.err else kept) == sorted(everything)
     assert ("target" in kept) == (width >= 100)
+    assert "metric" in kept or not {"last", "best"} & set(kept)
 
 
 def call(*arguments: object) -> Result:
