@@ -1,20 +1,23 @@
 """Curves of a metric over the global step, as an image or as text for a terminal."""
 
+import contextlib
 import io
 import itertools
 import logging
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from stepctl.errors import ConfigError, printable
-from stepctl.reports.run_table import main_metric
+from stepctl.errors import ConfigError, StepctlError, printable
+from stepctl.reports.run_table import main_metric, new_metrics
 from stepctl.rundir.directory import RunDirectory
 from stepctl.system.optional import require
+from stepctl.system.shell import command
 from stepctl.system.text import did_you_mean
-from stepctl.writers.base import FIRST_KEYS, MetricsRow
+from stepctl.writers.base import FIRST_KEYS
 from stepctl.writers.jsonl import as_number
 
 FORMATS = ("png", "svg", "pdf")
@@ -70,7 +73,7 @@ def read_curves(paths: Sequence[str], metric: str) -> list[RunCurves]:
         ledger = directory.read_ledger()
         boundaries.append(sorted({start["step"] for start in ledger.starts[1:]}))
         if not directory.holds_run(ledger):
-            raise ConfigError(f"{directory.path}: no run is there; list them with: stepctl runs")
+            raise ConfigError(f"{directory.path}: no run is there; {_remedy(directory.path)}")
     names = [directory.name for directory in directories]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
@@ -79,7 +82,7 @@ def read_curves(paths: Sequence[str], metric: str) -> list[RunCurves]:
     for name, directory, steps in zip(names, directories, boundaries, strict=True):
         points: dict[object, Curve] = {"train": [], "eval": []}
         for row in directory.read_metrics():
-            known |= _new_metrics(row, known)
+            known |= new_metrics(row, known)
             value = as_number(row.get(metric))
             kind = row.get("kind")
             if value is not None and kind in points:
@@ -97,9 +100,16 @@ def read_curves(paths: Sequence[str], metric: str) -> list[RunCurves]:
     return found
 
 
-def _new_metrics(row: MetricsRow, known: Collection[str]) -> set[str]:
-    """Return the keys of a row that have numbers and are not known yet."""
-    return {name for name in row if name not in known and as_number(row[name]) is not None}
+def _remedy(path: Path) -> str:
+    """Return how to draw the runs in a folder, or how to list all where it holds none."""
+    with contextlib.suppress(OSError, StepctlError):
+        visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        are_runs = [entry.is_dir() and RunDirectory(entry).holds_run() for entry in visible]
+        if any(are_runs):
+            # the shell must expand the star, so it is not quoted
+            way = f"{command('plot', path)}/*" if all(are_runs) else command("runs", path)
+            return f"for the runs in it: {way}"
+    return "list them with: stepctl runs"
 
 
 def _in_order(points: Curve) -> Curve:

@@ -5,7 +5,7 @@ import datetime
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from stepctl.rundir.directory import RunDirectory
 from stepctl.rundir.ledger import Ledger
 from stepctl.rundir.lock import Holder
 from stepctl.system import files
-from stepctl.writers.base import ROW_KEYS, MetricsRow
+from stepctl.system.text import did_you_mean
+from stepctl.writers.base import FIRST_KEYS, ROW_KEYS, MetricsRow
 from stepctl.writers.jsonl import as_number
 
 # ends of metric names
@@ -77,16 +78,37 @@ def list_runs(folder: str, now: datetime.datetime, *, sort: str | None = None) -
         raise ConfigError(
             f"{folder}: cannot be listed: {error.strerror}; give the folder that holds runs"
         ) from error
-    summaries = [summarize(RunDirectory(path), now, metric=sort) for path in (folder, *paths)]
+    directories = [RunDirectory(path) for path in (folder, *paths)]
+    summaries = [summarize(directory, now, metric=sort) for directory in directories]
     found = [summary for summary in summaries if summary is not None]
+    if sort is not None and found and all(run.metric is None for run in found):
+        raise ConfigError(
+            f"--sort {sort}: no run has this metric{_other_metrics(sort, directories)}"
+        )
     differing = differing_values([run.config for run in found])
     found = [replace(run, differing=values) for run, values in zip(found, differing, strict=True)]
-    return found if sort is None else _sorted(found, sort)
+    return found if sort is None else _sorted(found)
 
 
-def _sorted(runs: list[RunSummary], metric: str) -> list[RunSummary]:
-    if runs and all(run.metric is None for run in runs):
-        raise ConfigError(f"--sort {metric}: no run has this metric; see: stepctl plot RUN --json")
+def _other_metrics(metric: str, directories: Sequence[RunDirectory]) -> str:
+    """Return which metrics the runs have, the end of a message about one that none has."""
+    known = set(FIRST_KEYS)
+    for directory in directories:
+        with contextlib.suppress(StepctlError, OSError):  # the run's state says so
+            for row in directory.read_metrics():
+                known |= new_metrics(row, known)
+    names = sorted(known.difference(FIRST_KEYS))
+    if not names:
+        return "; there are none yet"
+    return f"{did_you_mean(metric, names)}; there are: {', '.join(names)}"
+
+
+def new_metrics(row: MetricsRow, known: Collection[str]) -> set[str]:
+    """Return the keys of a row that have numbers and are not known yet."""
+    return {name for name in row if name not in known and as_number(row[name]) is not None}
+
+
+def _sorted(runs: list[RunSummary]) -> list[RunSummary]:
     with_value = [run for run in runs if run.best is not None]
     without = [run for run in runs if run.best is None]
     is_descending = any(not run.lower_is_better for run in with_value)

@@ -237,6 +237,18 @@ MISTAKES: list[tuple[list[str], str]] = [
 ]
 
 
+def test_a_folder_of_runs_is_told_how_to_be_drawn(tmp_path: Path) -> None:
+    folder = tmp_path / "my rates"
+    for name in ("a", "b"):
+        (folder / name / "checkpoints").mkdir(parents=True)
+        (folder / name / "checkpoints" / "step-00000001.h5").touch()
+    done = call(folder)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.endswith(f"no run is there; for the runs in it: stepctl plot '{folder}'/*\n")
+    (folder / "notes.txt").touch()
+    assert call(folder).stderr.endswith(f"for the runs in it: stepctl runs '{folder}'\n")
+
+
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_mistakes_are_reported(arguments: list[str], message: str, run: Path) -> None:
     done = call(run, *arguments)

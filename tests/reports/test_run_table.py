@@ -101,7 +101,8 @@ def test_runs_that_differ_in_a_key_are_compared_and_sorted(tmp_path: Path) -> No
     assert by_loss[0]["differing"].keys() == {"optimizer.learning_rate.value"}
     wrong = call(tmp_path, "--sort", "acuracy")
     assert (wrong.exit_code, wrong.stdout) == (2, "")
-    assert "--sort acuracy: no run has this metric" in wrong.stderr
+    hint = "no run has this metric (did you mean 'accuracy'?); there are: accuracy, "
+    assert f"--sort acuracy: {hint}" in wrong.stderr
 
 
 def config_of(**changes: Any) -> dict[str, Any]:
