@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,7 @@ from stepctl.cli.model_options import model_options, select
 from stepctl.cli.options import json_option
 from stepctl.cli.output import echo, echo_json
 from stepctl.errors import printable
+from stepctl.system.shell import options
 from stepctl.system.terminal import say
 from stepctl.system.text import align_columns
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from stepctl.inference.evaluate import ClassScores, Evaluation
 
 
-@click.command()
+@click.command(context_settings={"allow_extra_args": True})  # for a message that helps
 @model_options
 @click.option(
     "--data",
@@ -45,6 +47,10 @@ def evaluate(
     bits as in metrics.jsonl, or of other data of the same kind. With --data, the config's files are
     not used: all rows of the named file count, or its validation part if it brings one.
     """
+    extra = click.get_current_context().args
+    if extra:
+        words = " ".join(extra)
+        raise click.UsageError(f"Got unexpected extra argument ({words}); {_remedy(extra[0])}")
     selection = select(run, step=step, best=best, average=average, imports=imports)
     from stepctl.inference.evaluate import evaluate as evaluate_run
     from stepctl.writers.jsonl import json_value
@@ -60,6 +66,14 @@ def evaluate(
         echo(line)
     if verbose and "per_class" in found:
         _print_classes(found)
+
+
+def _remedy(word: str) -> str:
+    """Return what to do about a word after the run: most likely it is a file of data."""
+    if os.path.isdir(word):
+        return "give one run"
+    setting = word if "=" in word else f"path={word}"
+    return f"to evaluate on other data: {options('--data', setting)}"
 
 
 def _print_classes(found: Evaluation) -> None:

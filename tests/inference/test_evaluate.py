@@ -35,6 +35,20 @@ def call(*arguments: object, expect: int = 0) -> str:
     return result.stderr if expect else result.stdout
 
 
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("test.csv", "to evaluate on other data: --data path=test.csv"),
+        ("my data.csv", "to evaluate on other data: --data 'path=my data.csv'"),
+        ("x=x.npy", "to evaluate on other data: --data x=x.npy"),
+        (".", "give one run"),
+    ],
+)
+def test_a_file_after_the_run_is_told_its_option(word: str, remedy: str) -> None:
+    message = call("evaluate", "runs/a", word, expect=2)
+    assert message.endswith(f"Error: Got unexpected extra argument ({word}); {remedy}\n")
+
+
 def test_the_metrics_have_the_bits_of_the_row(digits_run: Path) -> None:
     rows = evaluation_rows(digits_run)
     assert [row["step"] for row in rows] == [10, 20, 30]
