@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from stepctl.data.csv_file import is_missing, is_number
+from stepctl.data.number_formats import FormattedNumber, formatted_number
 from stepctl.state.arena import Array
 from stepctl.system.text import config_text, in_one_line
 
@@ -123,6 +124,10 @@ class Column:
     def _refusal(self, cell: str) -> str:
         shown = in_one_line(repr(cell), 60)
         if self.kind == "number":
+            formatted = formatted_number(cell)
+            if formatted is not None:
+                plain = " or ".join(formatted.plain)
+                return f"{shown} has {formatted.what}; write {plain}"
             return f"{shown} is not a number"
         if self.kind == "boolean":
             return f"{shown} is none of true, false, yes, no"
@@ -156,14 +161,21 @@ class _Codes(dict[str, float]):
 
 @final
 class ColumnFacts:
-    """The facts about a column's cells that decide its kind; `is_listed` in `data.categorical`."""
+    """The facts about a column's cells that decide its kind; `is_listed` in `data.categorical`.
 
-    def __init__(self, name: Name, *, role: Role = "feature", is_listed: bool) -> None:
+    A cell is a number, a number in the format of a spreadsheet ("formatted"), a word, or missing.
+    """
+
+    def __init__(
+        self, name: Name, *, role: Role = "feature", is_listed: bool, delimiter: str
+    ) -> None:
         self.name = name
+        self._delimiter = delimiter
         self._role = role
         self._is_listed = is_listed
         self._limit = MAX_LISTED_CATEGORIES if is_listed else MAX_CATEGORIES
-        self._n_cells = {"number": 0, "word": 0}
+        self._n_cells = {"number": 0, "formatted": 0, "word": 0}
+        self._formatted: FormattedNumber | None = None  # the cell in `_first`
         self._first: dict[str, tuple[int, str]] = {}  # line and cell of the first of each
         self._words: set[str] = set()
         self._overflow: int | None = None  # the line at which there are too many words
@@ -175,15 +187,33 @@ class ColumnFacts:
             self._n_cells["number"] += len(cells)
             return
         counts = Counter(cells)
-        by_kind: dict[str, set[str]] = {"number": set(), "word": set(), "missing": set()}
+        by_kind: dict[str, set[str]] = {kind: set() for kind in (*self._n_cells, "missing")}
         for cell in counts:
             by_kind[self._kind(cell)].add(cell)
-        for kind in ("number", "word"):
+        for kind in self._n_cells:
             found = by_kind[kind]
             self._n_cells[kind] += sum(counts[cell] for cell in found)
             if found and kind not in self._first:
                 self._first[kind] = _first_of(found, lines, cells)
-        self._add_words(by_kind["word"], lines, cells)
+        self._find_unambiguous(by_kind["formatted"], lines, cells)
+        self._add_words(by_kind["word"] | by_kind["formatted"], lines, cells)
+
+    def _find_unambiguous(
+        self, found: set[str], lines: Iterable[int], cells: Sequence[str]
+    ) -> None:
+        """Keep the first formatted number that has one meaning; "1,234" has two."""
+        if self._formatted is not None and len(self._formatted.plain) == 1:
+            return
+        meanings = {cell: formatted_number(cell) for cell in found}
+        for line, cell in zip(lines, cells, strict=True):
+            meaning = meanings.get(cell)
+            if meaning is None:
+                continue
+            if self._formatted is None or len(meaning.plain) == 1:
+                self._formatted = meaning
+                self._first["formatted"] = (int(line), cell)
+            if len(meaning.plain) == 1:
+                return
 
     def _add_words(self, words: set[str], lines: Iterable[int], cells: Sequence[str]) -> None:
         """Add the words among some cells, up to the limit."""
@@ -203,7 +233,11 @@ class ColumnFacts:
     def _kind(self, cell: str) -> str:
         if is_missing(cell):
             return "missing"
-        return "number" if is_number(cell) and not self._is_listed else "word"
+        if self._is_listed:
+            return "word"
+        if is_number(cell):
+            return "number"
+        return "word" if formatted_number(cell) is None else "formatted"
 
     def column(self, *, may_have_header: bool = False) -> Column:
         """Return the column; ValueError if its cells have no common kind.
@@ -212,6 +246,7 @@ class ColumnFacts:
         """
         if not self._first:
             raise ValueError(f"{label(self.name)} has no values; {self._exclude}")
+        self.refuse_formatted()
         if "word" not in self._first:
             return Column(self.name)
         if "number" in self._first:
@@ -222,6 +257,24 @@ class ColumnFacts:
         self._refuse_words()
         categories = tuple(sorted(self._words, key=_sort_key(self._words)))
         return Column(self.name, "class" if self._role == "class" else "category", categories)
+
+    def refuse_formatted(self, *, only_commas: bool = False) -> None:
+        """Raise ValueError if there are more formatted numbers (`only_commas`: 17,5) than words."""
+        formatted = self._formatted
+        if formatted is None or self._n_cells["formatted"] <= self._n_cells["word"]:
+            return
+        if only_commas and not formatted.has_comma:
+            return
+        line, cell = self._first["formatted"]
+        plain = " or ".join(formatted.plain)
+        remedy = f", or take all for categories: data.categorical: [{config_text(self.name)}]"
+        is_decimal = len(formatted.plain) == 1 and is_number(cell.replace(",", "."))
+        if is_decimal and self._delimiter != ",":
+            remedy = ", for example with: sed 's/,/./g' FILE"
+        shown = in_one_line(repr(cell), 60)
+        raise ValueError(
+            f"line {line}: {label(self.name)}: {shown} has {formatted.what}; write {plain}{remedy}"
+        )
 
     @property
     def _exclude(self) -> str:

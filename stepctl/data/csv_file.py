@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepctl.data.files import open_unpacked, read_unpacked
+from stepctl.data.number_formats import formatted_number
 from stepctl.state.arena import Array
 from stepctl.system.files import open_regular
 
@@ -37,6 +38,20 @@ _HEAD_ROWS = 100  # looked at to find the header
 _HEAD_LINES = 10  # looked at to find the delimiter
 _HEAD_BYTES = 1000
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
+_ARCHIVE = "a zip archive or an Excel file, not a CSV; save it as CSV"
+_COMPRESSED = "compressed, but not with gzip; unpack it"
+_BINARY = "a binary file, not a CSV; save it as CSV"
+_FORMATS = {  # by the first bytes
+    b"PK\x03\x04": _ARCHIVE,
+    b"PK\x05\x06": _ARCHIVE,
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "an Excel file, not a CSV; save it as CSV",
+    b"BZh91AY&SY": _COMPRESSED,
+    b"\xfd7zXZ\0": _COMPRESSED,
+    b"\x28\xb5\x2f\xfd": _COMPRESSED,
+    b"PAR1\x15": "a Parquet file, not a CSV; save it as CSV",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file, not a CSV; read it with data.name: hdf5",
+    b"\x93NUMPY": "a file of NumPy, not a CSV; save it as CSV",
+}
 _DELIMITERS = (",", ";", "\t", "|")
 _SPELLED = {"\t": "\\t"}  # in a double-quoted YAML string
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "?"})
@@ -173,7 +188,7 @@ class CSVFile:
     """A CSV file, gzipped or not. What is wrong with it is a ValueError, which names the line.
 
     `delimiter` and `header` are detected if they are None. A first line is a header if it has no
-    number, and one of its words is above a column of numbers.
+    number, and one of its words is above a column of numbers, or if there is no other line.
     """
 
     def __init__(
@@ -259,11 +274,7 @@ class CSVFile:
         """Open the file as text with "\\n" at the end of each line; ValueError if it is not UTF-8."""
         with open_regular(self.path) as file, open_unpacked(file) as unpacked:
             head = unpacked.peek(_HEAD_BYTES)[:_HEAD_BYTES]
-            if head.startswith(_BYTE_ORDER_MARKS) or b"\0" in head:
-                raise ValueError(
-                    "it is not UTF-8, but looks like UTF-16; convert it with: iconv -f UTF-16 -t "
-                    "UTF-8"
-                )
+            _refuse_binary(head)
             try:
                 with TextIOWrapper(unpacked, "utf-8-sig") as text:
                     yield text
@@ -284,6 +295,24 @@ class CSVFile:
         return "it changed while it was read"
 
 
+def _refuse_binary(head: bytes) -> None:
+    """Raise ValueError if a file that begins with these bytes is no text, or is UTF-16."""
+    for start, what in _FORMATS.items():
+        if head.startswith(start):
+            raise ValueError(f"it is {what}")
+    if not head.startswith(_BYTE_ORDER_MARKS):
+        n_zeros = head.count(0)
+        if not n_zeros:
+            return
+        # in UTF-16, ASCII characters have a zero as their first byte, or as their second
+        is_even = head[1::2].count(0) == 0 or head[::2].count(0) == 0
+        if not is_even or n_zeros < len(head) / 10:
+            raise ValueError(f"it is {_BINARY}")
+    raise ValueError(
+        "it is not UTF-8, but looks like UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
+    )
+
+
 def expected_rows(path: str, n_first: int) -> int:
     """Return about how many rows a file has whose first block has `n_first`; too many rather than too few.
 
@@ -302,7 +331,13 @@ def _parsed(rows: Any, first_line: int) -> Iterator[list[str]]:
 
 
 def _find_delimiter(lines: Sequence[str]) -> str:
-    """Return the delimiter: "," if the first line has one, else one that all rows have evenly."""
+    """Return the delimiter: "," if the first line has one, else one that all rows have evenly.
+
+    A comma is none if another delimiter is between numbers with decimal commas.
+    """
+    for delimiter in _DELIMITERS[1:]:
+        if all(delimiter in line for line in lines) and _has_decimal_commas(lines, delimiter):
+            return delimiter
     for delimiter in _DELIMITERS:
         if delimiter not in lines[0]:
             continue
@@ -314,14 +349,37 @@ def _find_delimiter(lines: Sequence[str]) -> str:
     return ","
 
 
-def _is_header(rows: Sequence[Sequence[str]]) -> bool:
-    """Tell whether the first of these rows holds names: words, one of them above numbers."""
-    first, *others = rows
-    if any(is_number(cell) for cell in first):
+def _has_decimal_commas(lines: Sequence[str], delimiter: str) -> bool:
+    """Tell whether all cells with a comma are numbers, below the first line if there are more."""
+    rows = [*_parsed(reader(lines, delimiter=delimiter), 1)]
+    if len({len(row) for row in rows}) > 1:
         return False
+    cells = itertools.chain.from_iterable(rows[1:] or rows)
+    with_comma = [cell for cell in cells if "," in cell]
+    return bool(with_comma) and all(map(_shows_number, with_comma))
+
+
+def _shows_number(cell: str) -> bool:
+    return is_number(cell) or formatted_number(cell) is not None
+
+
+def _is_header(rows: Sequence[Sequence[str]]) -> bool:
+    """Tell whether the first of these rows holds names: words, one of them above numbers.
+
+    A single row of words does too.
+    """
+    first, *others = rows
+    if any(map(is_number, first)):
+        return False
+    if not others:
+        return _has_only_words(first)
     for name, *cells in zip(first, *others, strict=False):
         values = [cell for cell in cells if not is_missing(cell)]
-        if not is_missing(name) and values and all(map(is_number, values)):
+        if is_missing(name) or not values:
+            continue
+        if all(map(is_number, values)):
+            return True
+        if all(map(_shows_number, values)) and not _shows_number(name):
             return True
     return False
 

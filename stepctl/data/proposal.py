@@ -76,12 +76,12 @@ def propose(path: str) -> Proposal:
 class _Scan:
     """The facts about the cells of one column."""
 
-    def __init__(self, name: Name) -> None:
+    def __init__(self, name: Name, delimiter: str) -> None:
         self.name = name
         self.n_rows = 0
         self.n_missing = 0
         self.counts = Counter[str]()  # of the values, as long as there are few
-        self._facts = ColumnFacts(name, is_listed=False)
+        self._facts = ColumnFacts(name, is_listed=False, delimiter=delimiter)
         self._is_row_number = True
         self._first_number: float | None = None
 
@@ -96,6 +96,10 @@ class _Scan:
                 self.counts[word] += 1
             self._is_row_number = self._is_row_number and self._continues(word)
             self.n_rows += 1
+
+    def refuse_decimal_commas(self) -> None:
+        """Raise ValueError if the cells are numbers with decimal commas: no column to leave out."""
+        self._facts.refuse_formatted(only_commas=True)
 
     def _continues(self, cell: str) -> bool:
         """Tell whether a cell is the number of its row, counted from the first cell's."""
@@ -152,11 +156,15 @@ class _Scan:
 
 
 def _scan(file: CSVFile) -> list[_Scan]:
-    scans = [_Scan(name) for name in file.head.names or range(file.head.n_columns)]
+    """Read all cells; ValueError if a column has decimal commas."""
+    names = file.head.names or range(file.head.n_columns)
+    scans = [_Scan(name, file.head.delimiter) for name in names]
     for block in file.blocks():
         block.check_width(file.head.n_columns)
         for position, scan in enumerate(scans):
             scan.add(block.lines, [row[position] for row in block.cells])
+    for scan in scans:
+        scan.refuse_decimal_commas()
     return scans
 
 
@@ -166,4 +174,7 @@ def _choose_target(scans: Sequence[_Scan]) -> _Scan:
     for scan in [*named, *reversed(scans)]:
         if scan.problem is None:
             return scan
-    raise ValueError("it has no column that can be a target: all are constant, dates or texts")
+    raise ValueError(
+        "it has no column that can be a target: all are constant, dates or texts; write a config with "
+        "data.target: NAME for another one"
+    )

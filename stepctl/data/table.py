@@ -394,14 +394,18 @@ def detect_kinds(table: Table, file: CSVFile, choice: ColumnChoice, *, has_class
     """
     listed = {*choice.positions("categorical", file.head)}
     positions, target = table.positions_in(file.head, with_target=True)
+    delimiter = file.head.delimiter
     facts = [
-        ColumnFacts(column.name, is_listed=position in listed)
+        ColumnFacts(column.name, is_listed=position in listed, delimiter=delimiter)
         for column, position in zip(table.inputs, positions, strict=True)
     ]
     if table.target is not None:
         assert target is not None
         role: Role = "class" if has_classes else "value"
-        facts.append(ColumnFacts(table.target.name, role=role, is_listed=target in listed))
+        is_listed = target in listed
+        facts.append(
+            ColumnFacts(table.target.name, role=role, is_listed=is_listed, delimiter=delimiter)
+        )
         positions.append(target)
     for block in file.blocks():
         block.check_width(file.head.n_columns)

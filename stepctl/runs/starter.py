@@ -83,7 +83,10 @@ def for_table(folder: Path, path: str) -> Starter:
     given = path if folder == Path() else os.path.abspath(path)
     section = {"name": "csv", "path": given, **proposal.section}
     what = f"{len(proposal.classes)} classes" if proposal.classes else "a number"
-    messages = [f"the target is {proposal.section['target']}: {what} ({proposal.task})"]
+    messages = [
+        f"the target is {proposal.section['target']}: {what} ({proposal.task}); to choose another, set "
+        f"data.target in {config}"
+    ]
     messages += [f"left out: {reason}" for reason in proposal.excluded.values()]
     return Starter({config: _text(config, section, proposal)}, config, messages)
 
