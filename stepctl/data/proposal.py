@@ -175,6 +175,6 @@ def _choose_target(scans: Sequence[_Scan]) -> _Scan:
         if scan.problem is None:
             return scan
     raise ValueError(
-        "it has no column that can be a target: all are constant, dates or texts; write a config with "
-        "data.target: NAME for another one"
+        "it has no column that can be a target: all are constant, dates or texts; to choose one, set "
+        "data.target in a config of your own"
     )
