@@ -204,8 +204,8 @@ class CSVFile:
             delimiter = detected
         elif delimiter not in lines[0] and detected in lines[0]:
             raise ValueError(
-                f"the delimiter seems to be {detected!r}: set data.delimiter: "
-                f'"{_SPELLED.get(detected, detected)}"'
+                f"the delimiter seems to be {detected!r}, not {delimiter!r}: write the file with "
+                f'{delimiter!r}, or set data.delimiter: "{_SPELLED.get(detected, detected)}"'
             )
         self._delimiter = delimiter
         with self._decoded() as text:

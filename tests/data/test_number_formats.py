@@ -209,3 +209,10 @@ def test_a_file_that_is_no_text_is_named_as_what_it_is(
 
 def test_a_header_alone_holds_no_rows(tmp_path: Path) -> None:
     assert both(tmp_path, "a,b,y\n") == ["it holds no rows"] * 2
+
+
+def test_another_delimiter_than_the_config_s_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "semicolons.csv"
+    path.write_text("a;b\n1;2\n")
+    with pytest.raises(ValueError, match="delimiter seems to be ';', not ',': write the file with"):
+        CSVFile(str(path), delimiter=",")
