@@ -84,11 +84,12 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def kernel_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kernel_cache(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """Keep compiled kernels below the cache folder of pytest, for all tests and processes."""
-    cache = request.config.cache
-    assert cache is not None
-    folder = cache.mkdir("kernels")
+    cache = getattr(request.config, "cache", None)  # None with -p no:cacheprovider
+    folder = tmp_path if cache is None else cache.mkdir("kernels")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
 
