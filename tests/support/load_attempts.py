@@ -164,6 +164,10 @@ def read_parts(reader: Any) -> None:
         list(reader.parts(path))
 
 
+def read_whole(reader: Any) -> None:
+    reader.content(1 << 30)
+
+
 def large_state(fill: float) -> TrainState:
     """A state that no buffer holds whole."""
     params = Arena({"weight": (100_000,), "bias": (100_000,)}, "float32")
@@ -187,6 +191,7 @@ MANNERS: dict[
     "cut, then restored": (after(cut, restore_large), "changed"),
     "changed, then restored": (after(changed, restore_large), "changed"),
     "unreadable, then restored": (after(unreadable, restore_large), "unreadable"),
+    "changed, then read whole": (after(changed, read_whole), "changed"),
     "cut, then read in parts": (after(cut, read_parts), "changed"),
     "unreadable, then read in parts": (after(unreadable, read_parts), "unreadable"),
 }
