@@ -50,7 +50,7 @@ def check(path: str) -> CheckedFile:
 
 
 class _Checker:
-    """Remembers the layout of the last file that was walked over."""
+    """Checks files; it keeps the layout of the last one that HDF5 walked over."""
 
     def __init__(self) -> None:
         self._known: KnownLayout | None = None
@@ -85,7 +85,7 @@ def _facts(reader: Reader) -> CheckedFile:
 
 @dataclass(frozen=True)
 class KnownLayout:
-    """The metadata of a checked file, and the places of its arrays.
+    """The metadata of a checked file, and the extents of its arrays.
 
     known = KnownLayout.of(reader)
     facts = known.check("step-00000200.h5")
@@ -103,7 +103,7 @@ class KnownLayout:
 
     @classmethod
     def of(cls, reader: Reader) -> Self | None:
-        """Return the layout of a checked file; None if it is not certain, or the file is large."""
+        """Return the layout of a checked file; None if it is uncertain or the file is large."""
         content = reader.content(_MAX_BYTES)
         if content is None or not reader.datasets:
             return None
@@ -131,7 +131,7 @@ class KnownLayout:
         )
 
     def check(self, path: str) -> CheckedFile | None:
-        """Return the facts about a good file of this layout; None if only a walk can tell.
+        """Return the facts about a good file of this layout; None if it needs the walk.
 
         Errors as in `user_block.open_verified`.
         """
@@ -155,7 +155,7 @@ class KnownLayout:
         return {**self.facts, "name": name, "step": step, "sha256": verified.digest}
 
     def _has_good_arrays(self, content: bytes, step: int) -> bool:
-        """Tell whether counters, texts and booleans are certainly good."""
+        """Tell whether counters, texts and booleans are valid."""
         data = {path: content[start:end] for path, (start, end) in self.extents.items()}
         counters = {
             path.removeprefix(_COUNTERS): int.from_bytes(value, "little", signed=True)
@@ -202,10 +202,10 @@ def _metadata(content: bytes, extents: Extents, root: RootHeader) -> bytes:
 def _decides_objects(
     content: bytes, extents: Extents, root: RootHeader, file: h5py.File, name: str
 ) -> bool:
-    """Tell whether the metadata alone decide the objects, and `root.step` the step.
+    """Tell whether the metadata alone determine the objects, and `root.step` the step.
 
-    It is tried: HDF5 must find the same with another step and random bytes in all arrays. Hostile
-    metadata may lie within an array, or the step elsewhere than in the root group's header.
+    Verified by a trial: with another step and random bytes in all arrays, HDF5 must find the same
+    objects. A hostile file may have metadata inside an array, or its step elsewhere.
     """
     changed = bytearray(content)
     for start, end in extents.values():

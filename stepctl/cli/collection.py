@@ -1,4 +1,4 @@
-"""Python's search for cyclic garbage while a command starts.
+"""Python's garbage collector while a command starts.
 
 The imports and the lines of a ledger make hundreds of thousands of objects that stay. Searching
 them again and again takes a third of the time of a short command.
@@ -12,13 +12,13 @@ from stepctl.cli.interrupts import WHOLE_PROCESS
 
 
 def suspend_collection() -> None:
-    """Do not search for cyclic garbage until `settle`, if the process runs only this command."""
+    """Disable the garbage collector until `settle`, if the process runs only this command."""
     if click.get_current_context().find_root().obj is WHOLE_PROCESS:
         gc.disable()
 
 
 def settle() -> None:
-    """Search again, but not among the objects that are there now. Call before user code runs."""
+    """Enable the garbage collector, without the objects that exist now. Call before user code runs."""
     if click.get_current_context().find_root().obj is WHOLE_PROCESS:
         gc.freeze()
         gc.enable()

@@ -37,9 +37,9 @@ class _Zsh(ZshComplete):
 
 
 class _Fish(FishComplete):
-    """Writes an absolute path for each that begins with what was typed, if others contain it.
+    """Offers absolute paths for entries with the typed prefix, if other answers contain it.
 
-    Fish shows those that begin so, and the others only where there are none; ./NAME is hidden.
+    fish hides answers without the prefix while some have it, and it hides ./NAME.
     """
 
     def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:

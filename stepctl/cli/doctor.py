@@ -106,7 +106,7 @@ def _compiled(part: Facts) -> Lines:
         return
     kept = f"kept in {part['cache']}"
     if part["cache"] is None:
-        kept = "compiled anew by each run, for there is no private cache folder"
+        kept = "no private cache folder; every run compiles again"
     seconds = part["milliseconds"] / 1000
     yield (
         "compiled",

@@ -69,7 +69,7 @@ def evaluate(
 
 
 def _remedy(word: str) -> str:
-    """Return what to do about a word after the run: most likely it is a file of data."""
+    """Return the hint for an unexpected argument, which is probably a data file."""
     if os.path.isdir(word):
         return "give one run"
     setting = word if "=" in word else f"path={word}"

@@ -73,7 +73,7 @@ class Place(click.Path):
         return [CompletionItem(path) for path in paths]
 
     def _paths(self, incomplete: str) -> list[str]:
-        """Return what begins so in the current folder, folders with a / at the end; [] for ""."""
+        """Return the entries of the current folder with this prefix, folders with a trailing /; [] for ""."""
         found = []
         for name in _names("."):
             if not incomplete or not name.startswith(incomplete):
@@ -105,7 +105,7 @@ class Place(click.Path):
 
 
 def _runs_by_name(incomplete: str) -> list[str]:
-    """Return the paths of the runs in `runs/` whose names begin so."""
+    """Return the paths of the runs in `runs/` whose names have this prefix."""
     names = [name for name in _names(_RUNS) if name.startswith(incomplete)]
     paths = [os.path.join(_RUNS, name) for name in names]
     return [path for path in paths if os.path.exists(os.path.join(path, "ledger.jsonl"))]

@@ -75,10 +75,10 @@ class Source(ABC):
         return None
 
     def fit_preprocessing(self, rows: npt.NDArray[np.int64]) -> None:  # noqa: B027
-        """Compute the statistics that x is computed with from these rows, which are trained on."""
+        """Compute the statistics of the preprocessing from the training rows."""
 
     def preprocessing_arrays(self) -> Mapping[str, Array]:
-        """Return these statistics by name; they become part of the state, and are restored in place."""
+        """Return the statistics by name; they are part of the state, and are restored in place."""
         return {}
 
     def decided_config(self) -> Mapping[str, Any]:

@@ -161,7 +161,7 @@ class _Codes(dict[str, float]):
 
 @final
 class ColumnFacts:
-    """The facts about a column's cells that decide its kind; `is_listed` in `data.categorical`.
+    """Counts of a column's cells, which determine its kind; `is_listed` in `data.categorical`.
 
     A cell is a number, a number in the format of a spreadsheet ("formatted"), a word, or missing.
     """

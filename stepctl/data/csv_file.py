@@ -1,7 +1,7 @@
 """Reading a CSV file in blocks of whole rows, so that it may be larger than memory.
 
 file = CSVFile("iris.csv", delimiter=None, header=None)
-file.names                      # ["sepal_length", ..., "species"]
+file.head.names                 # ("sepal_length", ..., "species")
 for block in file.blocks():
     block.numbers(None)         # (rows, columns) float64; ValueError if a cell is not a number
     block.cells                 # the same rows as lists of texts
@@ -172,7 +172,7 @@ class _Open(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the first lines of a file tell: its delimiter, and the number of its columns.
+    """The format of a file, found in its first lines: delimiter, header, number of columns.
 
     names: the names of the columns; empty without a header, or if they are not known.
     """
@@ -185,7 +185,7 @@ class Head(NamedTuple):
 
 @final
 class CSVFile:
-    """A CSV file, gzipped or not. What is wrong with it is a ValueError, which names the line.
+    """A CSV file, gzipped or not. Methods raise ValueError, with the line, if it is malformed.
 
     `delimiter` and `header` are detected if they are None. A first line is a header if it has no
     number, and one of its words is above a column of numbers, or if there is no other line.
@@ -314,9 +314,9 @@ def _refuse_binary(head: bytes) -> None:
 
 
 def expected_rows(path: str, n_first: int) -> int:
-    """Return about how many rows a file has whose first block has `n_first`; too many rather than too few.
+    """Estimate the number of rows of a file from those of its first block, rounded up.
 
-    Of a gzipped file they are too few.
+    The estimate is too low for a gzipped file.
     """
     n_blocks = max(1.0, 1.05 * os.stat(path).st_size / _BLOCK_CHARACTERS)
     return math.ceil(n_first * n_blocks)

@@ -88,7 +88,7 @@ def open_unpacked(file: io.BufferedReader) -> Iterator[io.BufferedReader[Any]]:
 
 @final
 class _LimitedReader(io.RawIOBase):
-    """The content of a gzipped file, up to the limit."""
+    """The content of a gzipped file, up to the size limit."""
 
     def __init__(self, unpacked: gzip.GzipFile, packed_size: int) -> None:
         self._unpacked = unpacked

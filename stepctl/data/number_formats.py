@@ -1,4 +1,4 @@
-"""Numbers as spreadsheets show them, which a CSV file should not hold: "17,5", "1,234", "12 %", "$5".
+"""Numbers as spreadsheets format them, which stepctl refuses in a CSV file: "17,5", "1,234", "12 %", "$5".
 
 They are found in order to refuse them: taken for words, they would become categories.
 """
@@ -22,7 +22,7 @@ _FORMATTED = re.compile(
 
 
 class FormattedNumber(NamedTuple):
-    """How a cell shows a number.
+    """A number as a cell formats it.
 
     what: what it has that a number of a CSV file does not. plain: the number as it should be written; two
     of them if a comma may be the decimal one or a separator of thousands.
@@ -33,12 +33,12 @@ class FormattedNumber(NamedTuple):
 
     @property
     def has_comma(self) -> bool:
-        """Whether the comma is, or may be, the decimal one."""
+        """Whether the comma is, or may be, a decimal comma."""
         return "comma" in self.what
 
 
 def formatted_number(cell: str) -> FormattedNumber | None:
-    """Return how a cell that is not a plain number shows one; None if it does not."""
+    """Return the number that a cell formats, such as 17,5 or 12 %; None for plain numbers and words."""
     match = _FORMATTED.fullmatch(cell.strip())
     if match is None or not (match["whole"] or match["fraction"]):
         return None
@@ -66,7 +66,7 @@ def _may_be_decimal(match: re.Match[str]) -> bool:
 
 
 def _what(match: re.Match[str]) -> str | None:
-    """Return what the text has that a plain number does not; None if there is nothing."""
+    """Return the formatting in the text, such as a percent sign; None for a plain number."""
     may_be_decimal = _may_be_decimal(match)
     is_comma = match["separator"] == ","
     found = {
@@ -82,7 +82,7 @@ def _what(match: re.Match[str]) -> str | None:
 
 
 def _plain(match: re.Match[str], separator: str | None, point: str | None) -> str:
-    """Return the number as it should be written, with these characters as separators."""
+    """Return the plain spelling of the number, given its separators."""
     number = match["whole"]
     if separator is not None:
         number = number.replace(separator, "")

@@ -1,9 +1,8 @@
-"""From the raw rows of a file to the inputs of a model, with what a checkpoint holds alone.
+"""Preprocessing of raw rows for a model; all that it needs is in a checkpoint.
 
-    preprocessing = Preprocessing(config.data, arrays, targets="classes", dtype="float32")
-    for rows in preprocessing.read("new.csv"):     # in chunks, the target may be missing
+    preprocessing = Preprocessing(config.data, arrays, dtype="float32")
+    for rows in preprocessing.read("new.csv"):     # in chunks; the target is ignored
         rows.x                                     # (rows, *sample_shape), as in training
-        rows.y                                     # with_target=True: labels (rows,) int64
         rows.lines                                 # the line of the file on which each row begins
     x = preprocessing.transform([["5.1", "red", "yes"]])   # cells in the order of `columns`
     preprocessing.class_names[label]
@@ -17,7 +16,7 @@ data is written (`names`, `encodings`, `class_names`, ...), and `arrays` are its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, final
 
@@ -27,12 +26,11 @@ from pydantic import ValidationError
 
 from stepctl.config import registry
 from stepctl.config.model import DataConfig
-from stepctl.data.base import Targets
-from stepctl.data.columns import CellError, Column, Encoding
-from stepctl.data.csv_file import CSVFile, Head, is_number
+from stepctl.data.columns import CellError, Encoding
+from stepctl.data.csv_file import CSVFile, Head
 from stepctl.data.files import reading
 from stepctl.data.integers import is_integer
-from stepctl.data.memory import as_targets, scaled
+from stepctl.data.memory import scaled
 from stepctl.data.statistics import Statistics
 from stepctl.data.table import (
     ColumnChoice,
@@ -53,12 +51,10 @@ FOLDER = "preprocessing"  # of the statistics, below /buffers in a checkpoint
 class Rows(NamedTuple):
     """Some consecutive rows of a file.
 
-    x: (rows, *sample_shape); y: labels (rows,) int64 or values (rows, 1), None if it was not read;
-    lines: (rows,) int64.
+    x: (rows, *sample_shape); lines: (rows,) int64.
     """
 
     x: Array
-    y: Array | None
     lines: npt.NDArray[np.int64]
 
 
@@ -71,20 +67,18 @@ class Preprocessing:
         data: DataConfig,
         arrays: Mapping[str, Array] | None = None,
         *,
-        targets: Targets,
         dtype: str,
         sample_shape: Shape | None = None,
     ) -> None:
         """
         data: the resolved section; arrays: by name, which are copied; None if they are restored
-        later into the property `arrays`. targets: of the task; dtype: of the run.
+        later into the property `arrays`. dtype: of the run.
         sample_shape: of one row of x, for sources whose rows have no named columns, and for
         checkpoints of versions that did not record the columns.
 
         DataError if the arrays do not fit the config.
         """
         spec = data.spec()
-        self._targets = targets
         self._dtype = dtype
         self._scale = scale_of(spec)
         self._names = data.class_names
@@ -124,13 +118,6 @@ class Preprocessing:
         if self._table is None:
             return None
         return [str(column.name) for column in self._table.inputs]
-
-    @property
-    def target_name(self) -> str | None:
-        """The name of the target column; None if the rows have no columns, or there is no target."""
-        if self._table is None or self._table.target is None:
-            return None
-        return str(self._table.target.name)
 
     @property
     def feature_names(self) -> list[str] | None:
@@ -195,23 +182,6 @@ class Preprocessing:
             raise DataError(str(error)) from error
         return self._finish(table, features)
 
-    def encode_target(self, cells: Sequence[object]) -> Array:
-        """Return targets: labels (rows,) int64, or values (rows, 1); DataError.
-
-        cells: names of classes or their labels; or numbers.
-        """
-        texts = [_cell_text(cell) for cell in cells]
-        column = Column("target")
-        if self._table is not None and self._table.target is not None:
-            column = self._table.target
-        elif self._names is not None and not all(map(is_number, texts)):
-            column = Column("target", "class", tuple(self._names))
-        try:
-            y = column.encode(texts)[:, 0]
-        except CellError as error:
-            raise DataError(f"row {error.row}: {error}") from error
-        return as_targets("target", 0, y, self._targets, self._dtype)
-
     def integers(self, rows: Array) -> Array | None:
         """Return raw samples of a table, (rows, inputs), as the integers that they are.
 
@@ -237,27 +207,23 @@ class Preprocessing:
         None if not all of its inputs are written as integers, or if preprocessing changes them.
         """
         with reading(path, CSV.upper()):
-            table = self._table or self._table_like(path, with_target=False)
+            table = self._table or self._table_like(path)
             found = table.integer_rows(path) if self._keeps_integers(table) else None
         if found is None:
             return None
-        return (Rows(self._shaped(rows.features), None, rows.lines) for rows in found)
+        return (Rows(self._shaped(rows.features), rows.lines) for rows in found)
 
-    def read(self, path: str, *, with_target: bool = False) -> Iterator[Rows]:
+    def read(self, path: str) -> Iterator[Rows]:
         """Yield the rows of a CSV file in chunks; DataError with line and column at a bad cell.
 
         Columns are found by their names if the training file had a header; others are ignored.
-        Without `with_target` the target is not read, and may be missing. For data without named
-        columns, such as images, each row has the values of one sample, and may have the target as
-        its last.
+        The target is not read, and may be missing. For data without named columns, such as images,
+        each row has the values of one sample, and may have the target as its last.
         """
         with reading(path, CSV.upper()):
-            table = self._table or self._table_like(path, with_target=with_target)
-            for found in table.read(path, with_target=with_target, may_drop=False):
-                y = None
-                if found.target is not None:
-                    y = as_targets(path, 0, found.target, self._targets, self._dtype, _place(found))
-                yield Rows(self._finish(table, found.features), y, found.lines)
+            table = self._table or self._table_like(path)
+            for found in table.read(path, with_target=False, may_drop=False):
+                yield Rows(self._finish(table, found.features), found.lines)
 
     def _finish(self, table: Table, features: Array) -> Array:
         """Scale, fill and standardize features: (rows, features) float64."""
@@ -272,7 +238,7 @@ class Preprocessing:
     def _shaped(self, x: Array) -> Array:
         return x if self._sample_shape is None else x.reshape(len(x), *self._sample_shape)
 
-    def _table_like(self, path: str, *, with_target: bool) -> Table:
+    def _table_like(self, path: str) -> Table:
         """Return the table of a file whose columns the config does not name."""
         spec = self._spec
         head = CSVFile(path, delimiter=spec.get("delimiter"), header=spec.get("header")).head
@@ -283,8 +249,6 @@ class Preprocessing:
         is_absent = head.n_columns == (spec.get("n_columns") or n_features + 1) - 1
         if isinstance(choice.target, str):
             is_absent = choice.target not in head.names
-        if is_absent and with_target:
-            raise ValueError(f"it has {head.n_columns} columns, so there is none for the target")
         if is_absent:
             choice = replace(choice, target=None)
         table = choose_columns(head, choice, missing=spec["missing"])
@@ -323,7 +287,7 @@ def encodings_of(spec: Mapping[str, Any]) -> list[Encoding]:
         return [Encoding.model_validate(encoding) for encoding in spec.get("encodings") or ()]
     except ValidationError as error:
         raise DataError(
-            "data.encodings: is not what a run records; leave it out, and it is found in the data"
+            "data.encodings: not valid; remove the key, and it is determined from the data"
         ) from error
 
 
@@ -354,10 +318,6 @@ def _restore(statistics: Statistics, arrays: Mapping[str, Array]) -> None:
         raise DataError(
             f"the checkpoint's preprocessing does not fit its config: {error}"
         ) from error
-
-
-def _place(rows: TableRows) -> Callable[[int], str]:
-    return lambda row: f"line {rows.lines[row]}"
 
 
 def _cell_text(value: object) -> str:

@@ -27,7 +27,7 @@ _CTRL_C = 3  # columns at the end of the line: a terminal shows "^C" there
 
 
 class Progress(NamedTuple):
-    """What is known of a segment at one of its steps.
+    """The progress of a segment after one of its steps.
 
     `rate` is in samples or steps a second, since the segment's start, None at its start.
     """
@@ -148,7 +148,7 @@ class ProgressDisplay(Hook):
 
 @final
 class ProgressBar(ProgressDisplay):
-    """A bar on a terminal, with percentage and remaining time; nothing is left of it at the end."""
+    """A bar on a terminal, with percentage and remaining time; it is erased at the end."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class ProgressBar(ProgressDisplay):
 
 @final
 class ProgressText(ProgressDisplay):
-    """A text that `show` receives, in a notebook to replace the last one."""
+    """A line of text for `show`; in a notebook it replaces the previous one."""
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class ProgressText(ProgressDisplay):
 
 @final
 class OptionalProgress(Hook):
-    """Passes the calls on to a display while there is one."""
+    """Forwards the calls to a display while there is one."""
 
     name = "progress"
 

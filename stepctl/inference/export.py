@@ -77,7 +77,7 @@ def metadata(model: TrainedModel) -> dict[str, str]:
 
 
 def _preprocessing(model: TrainedModel) -> dict[str, Any]:
-    """Return what is done with x before the first layer.
+    """Return the preprocessing of x before the first layer.
 
     x <- factors x; NaN <- fill; x <- (x - mean) / deviation, as far as there are such arrays.
     """

@@ -1,4 +1,4 @@
-"""The form in which a model takes x, and its preprocessing."""
+"""The shape and dtype of a model's input, and its preprocessing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepctl.config.model import TaskConfig
-from stepctl.data.base import Targets, row_name
+from stepctl.data.base import row_name
 from stepctl.data.memory import input_dtype, scaled
 from stepctl.data.preprocessing import Preprocessing, Rows
 from stepctl.errors import DataError
@@ -19,20 +19,19 @@ BATCH_ROWS = 1024  # of one forward pass: the last bits of a prediction depend o
 
 
 class InputFormat:
-    """The shape of a row of x, and what is done with it before the model."""
+    """The shape and dtype of a model's input, and the preprocessing of raw samples."""
 
     def __init__(
         self,
         config: TaskConfig,
         statistics: Mapping[str, Array],
-        targets: Targets,
     ) -> None:
         """`statistics` are the arrays of the state's preprocessing."""
         assert config.data.sample_shape is not None
         self.shape: Shape = tuple(config.data.sample_shape)
         self.dtype = config.dtype
         self.preprocessing = Preprocessing(
-            config.data, statistics, targets=targets, dtype=config.dtype, sample_shape=self.shape
+            config.data, statistics, dtype=config.dtype, sample_shape=self.shape
         )
         self._integer_inputs = bool(config.data.integer_samples)
 
@@ -83,7 +82,7 @@ class InputFormat:
         return "; for one row, give x[None]" if array.ndim == len(self.shape) else ""
 
     def _converted(self, rows: Array) -> Array:
-        """Return numbers as the model takes them; integers may stay integers."""
+        """Return numbers in the model's input dtype; integers may stay integers."""
         if self.preprocessing.arrays:  # of a table whose columns have no recorded names
             return self.preprocessing.transform(rows)
         scale = float(self.preprocessing.factors)
@@ -104,7 +103,7 @@ class InputFormat:
         return inputs
 
     def read(self, path: str) -> Iterator[Rows]:
-        """Yield the rows of a CSV file as the model takes them; integers may stay integers."""
+        """Yield the rows of a CSV file in the model's input dtype; integers may stay integers."""
         integers = self.preprocessing.read_integers(path) if self._integer_inputs else None
         yield from integers if integers is not None else self.preprocessing.read(path)
 

@@ -31,7 +31,7 @@ from stepctl.runs.records import RunRecords, read_records
 from stepctl.state.arena import Array, Shape
 from stepctl.system import files, shell
 from stepctl.training.build import initial_state
-from stepctl.training.resolve import ResolvedConfig, build_task, resolve
+from stepctl.training.resolve import ResolvedConfig, resolve
 
 _OF_THE_MODEL = ("seed", "dtype", "initial_step", "model", "task", "ema", "numerics")
 NO_SPLIT = {"validation_fraction": 0.0, "stratify": False}
@@ -176,8 +176,7 @@ def _resolve_without_data(opened: OpenedCheckpoint) -> ResolvedConfig:
         return resolve_model(model_config(opened, data if isinstance(data, dict) else {}))
     config = model_config(opened, data | NO_SPLIT, unchecked=("data",))
     assert config.data.sample_shape is not None
-    targets = build_task(config).targets
-    preprocessing = Preprocessing(config.data, targets=targets, dtype=config.dtype)
+    preprocessing = Preprocessing(config.data, dtype=config.dtype)
     source = _NoRows(config, preprocessing.arrays)
     return resolve_model(config, Sources(source))
 
@@ -199,7 +198,7 @@ def restore_model(
         folder = "params" if name == MODEL else f"params/{name}"
         for path, shape in model.parameter_shapes().items():
             expected[f"{folder}/{path}"] = (shape, resolved.config.dtype)
-    # before memory is allocated for what a config only claims to have
+    # before memory is allocated: the sizes in a hostile config are only claims
     codec.refuse_other_arrays(opened.reader, ["params"], expected)
     state = initial_state(resolved, restored=True)
     codec.restore_arenas(opened.reader, state)

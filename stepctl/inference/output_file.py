@@ -44,7 +44,7 @@ def _listed(extensions: Collection[str]) -> str:
 
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[BinaryIO]:
-    """Yield a new file for writing, which then takes the path; after an error nothing is left."""
+    """Yield a new file for writing, which appears under the path complete; nothing is left after an error."""
     place = Path(path)
     with (
         Folder(place.parent).publishing(place.name) as descriptor,

@@ -84,7 +84,7 @@ def _csv_rows(model: TrainedModel, predictions: Predictions) -> bytes:
 
 
 def _number_format(numbers: Array) -> str:
-    """Return the format of a number that gives its bits back."""
+    """Return the format that preserves all bits of a number."""
     if numbers.dtype.kind != "f":
         return "%s"
     digits = {2: 5, 4: 9}.get(numbers.dtype.itemsize, 17)

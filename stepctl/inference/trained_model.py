@@ -63,7 +63,7 @@ class TrainedModel:
         self._state = state
         self._threads = threads
         self._average = average
-        self.inputs = InputFormat(built_from, state.preprocessing, task.targets)
+        self.inputs = InputFormat(built_from, state.preprocessing)
         self.class_names: list[str] | None = None
         if task.classifies:
             self.class_names = self.inputs.preprocessing.class_names

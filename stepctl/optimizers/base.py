@@ -56,7 +56,7 @@ Tick = UpdateInfo  # the former name, which a user's optimizer may import
 
 
 class Run(NamedTuple):
-    """A range of the arenas, whose parameters have the same numbers in an update."""
+    """A range of the arenas whose parameters share the coefficients of an update."""
 
     start: int
     stop: int

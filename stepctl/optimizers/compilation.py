@@ -37,7 +37,7 @@ _TRIAL_ELEMENTS = 100  # vectorised parts of a loop and a remainder
 
 
 class CompilationError(StepctlError):
-    """The kernels cannot be compiled, or do not give NumPy's bits."""
+    """The kernels cannot be compiled, or their bits differ from NumPy's."""
 
 
 def is_available() -> bool:
@@ -61,7 +61,7 @@ def compile_update(optimizer: Optimizer, dtype: npt.DTypeLike) -> CompiledUpdate
 
 
 def compile_average(dtype: npt.DTypeLike) -> Kernel:
-    """Return the compiled update of the moving average; raises CompilationError as above."""
+    """Return the compiled update of the moving average; errors as in `compile_update`."""
     kernel = _compile(kernels.moving_average, np.dtype(dtype), 1)
     found = []
     for compiled in (kernel, None):
@@ -124,7 +124,7 @@ def _compiled(kernel: Kernel, signature: Any, folder: Path | None) -> Kernel:
 
 @contextlib.contextmanager
 def _numba_cache(folder: Path) -> Iterator[None]:
-    """Have numba keep the code of the functions that are compiled in the block in a folder."""
+    """Set the cache folder of numba for the functions that are compiled in the block."""
     numba = import_module(PACKAGE)
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(folder)
@@ -157,7 +157,7 @@ def cache_folder(dtype: npt.DTypeLike) -> Path | None:
     ]
     key = hashlib.sha256("\n".join(content).encode()).hexdigest()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # such a one is to be ignored (XDG Base Directory Specification)
+    if not os.path.isabs(base):  # the XDG Base Directory Specification: ignore relative paths
         base = os.path.expanduser("~/.cache")
     folder = Path(base, "stepctl", "kernels", key[:16])
     try:

@@ -180,14 +180,14 @@ _KERNELS: dict[type[Optimizer], Callable[[Any], Kernel]] = {
 
 
 def kernel_of(optimizer: Optimizer) -> Kernel | None:
-    """Return the kernel that does what the optimizer's `update_block` does; None for a user's."""
+    """Return the kernel that is equivalent to the optimizer's `update_block`; None for a user's own."""
     find = _KERNELS.get(type(optimizer))
     return None if find is None else find(optimizer)
 
 
 @lru_cache(maxsize=64)
 def _bounds(bounds: tuple[tuple[int, int], ...]) -> Array:
-    """Return starts and stops as an array, which takes longer to make than to find again."""
+    """Return starts and stops as an array; cached, because they are the same at every step."""
     return np.array(bounds)
 
 

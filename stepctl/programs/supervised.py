@@ -89,7 +89,7 @@ class Supervised(OneModel):
 
     @staticmethod
     def interpret(outputs: Array) -> Predictions:
-        """Return the predictions that the model's outputs, (rows, n_outputs), stand for."""
+        """Return the predictions from the model's outputs, (rows, n_outputs)."""
         return Predictions(outputs.copy())
 
 

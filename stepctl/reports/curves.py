@@ -101,7 +101,7 @@ def read_curves(paths: Sequence[str], metric: str) -> list[RunCurves]:
 
 
 def _remedy(path: Path) -> str:
-    """Return how to draw the runs in a folder, or how to list all where it holds none."""
+    """Return the command that draws the runs in a folder, or lists all runs if it has none."""
     with contextlib.suppress(OSError, StepctlError):
         visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
         are_runs = [entry.is_dir() and RunDirectory(entry).holds_run() for entry in visible]

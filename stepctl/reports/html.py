@@ -22,7 +22,7 @@ _MAX_ARRAYS = 50  # rows of a table
 
 
 def run_html(path: str, title: str, facts: Mapping[str, object], config: dict[str, Any]) -> str:
-    """Return a run: its facts, the curve of its main metric, and its config, which is folded."""
+    """Return a run: its facts, the curve of its main metric, and its config, folded."""
     return _block(title, table(facts.items()), _main_curve(path), _folded_config(config))
 
 

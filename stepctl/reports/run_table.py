@@ -91,10 +91,10 @@ def list_runs(folder: str, now: datetime.datetime, *, sort: str | None = None) -
 
 
 def _other_metrics(metric: str, directories: Sequence[RunDirectory]) -> str:
-    """Return which metrics the runs have, the end of a message about one that none has."""
+    """Return the metrics that the runs have, for the message about an unknown one."""
     known = set(FIRST_KEYS)
     for directory in directories:
-        with contextlib.suppress(StepctlError, OSError):  # the run's state says so
+        with contextlib.suppress(StepctlError, OSError):  # reported as the run's state
             for row in directory.read_metrics():
                 known |= new_metrics(row, known)
     names = sorted(known.difference(FIRST_KEYS))
@@ -281,7 +281,7 @@ def _main_kind(directory: RunDirectory, metric: str | None = None) -> str:
 
 
 def _main_metric(rows: Iterable[MetricsRow], configured: str | None) -> str | None:
-    """Return the first that rows have of: the configured metric, `loss`, another loss, any other."""
+    """Return the main metric of rows: the configured one, else `loss`, another loss, or any other."""
     first_choice = configured or "loss"
     known: dict[str, None] = {}
     for row in rows:

@@ -80,7 +80,7 @@ def _rows(
 
 
 def _parse_block(block: bytes) -> list[JSONRow] | None:
-    """Return the objects of lines that hold one each; None if a line may hold anything else."""
+    """Return the objects of lines that hold one each; None if some line may not."""
     if not block.endswith(b"\n"):
         return None
     try:
@@ -93,12 +93,12 @@ def _parse_block(block: bytes) -> list[JSONRow] | None:
 
 
 def _is_unreadable(line: bytes) -> bool:
-    """Tell whether a line that is not an object was not just cut short, and is not blank."""
+    """Tell whether a line that is no object is neither blank nor cut short."""
     return bool(line.strip()) and line.endswith((b"\r", b"\n"))
 
 
 def _blocks(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield whole lines from the file's position on, many at once, and a last one that has no end.
+    """Yield blocks of whole lines from the file's position on, and a last line without an end.
 
     StepctlError if a line is too long.
     """
@@ -226,7 +226,7 @@ class Tail:
         return text + b"\n"
 
     def cut(self, say: Callable[[str], None]) -> None:
-        """Remove the lines, all or none of them.
+        """Remove the lines atomically.
 
         If unreadable ones are among them, the file is first copied aside, which `say` reports.
         """

@@ -146,7 +146,7 @@ def resume_locked(
         if options.from_step is None:  # else the newer order replaces an unfinished one
             run.store.set_aside_all(pending_set_aside(run.ledger))
         at = _restore(run, assembly, options, changes, say)
-        if changes or user_components():  # else the run's first segment tried the same
+        if changes or user_components():  # otherwise the first segment made the same trial
             assembly.trial()
         run_id, ledger = _acknowledge(run, at)
         for watch in assembly.reset_changed_watches(config_for_watches(at.header, run.config)):

@@ -38,7 +38,7 @@ def counted(n: int, word: str) -> str:
 
 
 def local_step_note(step: int, start: int) -> str:
-    """Return " (local 20)": the steps since a segment's start; "" where it started at step 0."""
+    """Return " (local 20)", the steps since the segment's start; "" if it started at step 0."""
     return f" (local {step - start})" if start else ""
 
 

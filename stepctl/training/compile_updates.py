@@ -26,9 +26,10 @@ def seconds_saved(assembly: Assembly, n_steps: int) -> float:
 
 
 def compile_updates(assembly: Assembly, n_steps: int) -> str | None:
-    """Compile the updates of an assembly if that pays within `n_steps` steps.
+    """Compile the updates of an assembly if that saves time within `n_steps` steps.
 
-    Returns why it failed, or None; the bits are the same in any case. Otherwise numba is not imported.
+    Returns the reason of a failure, or None; the bits are the same in any case. numba is imported only
+    if it pays.
     """
     if assembly.config.numerics.compiled == "off":
         return None

@@ -234,7 +234,7 @@ def read_sources(config: TaskConfig, task: Task, *, is_rank: bool = False) -> So
 
 
 def _take_integers(config: TaskConfig) -> bool:
-    """Return whether the models get integers as they are: all of them declare that they take them.
+    """Return whether integer data stay integers: all models declare that they take them.
 
     It is known before they are built, because their shapes come from the data.
     """

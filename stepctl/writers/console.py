@@ -9,7 +9,7 @@ from stepctl.writers.base import ROW_KEYS, MetricsRow, Writer
 
 @final
 class Console(Writer):
-    """Prints a line a row: global step, local step where it is another, epoch, metrics, rate."""
+    """Prints one line per row: global step, local step if it differs, epoch, metrics, rate."""
 
     def __init__(
         self,

@@ -66,7 +66,7 @@ class CSV(FileWriter):
             yield csv_bytes(self._columns, some)
 
     def _cut(self) -> bool:
-        """Open a table that has the newest rows, without what follows them; False if it has not."""
+        """Open a table that ends with the newest rows, after cutting later ones; False without them."""
         newest = self._directory.newest_metrics()
         if newest.offset == 0:
             return False  # the rows are few
@@ -91,7 +91,7 @@ class CSV(FileWriter):
 
 
 def _find_last(file: BinaryIO, wanted: bytes) -> int | None:
-    """Return the offset of the end of the last occurrence of some bytes; None if there is none."""
+    """Return the offset after the last occurrence of some bytes; None without one."""
     end = os.fstat(file.fileno()).st_size
     while end >= len(wanted):
         start = max(end - len(wanted) - _SEARCHED_BYTES, 0)

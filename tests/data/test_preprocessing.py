@@ -56,28 +56,22 @@ def restored(assembly: TaskAssembly, folder: Path) -> Preprocessing:
                 reader.read_into(name, array)
                 arrays[name.removeprefix(f"{PREPROCESSING}/")] = array
     assert isinstance(config, TaskConfig)
-    targets = assembly.task.targets
-    return Preprocessing(config.data, arrays, targets=targets, dtype=config.dtype)
+    return Preprocessing(config.data, arrays, dtype=config.dtype)
 
 
-def training_rows(assembly: TaskAssembly) -> tuple[Array, Array]:
-    parts = [(x, y) for source in assembly.sources for _, x, y in source.slices()]
-    return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
+def training_rows(assembly: TaskAssembly) -> Array:
+    return np.concatenate([x for source in assembly.sources for _, x, _ in source.slices()])
 
 
 def test_the_training_file_is_read_as_in_training(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     assembly = assembled(path, **OPTIONS)
     preprocessing = restored(assembly, tmp_path)
-    rows = [*preprocessing.read(str(path), with_target=True)]
-    x, y = training_rows(assembly)
+    rows = [*preprocessing.read(str(path))]
+    x = training_rows(assembly)
     np.testing.assert_array_equal(np.concatenate([part.x for part in rows]), x)
-    np.testing.assert_array_equal(
-        np.concatenate([part.y for part in rows if part.y is not None]), y
-    )
     assert np.concatenate([part.lines for part in rows]).tolist() == [2, 3, 4, 5, 6, 7]
     assert preprocessing.columns == ["width", "color", "fresh", "weight"]
-    assert preprocessing.target_name == "species"
     assert preprocessing.class_names == ["setosa", "versicolor", "virginica"]
     assert preprocessing.feature_names == [
         "width",
@@ -95,20 +89,15 @@ def test_columns_are_found_by_name_and_the_target_may_be_missing(tmp_path: Path)
     preprocessing = restored(assembly, tmp_path)
     path.write_text("note,weight,fresh,width,color\nsome,1,yes,5.1,red\n,2,no,4.9,blue\n")
     (rows,) = preprocessing.read(str(path))
-    x, _ = training_rows(assembly)
-    np.testing.assert_array_equal(rows.x, x[:2])
-    assert rows.y is None
+    np.testing.assert_array_equal(rows.x, training_rows(assembly)[:2])
 
 
 def test_rows_of_values_are_those_of_their_texts(tmp_path: Path) -> None:
     assembly = assembled(tmp_path / "t.csv", **OPTIONS)
     preprocessing = restored(assembly, tmp_path)
-    x, y = training_rows(assembly)
+    x = training_rows(assembly)
     given = [[5.1, "red", True, 1], ["4.9", "blue", "no", 2.0], [6.5, "red", "yes", None]]
     np.testing.assert_array_equal(preprocessing.transform(given), x[:3])
-    labels = preprocessing.encode_target(["setosa", "virginica", "setosa"])
-    np.testing.assert_array_equal(labels, y[:3])
-    assert labels.dtype == np.int64
 
 
 def test_features_are_filled_and_standardized_with_the_training_part(tmp_path: Path) -> None:
@@ -120,7 +109,7 @@ def test_features_are_filled_and_standardized_with_the_training_part(tmp_path: P
     assembly = assembled(tmp_path / "t.csv", rows, **options)
     subset = assembly.training.subset
     trained = subset.rows(np.arange(subset.n))
-    x, _ = training_rows(assembly)
+    x = training_rows(assembly)
     numbers = np.arange(40.0)
     second = np.where(numbers % 5, np.nan, numbers * 2)
     second = np.where(np.isnan(second), np.nanmean(second[trained]), second)
@@ -135,7 +124,7 @@ def test_features_are_filled_and_standardized_with_the_training_part(tmp_path: P
 def test_a_table_without_statistics_has_no_arrays_in_its_checkpoint(tmp_path: Path) -> None:
     assembly = assembled(tmp_path / "t.csv", TABLE.replace(",,", ",0,"), target="species")
     assert not any(path.startswith(PREPROCESSING) for path in assembly.state.arrays())
-    x, _ = training_rows(assembly)
+    x = training_rows(assembly)
     (rows,) = restored(assembly, tmp_path).read(str(tmp_path / "t.csv"))
     np.testing.assert_array_equal(rows.x, x)
 
@@ -148,17 +137,13 @@ def test_a_file_without_header_may_lack_the_target_column(target: int, tmp_path:
         row.insert(target % 3, row.pop())
     text = "".join(",".join(map(str, row)) + "\n" for row in rows)
     preprocessing = restored(assembled(path, text, target=target), tmp_path)
-    (with_target,) = preprocessing.read(str(path), with_target=True)
     (ignored,) = preprocessing.read(str(path))
     for row in rows:
         del row[target]
     path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
     (without,) = preprocessing.read(str(path))
-    np.testing.assert_array_equal(with_target.x, [[0.5, 1], [1.5, 2], [2.5, 3]])
-    np.testing.assert_array_equal(without.x, with_target.x)
-    np.testing.assert_array_equal(ignored.x, with_target.x)
-    np.testing.assert_array_equal(with_target.y, [0, 1, 0])
-    assert without.y is None
+    np.testing.assert_array_equal(ignored.x, [[0.5, 1], [1.5, 2], [2.5, 3]])
+    np.testing.assert_array_equal(without.x, ignored.x)
 
 
 def test_a_table_with_very_many_columns_is_read_by_position(tmp_path: Path) -> None:
@@ -167,27 +152,22 @@ def test_a_table_with_very_many_columns_is_read_by_position(tmp_path: Path) -> N
     options = {"target": "y", "standardize": True}
     assembly = assembled(path, text, **options)
     preprocessing = restored(assembly, tmp_path)
-    x, y = training_rows(assembly)
-    (rows,) = preprocessing.read(str(path), with_target=True)
+    x = training_rows(assembly)
+    (rows,) = preprocessing.read(str(path))
     np.testing.assert_array_equal(rows.x, x)
-    np.testing.assert_array_equal(rows.y, y)
     path.write_text("".join(line.rpartition(",")[0] + "\n" for line in text.splitlines()))
     (rows,) = preprocessing.read(str(path))
     np.testing.assert_array_equal(rows.x, x)
     assert preprocessing.columns is None
     assert preprocessing.class_names == ["s", "t"]
-    with pytest.raises(DataError, match="so there is none for the target"):
-        [*preprocessing.read(str(path), with_target=True)]
 
 
 NEW: dict[str, str] = {
     "unseen category": "width,color,fresh,weight\n5.1,red,yes,1\n4.9,pink,no,2\n",
-    "unseen class": TABLE + "5.9,green,no,1,daisy\n",
     "no number": "width,color,fresh,weight\n5.1,red,yes,heavy\n",
     "no boolean": "width,color,fresh,weight\n5.1,red,perhaps,2\n",
     "no such column": "width,colour,fresh,weight\n5.1,red,yes,1\n",
     "ragged": "width,color,fresh,weight\n5.1,red,yes,1\n5.1,red,yes\n",
-    "no target": "width,color,fresh,weight\n5.1,red,yes,1\n",
     "no header": "5.1,red,yes,1\n4.9,blue,no,2\n",
 }
 
@@ -200,7 +180,7 @@ def test_a_row_that_does_not_fit_is_named(
     preprocessing = restored(assembled(path, **OPTIONS), tmp_path)
     path.write_text(NEW[case])
     with pytest.raises(DataError) as caught:
-        [*preprocessing.read(str(path), with_target=case in ("no target", "unseen class"))]
+        [*preprocessing.read(str(path))]
     assert str(caught.value).removeprefix(f"{path}: cannot be read as CSV: ") == snapshot
 
 
@@ -223,19 +203,16 @@ def test_samples_of_other_sources_are_scaled(tmp_path: Path) -> None:
     """A CSV file of their values may have a header, and the target as its last column."""
     config = make_config(data={"name": "arrays", "path": "a.npz", "scale": 0.5, "n_classes": 3})
     assert isinstance(config, TaskConfig)
-    preprocessing = Preprocessing(
-        config.data, targets="classes", dtype="float32", sample_shape=(2, 2)
-    )
+    preprocessing = Preprocessing(config.data, dtype="float32", sample_shape=(2, 2))
     x = np.arange(8).reshape(2, 2, 2)
     np.testing.assert_array_equal(preprocessing.transform(x), x / 2)
     assert preprocessing.class_names == ["0", "1", "2"]
     assert preprocessing.columns is None
     path = tmp_path / "t.csv"
-    for text, y in (("0,1,2,3\n4,5,6,7\n", None), ("a,b,c,d,y\n0,1,2,3,1\n4,5,6,7,2\n", [1, 2])):
+    for text in ("0,1,2,3\n4,5,6,7\n", "a,b,c,d,y\n0,1,2,3,1\n4,5,6,7,2\n"):
         path.write_text(text)
-        (rows,) = preprocessing.read(str(path), with_target=y is not None)
+        (rows,) = preprocessing.read(str(path))
         np.testing.assert_array_equal(rows.x, x / 2)
-        assert (y is None and rows.y is None) or (rows.y is not None and rows.y.tolist() == y)
     path.write_text("0,1,2\n")
     with pytest.raises(DataError, match=r"it has 3 columns, but a sample has 4 values$"):
         [*preprocessing.read(str(path))]
