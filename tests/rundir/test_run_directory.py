@@ -25,6 +25,7 @@ from stepctl.config.model import Config
 from stepctl.errors import CheckpointError, ConfigError, Exit, RunInUseError, StepctlError
 from stepctl.hooks.base import Hook
 from stepctl.programs.base import Metrics
+from stepctl.rundir import json_lines
 from stepctl.rundir.directory import RunDirectory
 from stepctl.state.train_state import TrainState
 from stepctl.system.folder import publish
@@ -419,6 +420,33 @@ def test_a_row_that_cannot_be_read_does_not_end_the_search(many_rows: RunDirecto
     many_rows.metrics_after(9_000).cut(said.append)
     assert many_rows.metrics.read_bytes() == b"".join(lines[:9_000])
     assert len(said) == 1
+
+
+def test_a_row_of_the_restored_step_does_not_end_the_search(
+    many_rows: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extra row of that step may stand before it."""
+    last = b'{"step": 20001, "kind": "eval"}\n'
+    lines = many_rows.metrics.read_bytes()
+    many_rows.metrics.write_bytes(lines + b'{"step": 20001, "extra": true}\n' + last)
+    monkeypatch.setattr(json_lines, "_TAIL_BYTES", len(last))
+    cut_metrics(many_rows, 20_001)
+    assert many_rows.metrics.read_bytes() == lines + last
+
+
+def test_removed_rows_are_durably_removed(
+    many_rows: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise they could come back after a power cut, between rows that were written later."""
+    synced: list[tuple[str, int]] = []
+
+    def fsync(descriptor: int) -> None:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((name, os.fstat(descriptor).st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    cut_metrics(many_rows, 19_990)
+    assert synced == [("metrics.jsonl", many_rows.metrics.stat().st_size)]
 
 
 def cut_metrics(directory: RunDirectory, step: int) -> None:
