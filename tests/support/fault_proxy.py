@@ -191,6 +191,7 @@ class FaultProxy:
                 listener.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread, which closes it
             for connection in self._connections:
                 _reset(connection)
+            self._connections.clear()
 
     def refuse_for(self, seconds: float) -> None:
         """Reset all connections, and refuse new ones for a while."""
@@ -203,9 +204,11 @@ class FaultProxy:
         with self._lock:
             self._start(listen_again)
 
-    def register(self, request: Request) -> Request:
+    def register(self, request: Request, connection: socket.socket) -> Request:
         """Number a request, and choose its fault."""
         with self._lock:
+            if connection not in self._connections:  # it came after `refuse`
+                raise _Reset
             request = replace(request, number=len(self._requests) + 1)
             fault = next((fault for fault, when in self._faults if when(request)), None)
             request = replace(request, fault=fault)
@@ -266,8 +269,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         assert "Transfer-Encoding" not in self.headers, "a body must have a length"
         headers = list(self.headers.items())
-        request = self.proxy.register(Request(0, self.command, self.path, headers))
         try:
+            request = Request(0, self.command, self.path, headers)
+            request = self.proxy.register(request, self.connection)
             self.wfile.write(b"".join(self._answer(request)))
         except _Reset:
             _reset(self.connection)
