@@ -14,16 +14,40 @@ arguments can be run again at any time: each is idempotent.
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Generator
-from typing import Any, BinaryIO, TypeVar
+import secrets
+from collections.abc import Callable
+from typing import BinaryIO
 
-from stepctl.errors import RunInUseError
-from stepctl.mirror.manifest import Contents, Manifest, Owner, StoredObject
+from stepctl.errors import CheckpointError, ConfigError, RunInUseError, StepctlError
+from stepctl.mirror import names
+from stepctl.mirror.manifest import (
+    MAX_MANIFEST_BYTES,
+    Contents,
+    Kept,
+    Manifest,
+    Owner,
+    StoredObject,
+)
 from stepctl.mirror.names import Key
-from stepctl.mirror.store import ObjectStore
+from stepctl.mirror.reading import read_log, read_manifest, read_newest, read_owner_of
+from stepctl.mirror.store import StoreUnavailable
+from stepctl.mirror.transition import (
+    Delete,
+    Put,
+    Transition,
+    Upload,
+    Wait,
+    create,
+    exists,
+    get,
+    holds,
+    list_names,
+    url,
+)
 
-T = TypeVar("T")
+_MAX_BEAT_BYTES = 100
+_POLLS = 4  # of a beat, in the two intervals that a newcomer waits
+_ATTEMPTS = 100
 
 
 class OwnedByAnother(RunInUseError):
@@ -32,65 +56,6 @@ class OwnedByAnother(RunInUseError):
 
 class Deposed(RunInUseError):
     """Another process has taken over the mirror; this one must not write to it any more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Create:
-    """Create an object if absent; the reply is a bool."""
-
-    name: str
-    content: bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Put:
-    """Create or overwrite an object."""
-
-    name: str
-    content: bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Get:
-    """Read an object; the reply is its content, or None."""
-
-    name: str
-    max_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class List:
-    """List names; the reply is a list of them."""
-
-    prefix: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Upload:
-    """Upload a file."""
-
-    name: str
-    file: BinaryIO
-    size: int
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Delete:
-    """Delete an object if it exists."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Wait:
-    """Wait for some seconds."""
-
-    seconds: float
-
-
-Request = Create | Put | Get | List | Upload | Delete | Wait
-Transition = Generator[Request, Any, T]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +69,12 @@ class Claim:
     @property
     def next_key(self) -> Key:
         """The key of the next commit, and of objects uploaded for it."""
-        raise NotImplementedError
+        if self.newest is None or self.newest.key.epoch != self.epoch:
+            return Key(self.epoch, 1)
+        return Key(self.epoch, self.newest.key.seq + 1)
 
 
-def run(
-    transition: Transition[T], store: ObjectStore, wait: Callable[[float], None] = time.sleep
-) -> T:
-    """Perform the requests of a transition and return its result.
-
-    What `wait` and the store raise ends the transition and passes through.
-    """
-    raise NotImplementedError
+# --- becoming the owner
 
 
 def claim_mirror(
@@ -132,43 +92,144 @@ def claim_mirror(
     2) if the mirror holds another run or the store has no conditional writes; CheckpointError
     (exit 3) if no commit of a mirror that has some can be read.
     """
-    raise NotImplementedError
+    yield from _check_store(secrets.token_hex(16))
+    keys = yield from read_log()
+    epoch = keys[-1].epoch if keys else 0
+    if not (yield from holds(names.owner(epoch), owner.to_bytes())):  # else an earlier attempt's
+        yield from _refuse_another_run(owner, (yield from read_newest()))
+        if epoch and not take_over:
+            yield from _wait_until_free(epoch, announce)
+        epoch += 1
+        yield from _create_owner(epoch, owner)
+    # Not before the owner exists: an earlier owner may have committed until then.
+    newest = yield from read_newest(announce, expected=Key(epoch, 0))
+    claim = Claim(epoch, owner, newest)
+    try:
+        yield from _refuse_another_run(owner, newest)
+    except ConfigError:
+        yield from release(claim)
+        raise
+    return claim
 
 
-def read_newest() -> Transition[Manifest | None]:
-    """Return the newest commit that can be read, None if there is none.
+def _check_store(nonce: str) -> Transition[None]:
+    """Raise ConfigError if the store creates an object that exists."""
+    name = names.probe(nonce)
+    yield from create(name, b"1")
+    was_replaced = yield from create(name, b"2")
+    yield Delete(name)
+    if was_replaced:
+        raise ConfigError(
+            f"{(yield from url())}: the store replaced an object that it was to create only if "
+            "absent, so that two writers could overwrite each other; use a store with conditional "
+            "writes (If-None-Match)"
+        )
 
-    CheckpointError if there are commits and all are damaged.
+
+def _refuse_another_run(owner: Owner, newest: Manifest | None) -> Transition[None]:
+    if newest is not None and newest.run_id != owner.run_id:
+        raise ConfigError(
+            f"{(yield from url())}: is the mirror of another run ({newest.run_id}, at step "
+            f"{newest.step}); give this run ({owner.run_id}) a URL of its own"
+        )
+
+
+def _wait_until_free(epoch: int, announce: Callable[[str], None]) -> Transition[None]:
+    """Wait until the owner of an epoch has ended, for certain or in all likelihood.
+
+    OwnedByAnother if it overwrites its beat meanwhile.
     """
-    raise NotImplementedError
+    if (yield from exists(names.released(epoch))):
+        return
+    other = yield from read_owner_of(epoch)
+    if other.is_known_dead():
+        return
+    first = yield from get(names.beat(epoch), _MAX_BEAT_BYTES)
+    seconds = 2 * other.beat_seconds
+    place = yield from url()
+    announce(f"{place}: in use by {other}; waiting {seconds:g} s to see whether it is alive")
+    for _ in range(_POLLS):
+        yield Wait(seconds / _POLLS)
+        if (yield from exists(names.released(epoch))):
+            return
+        if (yield from get(names.beat(epoch), _MAX_BEAT_BYTES)) != first:
+            raise OwnedByAnother(_in_use(place, other))
 
 
-def read_owner() -> Transition[tuple[int, Owner, bool] | None]:
-    """Return the newest epoch, its owner, and whether it was released; None without any."""
-    raise NotImplementedError
+def _create_owner(epoch: int, owner: Owner) -> Transition[None]:
+    """Create the owner of an epoch; OwnedByAnother if another process was faster."""
+    if epoch > names.MAX_NUMBER:
+        raise CheckpointError("mirror", f"{(yield from url())}: has no epoch after {epoch - 1}")
+    if (yield from create(names.owner(epoch), owner.to_bytes())):
+        return
+    other = yield from read_owner_of(epoch)
+    if other != owner:
+        raise OwnedByAnother(_in_use((yield from url()), other))
 
 
-def read_kept(manifest: Manifest) -> Transition[list[Manifest]]:
-    """Return the earlier commits that a manifest keeps and that can be read, newest first.
+def _in_use(place: str, other: Owner) -> str:
+    return f"{place}: in use by {other}; wait for it, stop it, or add --take-over if it has ended"
 
-    For a reader that finds an object of `manifest` damaged, and for a resume at an earlier step.
-    """
-    raise NotImplementedError
+
+# --- what an owner does
 
 
 def upload(claim: Claim, file: BinaryIO, size: int, sha256: str) -> Transition[StoredObject]:
     """Upload the next `size` bytes of a file for the next commit."""
-    raise NotImplementedError
+    stored = StoredObject(claim.next_key, sha256, size)
+    yield Upload(stored.name, file, size, sha256)
+    return stored
 
 
 def commit(claim: Claim, contents: Contents, keep_last: int) -> Transition[Claim]:
     """Make `contents` the newest commit, and return the claim with it.
 
-    Its objects are those uploaded with this claim and those of `claim.newest`; no others. Commits
-    of the same or a later step are no longer kept, and of the others the newest `keep_last - 1`.
-    Raises Deposed if another process has taken over; the commit may then be lost.
+    Its objects are those uploaded with this claim and those of `claim.newest`; ValueError for any
+    other. Commits of the same or a later step are no longer kept, and of the others the newest
+    `keep_last - 1`. Raises Deposed if another process has taken over; the commit may then be lost.
     """
-    raise NotImplementedError
+    _check_objects(claim, contents)
+    manifest = Manifest(
+        key=claim.next_key,
+        run_id=claim.owner.run_id,
+        nonce=claim.owner.nonce,
+        contents=contents,
+        previous=_kept_by(claim.newest, contents.step, keep_last),
+    )
+    for _ in range(_ATTEMPTS):
+        name = names.log(manifest.key)
+        content = manifest.to_bytes()
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise StepctlError(f"{(yield from url())}: the run has too many files to mirror")
+        if (yield from create(name, content)):
+            break
+        # an earlier attempt, with other contents, whose reply was lost
+        manifest = dataclasses.replace(manifest, key=manifest.key.next)
+    else:
+        raise StoreUnavailable(f"{(yield from url())}/{name}: the store has other contents")
+    # After the manifest, not before: a successor that does not exist yet will read the manifest.
+    keys = yield from read_log(manifest.key, after=names.owner(claim.epoch))
+    if keys[-1].epoch > claim.epoch:
+        raise (yield from _deposed(claim))
+    return dataclasses.replace(claim, newest=manifest)
+
+
+def _check_objects(claim: Claim, contents: Contents) -> None:
+    """Raise ValueError if a commit names an object that may be deleted at any time."""
+    carried_over = set() if claim.newest is None else set(claim.newest.contents.objects())
+    for stored in contents.objects():
+        is_uploaded = stored.key.epoch == claim.epoch and stored.key >= claim.next_key
+        if not is_uploaded and stored not in carried_over:
+            raise ValueError(f"{stored.name} is neither uploaded nor of the commit before")
+
+
+def _kept_by(newest: Manifest | None, step: int, keep_last: int) -> tuple[Kept, ...]:
+    """Return the earlier commits that a commit of a step keeps: only such as `newest` keeps."""
+    if newest is None:
+        return ()
+    kept = [Kept(newest.key, newest.step), *newest.previous]
+    earlier = [one for one in kept if one.step < step]
+    return tuple(earlier[: keep_last - 1])
 
 
 def beat(claim: Claim, count: int) -> Transition[None]:
@@ -176,17 +237,67 @@ def beat(claim: Claim, count: int) -> Transition[None]:
 
     Raises Deposed if another process has taken over.
     """
-    raise NotImplementedError
+    yield Put(names.beat(claim.epoch), str(count).encode())
+    if (yield from exists(names.owner(claim.epoch + 1))):
+        raise (yield from _deposed(claim))
+
+
+def _deposed(claim: Claim) -> Transition[Deposed]:
+    """Return the error of an owner that has a successor."""
+    try:
+        successor = str((yield from read_owner_of(claim.epoch + 1)))
+    except CheckpointError:
+        successor = "another process"
+    return Deposed(
+        f"{(yield from url())}: was taken over by {successor}; this process must not write to it "
+        "any more"
+    )
 
 
 def release(claim: Claim) -> Transition[None]:
     """End the epoch: the next owner need not wait. The claim must not be used after it."""
-    raise NotImplementedError
+    yield from create(names.released(claim.epoch), claim.owner.nonce.encode())
 
 
 def collect_garbage(claim: Claim) -> Transition[int]:
     """Delete what `claim.newest` does not keep; return the number of objects deleted.
 
-    Only for a claim that `commit` returned.
+    Raises Deposed if another process has taken over.
     """
-    raise NotImplementedError
+    newest = claim.newest
+    if newest is None:
+        return 0
+    keys = yield from read_log(newest.key)
+    if keys[-1].epoch > claim.epoch:
+        raise (yield from _deposed(claim))
+    # From here on, a successor continues from `newest` or a later commit, and this deletes nothing
+    # of those: only names that are older, and that `newest` does not keep.
+    kept = [one.key for one in newest.previous]
+    old = [key for key in keys if key.seq and key < newest.key and key not in kept]
+    for key in old:
+        yield Delete(names.log(key))
+    # Data last: a manifest that can be read has all its objects.
+    used = {stored.name for stored in newest.contents.objects()}
+    for key in kept:
+        try:
+            manifest = yield from read_manifest(key)
+        except CheckpointError:
+            return len(old)  # it names data that cannot be known
+        if manifest is None and key in keys:
+            raise StoreUnavailable(f"{(yield from url())}/{names.log(key)}: cannot be found")
+        if manifest is not None:
+            used.update(stored.name for stored in manifest.contents.objects())
+    unused = [
+        name
+        for name in (yield from list_names(names.DATA))
+        if _is_older_data(name, newest.key) and name not in used
+    ]
+    for name in unused:
+        yield Delete(name)
+    return len(old) + len(unused)
+
+
+def _is_older_data(name: str, newest: Key) -> bool:
+    """Tell whether an object is not one that was uploaded for the next commit."""
+    parsed = names.parse_data(name)
+    return parsed is not None and parsed[0] <= newest

@@ -1,20 +1,27 @@
 """Object stores: S3, Google Cloud Storage, Azure Blob Storage, and a directory.
 
     store = open_store("s3://bucket/runs/digits")
-    store.create("owners/0000000001", b"...")  # False: there is one already
-    for name, size in store.list("manifests/"):
+    store.create("log/0000000001-0000000000", b"...")  # False: there is one already
+    for name, size in store.list("data/"):
         ...
 
-All calls block. Nothing is retried here: a caller that wants to continue after StoreUnavailable
-repeats its whole operation. Credentials and endpoints come from each store's environment variables
-(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_...),
-never from the URL, and no message contains them.
+All calls block. Credentials and endpoints come from each store's environment variables
+(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP, GOOGLE_SERVICE_ACCOUNT,
+AZURE_STORAGE_ACCOUNT_NAME, ...), never from the URL, and no message contains them.
 """
 
+import hashlib
+import re
+import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from stepctl.errors import StepctlError
+from stepctl.errors import ConfigError, StepctlError, printable
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_FOLDER = re.compile(r"[A-Za-z0-9!_.*'()=,+-]{1,255}")
+_FORMS = "s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or file:///PATH"
 
 
 class StoreUnavailable(StepctlError):
@@ -22,7 +29,11 @@ class StoreUnavailable(StepctlError):
 
 
 class ObjectStore(Protocol):
-    """The operations that a mirror needs. Each is atomic, and seen by all that follow it."""
+    """The operations that a mirror needs. Each is atomic, and seen by all that follow it.
+
+    StoreUnavailable if one fails. A request that changes a single object is sent once: the caller
+    decides about a retry.
+    """
 
     @property
     def url(self) -> str:
@@ -57,13 +68,36 @@ class ObjectStore(Protocol):
         """Return the size of an object in bytes, None if it is absent."""
 
     def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
-        """Yield name and size of the objects below `prefix`, in order of their names.
+        """Yield name and size of the objects below `prefix` with names greater than `after`.
 
-        `prefix` ends with a slash; names are complete. With `after`, only names greater than it.
+        `prefix` ends with a slash; all names are complete, and come in any order. A faulty proxy
+        can make a listing empty: a caller looks for a name that must be there.
         """
 
     def delete(self, name: str) -> None:
         """Delete an object if it exists."""
+
+
+def checked_pieces(file: BinaryIO, size: int, sha256: str, piece_bytes: int) -> Iterator[bytes]:
+    """Yield the next `size` bytes of a file in pieces of `piece_bytes`; the last may be shorter.
+
+    StepctlError, before the last piece, if they do not have this sha256.
+    """
+    digest = hashlib.sha256()
+    remaining = size
+    while True:
+        piece = file.read(min(piece_bytes, remaining))
+        digest.update(piece)
+        remaining -= len(piece)
+        if not remaining or not piece:
+            break
+        yield piece
+    if remaining or digest.hexdigest() != sha256:
+        raise StepctlError(
+            "a file of the run changed on the disk after it was written (sha256 mismatch), and is "
+            "not mirrored; check the disk with: stepctl verify RUN"
+        )
+    yield piece
 
 
 def open_store(url: str) -> ObjectStore:
@@ -71,4 +105,47 @@ def open_store(url: str) -> ObjectStore:
 
     No request is made. ConfigError for any other URL, and for one with credentials or a query.
     """
-    raise NotImplementedError
+    scheme, separator, place = url.partition("://")
+    if not separator or scheme not in ("s3", "gs", "az", "file"):
+        raise ConfigError(f"{_shown(url)}: is not the URL of a mirror; give {_FORMS}")
+    if scheme == "file":
+        return _directory(place)
+    bucket, _, path = place.partition("/")
+    path = path.rstrip("/")
+    if "@" in place or "?" in place or "#" in place:
+        raise ConfigError(
+            f"{_shown(url)}: the URL of a mirror has no user, query or fragment; credentials and "
+            "settings come from environment variables"
+        )
+    if not _BUCKET.fullmatch(bucket):
+        raise ConfigError(f"{_shown(url)}: has no valid bucket name; give {_FORMS}")
+    for folder in path.split("/") if path else ():
+        if not _FOLDER.fullmatch(folder) or folder in (".", ".."):
+            raise ConfigError(
+                f"{_shown(url)}: {folder!r} cannot be a part of a mirror's path; use letters, "
+                "digits and !_.*'()=,+-"
+            )
+    from stepctl.mirror.cloud_store import CloudStore
+
+    return CloudStore(scheme, bucket, path)
+
+
+def _directory(place: str) -> ObjectStore:
+    """Return the store of file:///PATH, of which `place` is /PATH."""
+    path = urllib.parse.unquote(place)
+    folders = [folder for folder in path.split("/") if folder]
+    if not path.startswith("/") or "\0" in path or not folders or ".." in folders:
+        shown = _shown(f"file://{place}")
+        raise ConfigError(f"{shown}: is not a directory's URL; give file:///ABSOLUTE/PATH")
+    from stepctl.mirror.file_store import FileStore
+
+    return FileStore(Path(path))
+
+
+def _shown(url: str) -> str:
+    """Return a URL that was refused, without what may be a secret."""
+    scheme, separator, place = url.partition("://")
+    host, slash, path = place.partition("/")
+    path = re.split("[?#]", path, maxsplit=1)[0]
+    host = re.split("[?#]", host, maxsplit=1)[0].rpartition("@")[2]
+    return printable(f"{scheme}{separator}{host}{slash}{path}")

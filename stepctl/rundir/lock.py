@@ -57,11 +57,11 @@ class Holder(NamedTuple):
     @property
     def ended_with_its_boot(self) -> bool:
         """Tell whether this host was restarted since."""
-        return self.other_host is None and self.boot_id != _boot_id()
+        return self.other_host is None and self.boot_id != boot_id()
 
     def may_be_alive(self) -> bool:
         """Return False only if no process of this boot of this host has the pid."""
-        if self.other_host is not None or self.boot_id != _boot_id():
+        if self.other_host is not None or self.boot_id != boot_id():
             return True
         if self.pid is None:
             return False
@@ -103,7 +103,7 @@ class Lock:
     def write_holder(self) -> None:
         """Write this process to the lock file, unless the disk is full: the lock is held anyway."""
         assert self._file is not None
-        holder = Holder(os.uname().nodename, _boot_id(), os.getpid())
+        holder = Holder(os.uname().nodename, boot_id(), os.getpid())
         line = json.dumps(holder._asdict()) + "\n"
         try:
             with write_errors(self._path):
@@ -200,7 +200,8 @@ class Lock:
             )
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Return the id of this boot of the system, "unknown" where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
