@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, BinaryIO
 
 from stepctl.errors import ConfigError
+from stepctl.system import process_signals
 from stepctl.system.folder import Folder
 from stepctl.system.text import in_one_line
 
@@ -44,13 +48,39 @@ def _listed(extensions: Collection[str]) -> str:
 
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[BinaryIO]:
-    """Yield a new file for writing, which appears under the path complete; nothing is left after an error."""
+    """Yield a new file for writing, which appears under the path complete.
+
+    Nothing is left after an error. SIGTERM and SIGHUP raise KeyboardInterrupt.
+    """
     place = Path(path)
     with (
+        _termination_as_interrupt(),
         Folder(place.parent).publishing(place.name) as descriptor,
         os.fdopen(os.dup(descriptor), "wb") as file,
     ):
         yield file
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt on the signals that would end the process without any clean-up.
+
+    Signals that are ignored or handled, and threads other than the main one, are left alone.
+    """
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = process_signals.set_handler(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            process_signals.restore_handler(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def write_arrays(file: BinaryIO, arrays: Mapping[str, Array]) -> None:
