@@ -50,8 +50,10 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 class Child:
     """A tool in a process of its own."""
 
-    def __init__(self, tool: str, size: str, threads: int) -> None:
+    def __init__(self, tool: str, size: str, threads: int, kernel: str | None) -> None:
         environment = {key: value for key, value in os.environ.items() if key not in UNSET}
+        if kernel is not None and tool.startswith("stepctl"):
+            environment["OPENBLAS_CORETYPE"] = kernel  # as numerics.blas_kernel does
         environment |= dict.fromkeys(THREADS, str(threads)) | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
         program = str(Path(__file__).with_name("step_tools.py"))
         command = [sys.executable, "-W", "ignore", program, tool, size, str(threads)]
@@ -94,7 +96,7 @@ def measure(
     size: str, tools: list[str], options: argparse.Namespace
 ) -> tuple[dict[str, list[float]], list[str], float]:
     """Return (microseconds per step, tool -> one a round; what the tools are; the share of turns disturbed)."""
-    children = {tool: Child(tool, size, options.threads) for tool in tools}
+    children = {tool: Child(tool, size, options.threads, options.kernel) for tool in tools}
     times: dict[str, list[float]] = {tool: [] for tool in tools}
     quiet = (os.cpu_count() or 1) - options.threads + SHARE
     for i in range(options.rounds):
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=cores, help="threads and cores of each child (all)"
     )
+    parser.add_argument("--kernel", help="OpenBLAS kernel of stepctl (numerics.blas_kernel)")
     parser.add_argument(
         "--patience", type=float, default=3.0, help="seconds to wait for a turn without disturbance"
     )
