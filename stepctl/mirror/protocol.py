@@ -95,7 +95,8 @@ def claim_mirror(
     yield from _check_store(secrets.token_hex(16))
     keys = yield from read_log()
     epoch = keys[-1].epoch if keys else 0
-    if not (yield from holds(names.owner(epoch), owner.to_bytes())):  # else an earlier attempt's
+    if not epoch or not (yield from holds(names.owner(epoch), owner.to_bytes())):
+        # no earlier attempt of this claim has succeeded
         yield from _refuse_another_run(owner, (yield from read_newest()))
         if epoch and not take_over:
             yield from _wait_until_free(epoch, announce)

@@ -64,22 +64,22 @@ def read_newest(
 def read_log(expected: Key | None = None, after: str = "") -> Transition[list[Key]]:
     """Return the keys of the owners (`seq` 0) and of the manifests, in ascending order.
 
-    A faulty proxy can make a listing empty. StoreUnavailable if the log lacks the entry `expected`,
-    or is empty although an epoch was opened.
+    A faulty proxy can make a listing empty. StoreUnavailable if the log has neither the entry
+    `expected` nor one of a later epoch, whose owner may have deleted it; or if it is empty although
+    an epoch was opened.
     """
-    found = [names.parse_log(name) for name in (yield from list_names(names.LOG, after))]
-    keys = sorted(key for key in found if key is not None)
-    if expected is None:
-        # owners are never deleted
-        is_incomplete = not keys and (yield from exists(names.owner(1)))
-    else:
-        is_incomplete = expected not in keys
-    if is_incomplete:
-        raise StoreUnavailable(
-            f"{(yield from url())}: a listing lacks objects that exist; check the proxies between "
-            "this machine and the store"
-        )
-    return keys
+    for _ in range(2):  # an entry may be created after the first listing
+        found = [names.parse_log(name) for name in (yield from list_names(names.LOG, after))]
+        keys = sorted(key for key in found if key is not None)
+        if expected is not None:
+            if expected in keys or (keys and keys[-1].epoch > expected.epoch):
+                return keys
+        elif keys or not (yield from exists(names.owner(1))):  # owners are never deleted
+            return keys
+    raise StoreUnavailable(
+        f"{(yield from url())}: a listing lacks objects that exist; check the proxies between this "
+        "machine and the store"
+    )
 
 
 def read_manifest(key: Key) -> Transition[Manifest | None]:
