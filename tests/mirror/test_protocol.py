@@ -3,8 +3,12 @@
 `test_protocol_model.py` has the faults.
 """
 
+import contextlib
 import dataclasses
+import secrets
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +26,7 @@ from stepctl.mirror.protocol import (
     release,
 )
 from stepctl.mirror.reading import read_kept, read_newest, read_owner
-from stepctl.mirror.store import StoreUnavailable
+from stepctl.mirror.store import StoreUnavailable, open_store
 from stepctl.mirror.transition import run
 from tests.support.mirrors import commit_step, is_whole, make_contents, make_owner, upload_bytes
 from tests.support.object_store import MemoryStore
@@ -295,3 +299,27 @@ def test_an_empty_listing_is_not_an_empty_mirror(store: MemoryStore) -> None:
         with pytest.raises(StoreUnavailable, match="a listing lacks objects that exist"):
             run(transition, portal)  # type: ignore[misc]
     assert set(store.objects) < set(portal.objects)
+
+
+@pytest.mark.process
+def test_threads_that_race_for_a_directory_own_different_epochs(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}/mirror")
+    claims: list[Claim] = []
+    barrier = threading.Barrier(8)
+
+    def race(number: int) -> None:
+        barrier.wait()
+        for _ in range(5):
+            with contextlib.suppress(OwnedByAnother):
+                owner = dataclasses.replace(make_owner(number), nonce=secrets.token_hex(16))
+                claims.append(run(claim_mirror(owner, take_over=True), store))
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claim.epoch for claim in claims) == list(range(1, len(claims) + 1))
+    for claim in claims:
+        assert store.get(names.owner(claim.epoch), 4096) == claim.owner.to_bytes()
+    assert list(store.list(names.PROBES)) == []

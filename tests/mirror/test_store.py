@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+import re
 import socket
 import threading
 import time
@@ -178,6 +180,55 @@ def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatc
             with pytest.raises(StoreUnavailable, match="did not answer in time"):
                 request()
             assert 0.25 < time.monotonic() - began < 5
+
+
+def _serve_slowly(listener: socket.socket, bytes_per_second: int) -> None:
+    """Accept one request after the other, read its body slowly, and answer."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # the test has ended
+            return
+        with connection, contextlib.suppress(OSError):
+            received = b""
+            while b"\r\n\r\n" not in received:
+                received += connection.recv(1000)
+            head, _, body = received.partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head)
+            assert length is not None
+            remaining = int(length[1]) - len(body)
+            while remaining > 0:
+                piece = connection.recv(min(remaining, 1 << 16))
+                if not piece:
+                    break
+                remaining -= len(piece)
+                time.sleep(len(piece) / bytes_per_second)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nETag: x\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_a_slow_network_gets_more_time_after_each_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud_store, "_IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(cloud_store, "_FASTEST", 32 << 20)
+    content = bytes(1 << 20)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        _set_environment(monkeypatch, environment(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+        thread = threading.Thread(target=_serve_slowly, args=(listener, 4 << 20), daemon=True)
+        thread.start()
+        store = open_store("s3://bucket/runs/digits")
+        with pytest.raises(StoreUnavailable, match="did not answer in time"):
+            store.put("beats/1", content)
+        n_failures = 1
+        while n_failures < 10:
+            try:
+                store.put("beats/1", content)
+            except StoreUnavailable:
+                n_failures += 1
+            else:
+                break
+        assert n_failures < 10
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
 
 
 @pytest.mark.parametrize(
