@@ -9,7 +9,15 @@ import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from stepctl.config import registry
@@ -19,6 +27,7 @@ from stepctl.config.registry import Fraction, NonNegative, NonNegativeInt, Posit
 from stepctl.config.yaml import Document, dumps
 from stepctl.errors import ConfigError
 from stepctl.state.counters import GLOBAL_STEP
+from stepctl.system import store_url
 from stepctl.system.text import in_lines
 
 # Sections that are components of the family of the same name. Those of PER_MODEL hold one component,
@@ -368,6 +377,35 @@ class CheckpointConfig(CadenceConfig):
     on_error: Literal["stop", "continue"] = "stop"
 
 
+class MirrorConfig(Section):
+    """A copy of the run in object storage, which is kept up to date in the background.
+
+    Credentials and endpoint are read from the environment variables of the store, such as
+    AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL.
+
+    Args:
+        url: The place of the copy, which holds one run: s3://BUCKET/PATH, gs://BUCKET/PATH,
+            az://CONTAINER/PATH or file:///PATH.
+        every: Mirror the first checkpoint at or past each multiple of this number of steps, and
+            that of the segment's end; by default every checkpoint.
+        keep_last: Number of newest checkpoints that the mirror keeps.
+        wait_at_stop: Seconds that the end of a segment waits for the upload.
+    """
+
+    url: str
+    every: PositiveInt | None = None
+    keep_last: PositiveInt = 3
+    wait_at_stop: NonNegative = 60.0
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        problem = store_url.problem(url)
+        if problem is not None:
+            raise ValueError(problem)
+        return url
+
+
 class NumericsConfig(Section):
     """Settings that the last bits depend on; "auto" is replaced when the run starts.
 
@@ -412,6 +450,7 @@ class Config(Section):
         log: When to write a training row, and what it holds.
         evaluate: When to evaluate on the validation samples.
         checkpoint: When to save a checkpoint, and which checkpoints to keep.
+        mirror: A copy of the run in object storage; by default there is none.
         check_determinism: Whether `train` computes the first step several times and warns if the
             bits differ. Only runs that use components of your own are checked.
         numerics: Settings that the last bits of a result depend on.
@@ -423,6 +462,7 @@ class Config(Section):
     log: LogConfig = Field(default_factory=LogConfig, json_schema_extra=LIVE)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, json_schema_extra=LIVE)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, json_schema_extra=LIVE)
+    mirror: MirrorConfig | None = Field(None, json_schema_extra=LIVE)
     check_determinism: bool = Field(True, json_schema_extra=LIVE)
     numerics: NumericsConfig = Field(default_factory=NumericsConfig, json_schema_extra=LOCKED)
 
@@ -713,6 +753,7 @@ KEYS = (
     "evaluate",
     "samples",
     "checkpoint",
+    "mirror",
     "hooks",
     "on_nonfinite",
     "check_determinism",

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from stepctl.system.shell import command
 _TOLERATED = re.compile(
     r"\..*|lost\+found|(.*\.)?(log|logs|out|err|stdout|stderr)(\.txt|\.gz|\.[0-9]+)?|.*\.aside-[0-9]+"
 )
+_MAX_URL = 1024  # bytes
 _CONFIG_HEADER = (
     "# The resolved config, frozen when the run started; later changes are in ledger.jsonl.\n"
 )
@@ -48,8 +50,11 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.samples = root / "samples"
         self.series = root / "series"
+        self.mirror = root / "mirror.json"
+        self.pull = root / "pull-unfinished"  # holds the URL while the files are fetched
         self.stop = root / "STOP"  # created by the user to stop the run
         self.folder = Folder(root, self.path)
+        self._ledger_lock = threading.Lock()  # background threads append too
 
     @property
     def name(self) -> str:
@@ -70,8 +75,11 @@ class RunDirectory:
     def holds_run(self, ledger: Ledger | None = None) -> bool:
         """Tell whether a run published a checkpoint here, even if it is missing now.
 
-        The ledger is read if it is not given. UnreadableError if the files cannot be read now.
+        What an unfinished pull has fetched is no run. The ledger is read if it is not given.
+        UnreadableError if the files cannot be read now.
         """
+        if files.exists(self.pull):
+            return False
         if ledger is None:
             ledger = self.read_ledger()
         if ledger.acknowledged:
@@ -109,6 +117,8 @@ class RunDirectory:
                 self.checkpoints.name,
                 self.samples.name,
                 self.series.name,
+                self.mirror.name,
+                self.pull.name,
                 self.stop.name,
             }
         for name in names:
@@ -138,14 +148,27 @@ class RunDirectory:
         self.folder.publish(self.config.name, [(_CONFIG_HEADER + text).encode()])
 
     def remove_unfinished_start(self) -> None:
-        """Remove the files of a run that ended before its first checkpoint."""
-        for path in (self.config, self.ledger, self.metrics, self.csv):
+        """Remove the files of a run that ended before its first checkpoint, or of a pull."""
+        if self.folder.stat(self.pull.name) is not None:
+            _remove(self.checkpoint_folder, lambda name: name.startswith("step-"))
+        for path in (self.config, self.ledger, self.metrics, self.csv, self.mirror):
             with write_errors(self.display_path(path)):
                 self.folder.remove(path.name)
         event_files = self.folder.subfolder(self.tensorboard.name)
         _remove(event_files, lambda name: "tfevents" in name)
         series = self.folder.subfolder(self.series.name)
         _remove(series, lambda name: name.endswith((".bin", ".json")))
+        with write_errors(self.display_path(self.pull)):
+            self.folder.remove(self.pull.name)  # last: without it, a checkpoint is that of a run
+
+    @contextlib.contextmanager
+    def pulling(self, url: str) -> Iterator[None]:
+        """Mark the directory as incomplete while the block fetches a run into it."""
+        self.folder.publish(self.pull.name, [f"{url}\n".encode()])
+        yield
+        with write_errors(self.display_path(self.pull)):
+            self.folder.remove(self.pull.name)
+            self.folder.sync()
 
     # --- the lock
 
@@ -188,11 +211,19 @@ class RunDirectory:
     # --- config, ledger and metrics
 
     def refuse_missing_run(self) -> None:
-        """Raise ConfigError if the directory has no config.yaml."""
+        """Raise ConfigError if the directory has no config.yaml, or only a part of a mirror."""
         if files.is_file(self.folder.path):
             raise ConfigError(
                 f"{self.path}: is a file; give the run's directory "
                 "(with --from-step N for an older checkpoint)"
+            )
+        if files.exists(self.pull):
+            url = json_lines.read_start(self.folder, self.pull.name, _MAX_URL).decode(
+                "utf-8", "replace"
+            )
+            raise ConfigError(
+                f"{self.path}: was not fetched to the end; complete it with: "
+                f"{command('pull', url.strip(), self.path)}"
             )
         if not files.is_file(self.config):
             if self.holds_run():
@@ -224,9 +255,10 @@ class RunDirectory:
         """Append an event durably: {"event", "time", ...}."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         row = {"event": event, "time": now, **facts}
-        if not json_lines.append_row(self.folder, self.ledger.name, row):
-            self.repair_ledger()  # a full disk has cut the last line short
-            json_lines.append_row(self.folder, self.ledger.name, row)
+        with self._ledger_lock:
+            if not json_lines.append_row(self.folder, self.ledger.name, row):
+                self.repair_ledger()  # a full disk has cut the last line short
+                json_lines.append_row(self.folder, self.ledger.name, row)
 
     def repair_ledger(self, say: Callable[[str], None] = lambda message: None) -> Ledger:
         """Read the ledger; remove a last line that was cut short, and lines that are not objects."""

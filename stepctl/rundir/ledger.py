@@ -85,7 +85,17 @@ class ForkEvent(_Event):
     changes: NotRequired[list[RecordedChange]]
 
 
-LedgerEvent = StartEvent | CheckpointEvent | EndEvent | PruneEvent | ForkEvent
+class MirrorEvent(_Event):
+    """The mirror was taken over by a segment, started to fail, or works again."""
+
+    event: Literal["mirror"]
+    url: str
+    state: str  # "owned", "failing", "working" or "lost"
+    epoch: NotRequired[object]
+    error: NotRequired[object]
+
+
+LedgerEvent = StartEvent | CheckpointEvent | EndEvent | PruneEvent | ForkEvent | MirrorEvent
 
 _REQUIRED: dict[str, dict[str, type[Any]]] = {
     "start": {"segment": int, "step": int, "target": int, "data": str},
@@ -93,6 +103,7 @@ _REQUIRED: dict[str, dict[str, type[Any]]] = {
     "end": {"segment": int, "step": int, "reason": str},
     "prune": {"steps": list},
     "fork": {"step": int, "sha256": str},
+    "mirror": {"url": str, "state": str},
 }
 
 

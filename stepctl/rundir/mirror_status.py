@@ -1,0 +1,56 @@
+"""`mirror.json`: how far the mirror of a run has come, for other processes.
+
+The uploader of a segment publishes it after each commit, and when the store starts to fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from stepctl.rundir import json_lines
+from stepctl.rundir.directory import RunDirectory
+
+_MAX_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class MirrorStatus:
+    """The newest checkpoint in the mirror, and why a newer one is not there.
+
+    `step`, its `sha256` as in the ledger, and `time` are None before the first commit; `error` and
+    `failing_since` are None while the store works. Times are ISO 8601, in UTC.
+    """
+
+    url: str
+    epoch: int | None = None
+    seq: int | None = None
+    step: int | None = None
+    sha256: str | None = None
+    time: str | None = None
+    error: str | None = None
+    failing_since: str | None = None
+
+    def write(self, directory: RunDirectory) -> None:
+        """Publish the file; the run must be locked."""
+        content = json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+        directory.folder.publish(directory.mirror.name, [content])
+
+
+def read_status(directory: RunDirectory) -> MirrorStatus | None:
+    """Return the status; None if the run has no mirror, or the file is damaged."""
+    row = json_lines.parse_row(
+        json_lines.read_start(directory.folder, directory.mirror.name, _MAX_BYTES)
+    )
+    if row is None or not isinstance(row.get("url"), str):
+        return None
+    known: dict[str, Any] = {"url": row["url"]}
+    for name in ("epoch", "seq", "step"):
+        if type(row.get(name)) is int:
+            known[name] = row[name]
+    for name in ("sha256", "time", "error", "failing_since"):
+        if isinstance(row.get(name), str):
+            known[name] = row[name]
+    return MirrorStatus(**known)
