@@ -33,10 +33,10 @@ def pending_set_aside(ledger: Ledger) -> dict[int, str]:
     A segment renames them right after it recorded its start, so a later event means that they were
     renamed.
     """
-    if not ledger.events:
-        return {}
-    newest = ledger.events[-1]
-    if newest["event"] != "start":
+    # the thread of a mirror writes its lines at any time
+    events = (event for event in reversed(ledger.events) if event["event"] != "mirror")
+    newest = next(events, None)
+    if newest is None or newest["event"] != "start":
         return {}
     return {
         step: name

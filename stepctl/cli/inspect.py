@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stepctl.cli.mirror_url import check_url
 from stepctl.cli.options import json_option, refuse_missing
 from stepctl.cli.output import echo, echo_json
 from stepctl.cli.parameter_types import Place
 from stepctl.errors import printable
+from stepctl.system import store_url
 from stepctl.system.terminal import say
-from stepctl.system.text import align_columns, in_one_line
+from stepctl.system.text import align_columns, counted, in_one_line
 
 if TYPE_CHECKING:
-    from stepctl.reports.inspect import ArrayContents, CheckpointContents
+    from stepctl.reports.inspect import ArrayContents, CheckpointContents, Inspection, MirrorState
 
 _NO_ARRAY = "-"  # a pattern that matches no path
 _MAX_TEXT = 100  # characters of a value
@@ -36,8 +38,12 @@ def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
     """Show the contents of a checkpoint.
 
     For a run: of its newest good checkpoint, with its newest segment (one train or resume: the
-    global steps it covers, and why it ended), and the run and step that it was forked from.
+    global steps it covers, and why it ended), and the run and step that it was forked from. PATH may
+    be the URL of a mirror: of its newest checkpoint, which is downloaded, unless --step is given.
     """
+    if store_url.is_url(path):
+        _inspect_mirror(check_url(path), pattern, as_json=as_json, step_only=step_only)
+        return
     from stepctl.reports.sandboxed import inspect_path
     from stepctl.system.sandbox import Sandbox
 
@@ -45,15 +51,43 @@ def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
     if step_only:
         pattern = _NO_ARRAY
     with Sandbox() as sandbox:
-        from stepctl.config import yaml  # for the output, loaded while the child starts
+        import stepctl.config.yaml  # for the output, loaded while the child starts  # noqa: F401
 
         inspection = sandbox.call(inspect_path, path, pattern)
-    contents = inspection["contents"]
     for message in inspection["messages"]:
         say(message)
     if step_only:
-        echo(contents["global_step"])
+        echo(inspection["contents"]["global_step"])
+    else:
+        _print_inspection(inspection, pattern, as_json)
+
+
+def _inspect_mirror(url: str, pattern: str, *, as_json: bool, step_only: bool) -> None:
+    from stepctl.mirror.store import open_store
+    from stepctl.reports import mirror
+
+    store = open_store(url)
+    newest = mirror.newest_commit(store)
+    if step_only:
+        echo(newest.step)
         return
+    described = mirror.describe(store, newest)
+    inspection = mirror.inspect_mirrored(store, newest, pattern)
+    if as_json:
+        echo_json({**inspection["contents"], "mirror": described})
+        return
+    kept = ", ".join(map(str, [described["step"], *described["kept_steps"]]))
+    state = "which has ended" if described["released"] else "which may be alive"
+    echo(f"{url}  commit {described['epoch']}-{described['seq']}  steps {kept}")
+    echo(f"contents    {counted(described['objects'], 'object')}, {described['bytes']:,} bytes")
+    echo(f"owner       {described['owner']}, {state}")
+    _print_inspection(inspection, pattern, as_json)
+
+
+def _print_inspection(inspection: Inspection, pattern: str, as_json: bool) -> None:
+    from stepctl.config import yaml
+
+    contents = inspection["contents"]
     texts = inspection["value_texts"]
     if not contents["arrays"] and not texts:
         say(f"no array path matches {pattern!r}; a pattern looks like 'params/*'")
@@ -114,6 +148,9 @@ def _print_run(contents: CheckpointContents) -> None:
         if segment["reason"] is not None:
             end = f"ended {segment['ended']}: {segment['reason']}"
         echo(printable(f"segment     {segment['number']}  {steps}  {end}"))
+    mirror = contents.get("mirror")
+    if mirror is not None:
+        echo(printable(f"mirror      {_describe_mirror(mirror)}"))
     parent = contents.get("parent")
     if parent is not None:
         step = f"at step {parent['step']}  sha256 {parent['sha256']}"
@@ -121,6 +158,18 @@ def _print_run(contents: CheckpointContents) -> None:
         for change in parent["changes"]:
             values = f"{change.get('old')} -> {change.get('new')}"
             echo(printable(f"            {change['key']}: {values}"))
+
+
+def _describe_mirror(mirror: MirrorState) -> str:
+    if mirror["step"] is None:
+        text = f"{mirror['url']}  no step yet"
+    elif mirror["behind_steps"]:
+        text = f"{mirror['url']}  step {mirror['step']}, {mirror['behind_steps']} steps behind"
+    else:
+        text = f"{mirror['url']}  step {mirror['step']}, the newest"
+    if mirror["error"] is not None:
+        text += f" ({mirror['error']})"
+    return text
 
 
 def _describe_relations(relations: dict[str, bool]) -> str:

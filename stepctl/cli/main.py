@@ -26,6 +26,8 @@ from stepctl.cli.plan import plan
 from stepctl.cli.plot import plot
 from stepctl.cli.predict import predict
 from stepctl.cli.prune import prune
+from stepctl.cli.pull import pull
+from stepctl.cli.push import push
 from stepctl.cli.resume import resume
 from stepctl.cli.runs import runs
 from stepctl.cli.sample import sample
@@ -148,7 +150,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 _COMMANDS = (
     init, train, resume, evaluate, predict, sample, export, fork, plan, inspect, verify, diff, prune,
-    runs, plot, config, doctor,
+    pull, push, runs, plot, config, doctor,
 )  # fmt: skip
 for _command in _COMMANDS:
     cli.add_command(_command)

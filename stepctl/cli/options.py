@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stepctl.cli.parameter_types import Duration, Setting, WholeNumber
+from stepctl.cli.parameter_types import Duration, Setting, StoreURL, WholeNumber
 from stepctl.errors import ConfigError
 from stepctl.system import files
 
@@ -24,6 +24,11 @@ set_option = click.option(
     type=Setting(with_value=True),
     metavar="KEY=VALUE",
     help="Set a config key, such as data.batch_size=32.",
+)
+take_over_option = click.option(
+    "--take-over",
+    is_flag=True,
+    help="Own the mirror at once, though the process that owns it may be alive.",
 )
 max_time_option = click.option(
     "--max-time",
@@ -43,6 +48,23 @@ def target_options(function: F) -> F:
         "--num-steps", type=steps, metavar="N", help="Stop after this many steps from here."
     )
     return num_steps(last_step(function))
+
+
+def mirror_options(function: F) -> F:
+    """Add --mirror and --take-over."""
+    mirror = click.option(
+        "--mirror",
+        type=StoreURL(),
+        metavar="URL",
+        help="Keep a copy in object storage: s3://BUCKET/PATH, gs://, az:// or file:///PATH.",
+    )
+    return mirror(take_over_option(function))
+
+
+def set_mirror(document: Document, url: str | None) -> None:
+    """Set the mirror of a config to the one of the option, if there is one."""
+    if url is not None:
+        document.put("mirror.url", url, "--mirror")
 
 
 def verbosity_options(function: F) -> F:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from stepctl.system import files
+from stepctl.system import files, store_url
 from stepctl.system.files import expand_path
 
 _RUNS = "runs"  # the default folder of runs
@@ -166,3 +166,16 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # takes no argument 
             message = f"{text[:60]!r} is not a time above 0 s, up to {_MAX_SECONDS} s; {remedy}"
             self.fail(message, param, ctx)
         return seconds
+
+
+class StoreURL(click.ParamType):  # type: ignore[type-arg]
+    """The URL of a mirror."""
+
+    name = "url"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        problem = store_url.problem(text)
+        if problem is not None:
+            self.fail(f"the value {problem}.", param, ctx)
+        return text

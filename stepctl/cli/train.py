@@ -14,6 +14,8 @@ from stepctl.cli.interrupts import hold_signals
 from stepctl.cli.options import (
     json_option,
     max_time_option,
+    mirror_options,
+    set_mirror,
     set_option,
     set_target,
     stop_section,
@@ -26,11 +28,13 @@ from stepctl.cli.plan import print_plan
 from stepctl.cli.ranks import join_job, set_numerics
 from stepctl.cli.segment import train_segment
 from stepctl.errors import RunExistsError
+from stepctl.system import store_url
 from stepctl.system.terminal import say
 
 if TYPE_CHECKING:
     from stepctl.config.yaml import Document
     from stepctl.distributed.comm import Comm
+    from stepctl.mirror.claimed import ClaimedMirror
     from stepctl.rundir.directory import RunDirectory
     from stepctl.runs.segment import Segment
 
@@ -55,10 +59,12 @@ if TYPE_CHECKING:
 @set_option
 @target_options
 @max_time_option
+@mirror_options
 @click.option(
     "--or-resume",
     is_flag=True,
-    help="Resume the run if it exists, so that a scheduler can repeat the same command.",
+    help="Resume the run if it exists, here or in the mirror, so that a scheduler can repeat the "
+    "same command.",
 )
 @click.option("--dry-run", is_flag=True, help="Build everything and print the plan; do not train.")
 @json_option("how the run ended (step, reason, metrics, checkpoint), or the plan of --dry-run,")
@@ -71,6 +77,8 @@ def train(
     num_steps: int | None,
     last_step: int | None,
     max_time: float | None,
+    mirror: str | None,
+    take_over: bool,
     or_resume: bool,
     dry_run: bool,
     as_json: bool,
@@ -96,6 +104,7 @@ def train(
     document = yaml.load(config_path)
     set_target(document, stop_section(num_steps, last_step))
     document.set_all(assignments)
+    set_mirror(document, mirror)
     directory = RunDirectory(run_dir or Path("runs") / Path(config_path).stem)
     train_to_target = partial(
         train_segment,
@@ -105,8 +114,12 @@ def train(
         verbose=verbose,
         as_json=as_json,
     )
-    if or_resume and not dry_run and directory.holds_run():
-        _resume(directory, document, comm, train_to_target)
+    if or_resume and not dry_run:
+        if directory.holds_run():
+            _resume(directory, document, comm, train_to_target, take_over)
+        with _fetched(directory, document, take_over) as claimed:
+            if claimed is not None:
+                _resume(directory, document, comm, train_to_target, take_over, claimed)
     set_numerics(comm, blas.requested_numerics(document.value))
 
     from stepctl.config.model import parse_config
@@ -122,18 +135,36 @@ def train(
             print_plan(plan(assembly, directory), as_json)
         return
     try:
-        with create_run(config, directory, say, comm=comm) as segment:
+        with create_run(config, directory, say, comm=comm, take_over=take_over) as segment:
             train_to_target(segment)
     except RunExistsError:  # another job created it after `holds_run`
         if not or_resume:
             raise
-        options = ResumeOptions(document=document)
+        options = ResumeOptions(document=document, take_over=take_over)
         with resume_run(directory, options, say, comm=comm) as segment:
             train_to_target(segment)
 
 
+def _fetched(
+    directory: RunDirectory, document: Document, take_over: bool
+) -> contextlib.AbstractContextManager[ClaimedMirror | None]:
+    """Fetch the run of the config's mirror, if it holds one."""
+    section = document.value.get("mirror")
+    url = section.get("url") if isinstance(section, dict) else None
+    if not isinstance(url, str) or store_url.problem(url) is not None:
+        return contextlib.nullcontext()  # there is none, or the check of the config refuses it
+    from stepctl.mirror.claimed import pulled_run
+
+    return pulled_run(url, directory, say, take_over=take_over)
+
+
 def _resume(
-    directory: RunDirectory, document: Document, comm: Comm, train_to_target: TrainToTarget
+    directory: RunDirectory,
+    document: Document,
+    comm: Comm,
+    train_to_target: TrainToTarget,
+    take_over: bool,
+    claimed: ClaimedMirror | None = None,
 ) -> NoReturn:
     from stepctl.runs.records import lock_records
     from stepctl.system import blas
@@ -144,7 +175,7 @@ def _resume(
         from stepctl.runs.at_step import ResumeOptions
         from stepctl.runs.open import resume_locked
 
-        options = ResumeOptions(document=document)
+        options = ResumeOptions(document=document, take_over=take_over, claimed=claimed)
         with resume_locked(records, options, say, comm=comm) as segment:
             train_to_target(segment)
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from stepctl.cli.diff import describe_difference
+from stepctl.cli.mirror_url import check_url
 from stepctl.cli.options import json_option, refuse_missing
 from stepctl.cli.output import echo, echo_json
 from stepctl.cli.parameter_types import Place
 from stepctl.cli.progress import progress_bar
 from stepctl.errors import ConfigError, Exit, printable
-from stepctl.system import shell
+from stepctl.system import shell, store_url
 from stepctl.system.terminal import say
 from stepctl.system.text import counted
 
@@ -35,10 +36,15 @@ if TYPE_CHECKING:
 def verify(path: str, steps: str | None, as_json: bool, command: tuple[str, ...]) -> None:
     """Check a checkpoint or a run.
 
-    Of a run, all files and records are checked. Exit 1 if there is a problem. COMMAND is for
-    --replay of a script's run: it starts the script, whose steps go to a copy.
+    Of a run, all files and records are checked. Exit 1 if there is a problem. PATH may be the URL of
+    a mirror: all of its objects are downloaded and checked. COMMAND is for --replay of a script's
+    run: it starts the script, whose steps go to a copy.
     """
-    if steps is None:
+    if store_url.is_url(path):
+        if steps is not None or command:
+            raise click.UsageError(f"--replay needs the run here: stepctl pull {path}")
+        is_good = _check_mirror(check_url(path), as_json)
+    elif steps is None:
         if command:
             raise click.UsageError("a command is for --replay A:B: give both")
         is_good = _check_files(path, as_json)
@@ -69,6 +75,27 @@ def _check_files(path: str, as_json: bool) -> bool:
     if any(problem.code == "lost" for problem in problems):
         remedy = shell.command("prune", path, "--forget-missing")
         say(f"if the missing files were removed on purpose: {remedy}")
+    return not problems
+
+
+def _check_mirror(url: str, as_json: bool) -> bool:
+    from stepctl.mirror.store import open_store
+    from stepctl.reports.mirror import verify_mirror
+
+    with progress_bar("verify") as report:
+        good, problems = verify_mirror(open_store(url), report)
+    if as_json:
+        found = [problem._asdict() for problem in problems]
+        echo_json({"ok": not problems, "commits": good, "problems": found})
+        return not problems
+    for commit in good:
+        objects = counted(commit["objects"], "object")
+        echo(f"{commit['epoch']}-{commit['seq']}  global step {commit['step']}  {objects}  good")
+    for problem in problems:
+        echo(f"{printable(problem.message)}  [{problem.code}]")
+    echo(f"{url}: {counted(len(problems), 'problem') if problems else 'good'}")
+    if problems:
+        say(f"to repair it from the run: {shell.command('push', 'RUN', url, '--all')}")
     return not problems
 
 

@@ -1,5 +1,6 @@
 """The contents of a checkpoint: header, counters, config, numerics, and statistics of the arrays."""
 
+import datetime
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from stepctl.config import registry, yaml
 from stepctl.errors import CheckpointError, StepctlError
 from stepctl.rundir.directory import RunDirectory
 from stepctl.rundir.ledger import Ledger, RecordedChange
+from stepctl.rundir.mirror_status import MirrorStatus, read_status
 from stepctl.runs.messages import Say
 from stepctl.state.arena import Array
 from stepctl.state.counters import GLOBAL_STEP
@@ -70,6 +72,16 @@ class ForkOrigin(TypedDict):
     changes: list[RecordedChange]
 
 
+class MirrorState(TypedDict):
+    """How far the mirror of a run is behind its newest acknowledged checkpoint."""
+
+    url: str
+    step: int | None  # None: nothing is mirrored yet
+    behind_steps: int
+    behind_seconds: float  # since the oldest checkpoint after the mirrored one was saved
+    error: str | None  # why a newer one is not there
+
+
 class CheckpointContents(TypedDict):
     """One checkpoint; if a run was given, also its newest segment and its origin."""
 
@@ -88,6 +100,7 @@ class CheckpointContents(TypedDict):
     numerics: dict[str, Any]
     segment: NotRequired[SegmentSummary | None]  # None: the run was never trained
     parent: NotRequired[ForkOrigin | None]  # None: the run is not a fork
+    mirror: NotRequired[MirrorState | None]  # None: the run has no mirror
 
 
 class Inspection(TypedDict):
@@ -144,6 +157,7 @@ def inspect_path(path: str, pattern: str) -> Inspection:
     if ledger is not None:
         contents["segment"] = newest_segment(ledger)
         contents["parent"] = fork_origin(ledger)
+        contents["mirror"] = mirror_state(read_status(RunDirectory(path).folder), ledger)
     selected = {key: text for key, text in texts.items() if fnmatchcase(f"values/{key}", pattern)}
     return {"contents": contents, "value_texts": selected, "messages": messages}
 
@@ -177,6 +191,41 @@ def newest_segment(ledger: Ledger) -> SegmentSummary | None:
         summary["ended"] = _text(end.get("time"))
         summary["reason"] = end["reason"]
     return summary
+
+
+def mirror_state(status: MirrorStatus | None, ledger: Ledger) -> MirrorState | None:
+    """Return how far a mirror is behind; None without one."""
+    if status is None:
+        return None
+    newest = 0
+    missing_since: str | None = None
+    for event in ledger:
+        if event["event"] != "checkpoint":
+            continue
+        newest = event["step"]
+        if event["sha256"] == status.sha256:
+            missing_since = None
+        elif missing_since is None:
+            missing_since = _text(event.get("time"))
+    step = status.step
+    behind = newest - (0 if step is None else step)
+    return {
+        "url": status.url,
+        "step": step,
+        "behind_steps": max(behind, 0),
+        "behind_seconds": _seconds_since(missing_since) if behind > 0 else 0.0,
+        "error": status.error,
+    }
+
+
+def _seconds_since(time: str | None) -> float:
+    """Return the seconds since a time of the ledger; 0.0 if it is not one."""
+    try:
+        then = datetime.datetime.fromisoformat(time or "")
+        passed = datetime.datetime.now(datetime.UTC) - then
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return max(round(passed.total_seconds(), 3), 0.0)
 
 
 def _text(value: object) -> str:

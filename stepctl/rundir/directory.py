@@ -11,7 +11,7 @@ from typing import Any
 
 from stepctl.config import yaml
 from stepctl.errors import ConfigError, RunExistsError
-from stepctl.rundir import json_lines
+from stepctl.rundir import json_lines, mirror_status
 from stepctl.rundir.json_lines import JSONRow, Tail
 from stepctl.rundir.ledger import MAX_STEP, Ledger
 from stepctl.rundir.lock import N_BYTES, Holder, Lock
@@ -50,7 +50,7 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.samples = root / "samples"
         self.series = root / "series"
-        self.mirror = root / "mirror.json"
+        self.mirror = root / mirror_status.NAME
         self.pull = root / "pull-unfinished"  # holds the URL while the files are fetched
         self.stop = root / "STOP"  # created by the user to stop the run
         self.folder = Folder(root, self.path)
@@ -151,6 +151,7 @@ class RunDirectory:
         """Remove the files of a run that ended before its first checkpoint, or of a pull."""
         if self.folder.stat(self.pull.name) is not None:
             _remove(self.checkpoint_folder, lambda name: name.startswith("step-"))
+            self.checkpoint_folder.sync()
         for path in (self.config, self.ledger, self.metrics, self.csv, self.mirror):
             with write_errors(self.display_path(path)):
                 self.folder.remove(path.name)

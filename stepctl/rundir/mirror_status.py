@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepctl.rundir import json_lines
-from stepctl.rundir.directory import RunDirectory
+from stepctl.system.folder import Folder
 
+NAME = "mirror.json"
 _MAX_BYTES = 1 << 16
 
 
@@ -33,17 +34,15 @@ class MirrorStatus:
     error: str | None = None
     failing_since: str | None = None
 
-    def write(self, directory: RunDirectory) -> None:
-        """Publish the file; the run must be locked."""
+    def write(self, folder: Folder) -> None:
+        """Publish the file in the folder of a locked run."""
         content = json.dumps(dataclasses.asdict(self)).encode() + b"\n"
-        directory.folder.publish(directory.mirror.name, [content])
+        folder.publish(NAME, [content])
 
 
-def read_status(directory: RunDirectory) -> MirrorStatus | None:
-    """Return the status; None if the run has no mirror, or the file is damaged."""
-    row = json_lines.parse_row(
-        json_lines.read_start(directory.folder, directory.mirror.name, _MAX_BYTES)
-    )
+def read_status(folder: Folder) -> MirrorStatus | None:
+    """Return the status in a run's folder; None if it has no mirror, or the file is damaged."""
+    row = json_lines.parse_row(json_lines.read_start(folder, NAME, _MAX_BYTES))
     if row is None or not isinstance(row.get("url"), str):
         return None
     known: dict[str, Any] = {"url": row["url"]}

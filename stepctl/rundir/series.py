@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,13 +23,13 @@ import numpy as np
 
 from stepctl.errors import ConfigError, DataError
 from stepctl.rundir.directory import RunDirectory
+from stepctl.rundir.series_names import NAME
 from stepctl.state.arena import Array
 from stepctl.state.values import DTYPES
 from stepctl.system.files import fsync, is_unavailable, unreadable, write_errors
 from stepctl.system.folder import Folder
 from stepctl.system.text import did_you_mean, in_one_line
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _BIN = ".bin"
 _JSON = ".json"
 _MAX_JSON = 1 << 16  # bytes

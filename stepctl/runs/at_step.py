@@ -8,7 +8,7 @@ at = open_at_step(run, lambda step: assembly, step=None, ...)
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from stepctl.checkpoint import codec
 from stepctl.checkpoint.expected import describe_missing, missing_checkpoints
@@ -33,12 +33,16 @@ from stepctl.system import shell
 from stepctl.training.assembly import Assembly, with_stored_hooks
 from stepctl.writers.evaluation_history import EvaluationHistory
 
+if TYPE_CHECKING:
+    from stepctl.mirror.claimed import ClaimedMirror
+
 
 class ResumeOptions(NamedTuple):
     """The options of a resume.
 
     `document` is the config to resume with (None: the run's newest), and `assignments` the KEY=VALUE
-    texts that were applied to it.
+    texts that were applied to it. `take_over` claims the mirror even if its owner may be alive, and
+    `claimed` is a mirror that was claimed before.
     """
 
     document: yaml.Document | None = None
@@ -47,6 +51,8 @@ class ResumeOptions(NamedTuple):
     stop: StopConfig | None = None
     from_step: int | None = None
     strict_numerics: bool = False
+    take_over: bool = False
+    claimed: ClaimedMirror | None = None
 
 
 class RunFiles(NamedTuple):

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from stepctl.config import yaml
 from stepctl.config.model import Config, ScriptConfig, StopConfig, parse_config
@@ -45,6 +45,9 @@ from stepctl.training.build_program import ProgramAssembly, assemble_script
 from stepctl.training.trainer import Trainer, Update
 from stepctl.writers.series import as_row
 
+if TYPE_CHECKING:
+    from stepctl.mirror.claimed import ClaimedMirror
+
 REPLAY_VARIABLE = "STEPCTL_REPLAY"  # of the environment of a script that is replayed
 _INCREMENTS = {GLOBAL_STEP: 1, SAMPLES_SEEN: 0}
 _MAX_SEED = (1 << 63) - 1
@@ -62,6 +65,7 @@ def loop(
     keep_last: int | None = 3,
     log_every: int = 1,
     hooks: Sequence[Hook] = (),
+    mirror: str | Mapping[str, Any] | None = None,
 ) -> Loop:
     """Return a loop whose steps are counted, saved and continued, as a context manager.
 
@@ -78,6 +82,8 @@ def loop(
         keep_last: Number of newest checkpoints to keep; None keeps all.
         log_every: Number of steps between two metrics rows.
         hooks: Your own hooks.
+        mirror: URL of a copy of the run in object storage, or a mapping with the keys of the config's
+            section `mirror`. A run that is not in the directory is fetched from there.
 
     Raises ConfigError if an argument is wrong. Entering raises ConfigError if the state is wrong,
     CheckpointError if no checkpoint can be used, RunInUseError if another process holds the run.
@@ -94,6 +100,7 @@ def loop(
         "stop": {"last_step": whole_number("stepctl.loop: last_step", last_step, 0, MAX_STEP)},
         "log": {"every": whole_number("stepctl.loop: log_every", log_every, 1, _MAX_EVERY)},
         "checkpoint": {"every": checkpoint_every, "keep_last": keep_last},
+        "mirror": _mirror_section(mirror),
     }
     if not isinstance(run_dir, str | os.PathLike):
         raise ConfigError(f"stepctl.loop: run_dir is {_kind(run_dir)}; give a path")
@@ -102,6 +109,16 @@ def loop(
     if not isinstance(hooks, list | tuple):
         raise ConfigError(f"stepctl.loop: hooks is {_kind(hooks)}; give a list of hooks")
     return Loop(run_dir, state, config, hooks)
+
+
+def _mirror_section(mirror: object) -> dict[str, Any] | None:
+    if mirror is None:
+        return None
+    if isinstance(mirror, str):
+        return {"url": mirror}
+    if not isinstance(mirror, Mapping):
+        raise ConfigError(f"stepctl.loop: mirror is {_kind(mirror)}; give a URL")
+    return dict(mirror)
 
 
 def _kind(value: object) -> str:
@@ -227,17 +244,30 @@ class Loop:
             self._directory = RunDirectory(replay["directory"])
             self._config["stop"] = {"last_step": replay["last_step"]}
             self._config["checkpoint"]["keep_last"] = None
+            self._config["mirror"] = None
             self._hooks = [hook for hook in self._hooks if has_state(hook)]
+        claimed = None
         if not self._directory.holds_run():
             config = _parse(yaml.Document(self._config, {(): "stepctl.loop"}))
+            claimed = self._fetch(config, held)
+        if claimed is None and not self._directory.holds_run():
             assembly = assemble_script(config, self._state, self._hooks, record_numerics=True)
             try:
                 return held.enter_context(start_segment(assembly, self._directory, say))
             except RunExistsError:  # another process was faster
                 pass
         records = held.enter_context(lock_records(self._directory, say))
-        options = self._resume_options(records.document)
+        options = self._resume_options(records.document)._replace(claimed=claimed)
         return held.enter_context(resume_locked(records, options, say, build=self._build))
+
+    def _fetch(self, config: Config, held: contextlib.ExitStack) -> ClaimedMirror | None:
+        """Fetch the run from its mirror, if there is one that holds it."""
+        if config.mirror is None:
+            return None
+        from stepctl.mirror.claimed import pulled_run
+
+        pulled = pulled_run(config.mirror.url, self._directory, say, take_over=False)
+        return held.enter_context(pulled)
 
     def _resume_options(self, recorded: yaml.Document) -> ResumeOptions:
         plain = recorded.value

@@ -55,20 +55,31 @@ def create_run(
     say: Say = silent,
     hooks: Sequence[Hook] = (),
     comm: Comm = SINGLE_PROCESS,
+    *,
+    take_over: bool = False,
 ) -> Iterator[Segment]:
     """Create a run and hold its lock; an error leaves nothing behind.
 
-    RunExistsError if a run is there.
+    With `take_over` the mirror is claimed even if its owner may be alive. RunExistsError if a run is
+    there, or in the mirror.
     """
     directory.refuse_run()
     assembly = prepare(config, hooks, comm, say)
-    with contextlib.closing(assembly), start_segment(assembly, directory, say) as segment:
+    with (
+        contextlib.closing(assembly),
+        start_segment(assembly, directory, say, take_over=take_over) as segment,
+    ):
         yield segment
 
 
 @contextlib.contextmanager
-def start_segment(assembly: Assembly, directory: RunDirectory, say: Say) -> Iterator[Segment]:
-    """Create the directory of a new run, and yield its first segment."""
+def start_segment(
+    assembly: Assembly, directory: RunDirectory, say: Say, *, take_over: bool = False
+) -> Iterator[Segment]:
+    """Create the directory of a new run, and yield its first segment.
+
+    RunExistsError if there is a run in the directory, or in the mirror.
+    """
     # The fingerprint may read all data. Compute it now, while a signal still ends the command at once.
     assembly.data_fingerprint()
     config = assembly.config
@@ -76,10 +87,14 @@ def start_segment(assembly: Assembly, directory: RunDirectory, say: Say) -> Iter
     difference = find_difference(assembly)
     if difference is not None:
         say(f"warning: {difference}")
+    if config.mirror is not None:
+        from stepctl.mirror.claimed import refuse_mirrored_run
+
+        refuse_mirrored_run(config.mirror.url)
     with new_run_directory(directory, config, say) as run_id:
         for note in horizon_notes(assembly, target, locked=False):
             say(f"note: {note}")
-        yield Segment(directory, assembly, say, run_id=run_id, target=target)
+        yield Segment(directory, assembly, say, run_id=run_id, target=target, take_over=take_over)
 
 
 @contextlib.contextmanager
@@ -168,6 +183,8 @@ def resume_locked(
             facts=facts,
             going_back=options.from_step is not None,
             strict=options.strict_numerics,
+            take_over=options.take_over,
+            claimed=options.claimed,
         )
 
 

@@ -6,7 +6,7 @@ import json
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from stepctl.state.train_state import TrainState
 from stepctl.state.values import CapturedState
 from stepctl.training.assembly import Assembly
 from stepctl.writers.evaluation_history import EvaluationHistory
+
+if TYPE_CHECKING:
+    from stepctl.runs.mirroring import Mirroring
 
 
 class _Published(NamedTuple):
@@ -59,7 +62,7 @@ class Publisher:
 
     `protected` are steps with forks, and `passed_over` steps whose files a resume did not
     use: neither is pruned. `newest_step` is the step of the newest good checkpoint, None before the
-    first.
+    first. `mirroring` is offered each acknowledged checkpoint.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Publisher:
         protected: Collection[int],
         passed_over: Collection[int],
         newest_step: int | None,
+        mirroring: Mirroring | None = None,
     ) -> None:
         self.newest_step = newest_step
         self._directory = directory
@@ -90,6 +94,7 @@ class Publisher:
         self._unacknowledged = deque[_Published]()
         self._saved = deque[str]()
         self._warnings = deque[str]()
+        self._mirroring = mirroring
         self._previous_state: _StateDigest | None = None  # of a program
         self._has_warned = False
 
@@ -118,6 +123,8 @@ class Publisher:
             self._unacknowledged.popleft()
             self.newest_step = published.step
             self._saved.append(published.file)
+            if self._mirroring is not None:
+                self._mirroring.offer(published.step, published.sha256)
             self._store.remove(published.pruned)
 
     def _compare_with_previous(self, step: int, captured: CapturedState) -> None:

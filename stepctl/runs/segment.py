@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepctl import __version__
 from stepctl.checkpoint import names
@@ -41,6 +41,7 @@ from stepctl.stopping.base import StopReason, StopRule, first_reason
 from stepctl.stopping.rules import StopAtStep, StopFile
 from stepctl.stopping.signals import Signals
 from stepctl.system import blas
+from stepctl.system.closing import close_on_error
 from stepctl.system.shell import command
 from stepctl.system.text import counted, in_one_line
 from stepctl.training.assembly import Assembly, TaskAssembly
@@ -51,6 +52,10 @@ from stepctl.writers.base import Writer
 from stepctl.writers.evaluation_history import EvaluationHistory
 from stepctl.writers.from_config import open_writers
 from stepctl.writers.jsonl import JSONLines
+
+if TYPE_CHECKING:
+    from stepctl.mirror.claimed import ClaimedMirror
+    from stepctl.runs.mirroring import Mirroring
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,9 @@ class Segment:
 
     `ledger` are the run's parsed lines, `restored` the name of the restored checkpoint (None in a
     fresh run), and `facts` go into the segment's first ledger line. With `going_back` later
-    checkpoints are set aside; with `strict` ranks that compute other bits are refused.
+    checkpoints are set aside; with `strict` ranks that compute other bits are refused. With
+    `take_over` the mirror is claimed even if its owner may be alive; `claimed` is a mirror that was
+    claimed before.
     """
 
     def __init__(
@@ -86,6 +93,8 @@ class Segment:
         facts: StartFacts | None = None,
         going_back: bool = False,
         strict: bool = False,
+        take_over: bool = False,
+        claimed: ClaimedMirror | None = None,
     ) -> None:
         self.directory = directory
         self.assembly = assembly
@@ -104,6 +113,8 @@ class Segment:
         self._facts = facts or {}
         self._going_back = going_back
         self._strict = strict
+        self._take_over = take_over
+        self._claimed = claimed
 
     @property
     def config(self) -> Config:
@@ -177,7 +188,9 @@ class Segment:
         On an error the state is saved if the last step is complete, and the error is written to the
         ledger.
         """
-        running = self._start(signals, writers, hooks, stop, messages or Messages(self._say))
+        messages = messages or Messages(self._say)
+        with close_on_error(self._start_mirroring(messages)) as mirroring:
+            running = self._start(signals, writers, hooks, stop, messages, mirroring)
         process = os.getpid()
         try:
             yield running
@@ -185,11 +198,13 @@ class Segment:
             self.assembly.rows.flush()
         except KeyboardInterrupt:
             running.background.abandon()
+            running.close_mirror(0)
             raise
         except BaseException as error:
             if os.getpid() != process:  # a forked child leaves the run to its parent
                 raise
             running.record_failure(error)
+            running.close_mirror(0)  # if there was no last line
             explained = running.explain(error)
             if explained is error:
                 raise
@@ -208,6 +223,7 @@ class Segment:
         hooks: Sequence[Hook],
         stop: Sequence[StopRule],
         messages: Messages,
+        mirroring: Mirroring | None,
     ) -> OpenSegment:
         """Start the other ranks, record the start, remove rows past it, and build the trainer."""
         facts = self._facts | self._start_ranks(messages)
@@ -226,6 +242,8 @@ class Segment:
         later_rows = self.directory.metrics_after(self.start)
         evaluations = self._earlier_evaluations()
         number = 1 + len(self._ledger.starts)
+        if mirroring is not None:
+            facts |= mirroring.facts
         self._record_start(number, facts)
         if self._going_back and later:
             # recorded first: after a kill, the next resume sets aside the rest
@@ -253,15 +271,43 @@ class Segment:
             protected=self._ledger.forks,  # no new fork while this process holds the run
             passed_over=skipped_checkpoints(self._ledger) | later.keys(),
             newest_step=None if self.restored is None else self.start,
+            mirroring=mirroring,
         )
         own_hooks = [
             *self.assembly.hooks,
             *histogram_hooks(self.config.log, beside),
             *_samples_hooks(self.directory, self.assembly),
             *_slow_threads_hooks(self.directory, self.assembly, messages.say),
+            *([] if mirroring is None else [mirroring]),
         ]
         return OpenSegment(
-            self, number, publisher, signals, messages, own_hooks=own_hooks, hooks=hooks, stop=stop
+            self,
+            number,
+            publisher,
+            signals,
+            messages,
+            mirroring,
+            own_hooks=own_hooks,
+            hooks=hooks,
+            stop=stop,
+        )
+
+    def _start_mirroring(self, messages: Messages) -> Mirroring | None:
+        """Claim the mirror, if the config has one."""
+        if self.config.mirror is None:
+            return None
+        from stepctl.runs.mirroring import start_mirroring  # other runs do not load it
+
+        return start_mirroring(
+            self.directory,
+            self.config.mirror,
+            messages.say,
+            run_id=self._run_id,
+            ledger=self._ledger,
+            start=None if self.restored is None else self.start,
+            going_back=self._going_back,
+            take_over=self._take_over,
+            claimed=self._claimed,
         )
 
     def _earlier_evaluations(self) -> EvaluationHistory:
@@ -329,6 +375,7 @@ class OpenSegment:
         publisher: Publisher,
         signals: Signals,
         messages: Messages,
+        mirroring: Mirroring | None,
         *,
         own_hooks: Sequence[Hook],
         hooks: Sequence[Hook],
@@ -338,6 +385,7 @@ class OpenSegment:
         self._number = number
         self._publisher = publisher
         self._messages = messages
+        self._mirroring = mirroring
         self.background = Background()
         rows = segment.assembly.rows
         series = segment.assembly.series
@@ -385,17 +433,25 @@ class OpenSegment:
         return Outcome(reason, start, step, saver.saves, saver.waits, saver.wait_seconds)
 
     def record_end(self, reason: str, *, done: bool = False, **facts: Any) -> None:
-        """Add the segment's last line to the ledger."""
+        """Add the segment's last line to the ledger, and wait for the mirror."""
         step = self._segment.state.counters.global_step
-        self._segment.directory.append_ledger(
-            "end",
-            segment=self._number,
-            step=step,
-            local_step=step - self._segment.start,
-            reason=reason,
-            done=done,
-            **facts,
-        )
+        try:
+            self._segment.directory.append_ledger(
+                "end",
+                segment=self._number,
+                step=step,
+                local_step=step - self._segment.start,
+                reason=reason,
+                done=done,
+                **facts,
+            )
+        finally:
+            self.close_mirror()
+
+    def close_mirror(self, seconds: float | None = None) -> None:
+        """Wait for the mirror, by default as long as the config says; a second call does nothing."""
+        if self._mirroring is not None:
+            self._mirroring.close(seconds)
 
     def report_saved(self) -> None:
         """Report the checkpoints that became durable since the last call, and warnings about them."""

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 
 class _Closeable(Protocol):
@@ -10,11 +10,15 @@ class _Closeable(Protocol):
         """Release the resources of the object."""
 
 
+T = TypeVar("T", bound=_Closeable | None)
+
+
 @contextlib.contextmanager
-def close_on_error(thing: _Closeable) -> Iterator[None]:
-    """Close an object if the block raises an exception."""
+def close_on_error(thing: T) -> Iterator[T]:
+    """Yield an object, and close it if the block raises an exception; None is not closed."""
     try:
-        yield
+        yield thing
     except BaseException:
-        thing.close()
+        if thing is not None:
+            thing.close()
         raise

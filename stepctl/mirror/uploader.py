@@ -1,0 +1,455 @@
+"""The background thread that keeps the mirror of a segment up to date.
+
+    uploader = Uploader(mirror, restored, settings)
+    uploader.wait_for_claim(5.0, say)    # raises if another process owns the mirror
+    uploader.begin()
+    uploader.offer(Checkpoint(100, sha256))
+    behind = uploader.close(60.0)
+
+It claims the mirror, and then mirrors the newest checkpoint that was offered. While the store fails
+it tries again, less and less often, and never gives up before it is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, final
+
+from stepctl.errors import ConfigError, RunInUseError, StepctlError
+from stepctl.mirror.heartbeat import Heartbeat
+from stepctl.mirror.manifest import Manifest, Owner
+from stepctl.mirror.protocol import Claim, claim_mirror, release
+from stepctl.mirror.store import ObjectStore, StoreUnavailable
+from stepctl.mirror.transition import run
+from stepctl.mirror.writer import Checkpoint, Pruned, RunWriter
+from stepctl.rundir.directory import RunDirectory
+from stepctl.rundir.mirror_status import MirrorStatus
+from stepctl.system.text import in_one_line
+from stepctl.system.user_code import describe_with_type
+
+THREAD = "mirror-upload"  # name of the thread
+_UNUSED_SECONDS = 5.0  # that `close` waits for the release of a mirror that was not used
+_N_SILENT = 1  # failures in a row that are not reported: the next attempt may succeed
+
+
+class Delays(NamedTuple):
+    """Seconds between two attempts: the first delay, and the longest; each is twice the one before."""
+
+    first: float = 0.5
+    longest: float = 60.0
+
+
+DELAYS = Delays()
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What a mirror lacks when its segment has ended, and why."""
+
+    mirrored: int | None  # step; None: there is no checkpoint in the mirror
+    step: int
+    error: str
+
+
+class _GaveUp(Exception):
+    """The uploader was closed, and the time to wait for it is over."""
+
+
+@final
+class Uploader:
+    """Mirrors the checkpoints of one segment.
+
+    `check` is called with a new claim, before anything is written with it, and raises ConfigError
+    if the local run must not continue there. `deposed` is the error that the training thread has to
+    raise: another process owns the mirror. `has_news` tells whether `deposed` is set, or
+    `take_messages` returns something.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        directory: RunDirectory,
+        *,
+        owner: Owner,
+        keep_last: int,
+        every: int | None,
+        restored: Checkpoint | None,
+        check: Callable[[Claim], None],
+        take_over: bool = False,
+        claim: Claim | None = None,
+        going_back: bool = False,
+        is_damaged: bool = False,
+        delays: Delays = DELAYS,
+    ) -> None:
+        """Start the thread. The run must be locked until `close` returns.
+
+        `restored` is the newest checkpoint at the start. `claim` is given if the mirror is owned
+        already. With `going_back`, later checkpoints in the mirror are given up. If its newest
+        commit `is_damaged`, that too, and none of its objects is used again.
+        """
+        self.deposed: RunInUseError | None = None
+        self.has_news = False
+        self._store = store
+        self._directory = directory
+        self._folder = directory.folder
+        self._owner = owner
+        self._keep_last = keep_last
+        self._every = every
+        self._check_claim = check
+        self._take_over = take_over
+        self._going_back = going_back or is_damaged
+        self._is_damaged = is_damaged
+        self._delays = delays
+        self._condition = threading.Condition()
+        self._messages = deque[str]()
+        self._claim = claim
+        self._heartbeat: Heartbeat | None = None
+        self._writer: RunWriter | None = None
+        self._refused: StepctlError | None = None
+        self._in_foreground = True  # `wait_for_claim` raises a refused claim
+        self._offered = restored
+        self._due = False
+        self._mirrored: Checkpoint | None = None
+        self._has_begun = False
+        self._closing = False
+        self._gave_up = False
+        self._ended = False
+        self._waits_for_owner = False
+        self._n_failures = 0  # in a row
+        self._status = MirrorStatus(store.url)
+        self._status_lock = threading.Lock()
+        # a daemon: a request may hang when the process ends
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
+        self._thread.start()
+
+    # --- called by the segment
+
+    def wait_for_claim(self, seconds: float, say: Callable[[str], None]) -> None:
+        """Wait until the mirror is claimed, or cannot be reached; show the messages meanwhile.
+
+        It takes longer while another owner of the mirror may be alive. Raises the error of a claim
+        that is refused: OwnedByAnother, ConfigError or CheckpointError.
+        """
+        deadline = time.monotonic() + seconds
+        while self._is_claiming(deadline):
+            for message in self.take_messages():
+                say(message)
+        with self._condition:
+            self._in_foreground = False
+            error = self.deposed or self._refused
+        if error is not None:
+            raise error
+        if self._writer is None and self._status.error is None:
+            self._n_failures = _N_SILENT
+            self._fail(f"no answer within {seconds:g} s")
+        for message in self.take_messages():
+            say(message)
+
+    def _is_claiming(self, deadline: float) -> bool:
+        """Wait for news of the claim; return False if there is nothing more to wait for."""
+        with self._condition:
+            if self._ended or self._writer is not None or self._n_failures > _N_SILENT:
+                return False
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 and not self._waits_for_owner:
+                return False
+            self._condition.wait(max(remaining, 0.1))
+            return True
+
+    @property
+    def claim(self) -> Claim | None:
+        """The newest claim; None before the mirror is owned."""
+        return self._claim
+
+    def begin(self) -> None:
+        """Begin to mirror: the run's files have been cut back to the segment's start."""
+        with self._condition:
+            self._has_begun = True
+            self._condition.notify_all()
+
+    def offer(self, checkpoint: Checkpoint) -> None:
+        """Mirror an acknowledged checkpoint, unless a newer one is offered first."""
+        with self._condition:
+            before = self._offered
+            self._offered = checkpoint
+            self._due = self._due or self._is_due_after(before, checkpoint.step)
+            if self._due:
+                self._condition.notify_all()
+
+    def _is_due_after(self, before: Checkpoint | None, step: int) -> bool:
+        if before is None or self._every is None:
+            return True
+        return step // self._every != before.step // self._every
+
+    def take_messages(self) -> list[str]:
+        """Return the messages since the last call."""
+        self.has_news = self.deposed is not None
+        return [self._messages.popleft() for _ in range(len(self._messages))]
+
+    def close(self, seconds: float) -> Behind | None:
+        """Mirror the run's files as they are now, for at most `seconds`; return what is lacking.
+
+        KeyboardInterrupt ends the wait. The directory is not written to afterwards.
+        """
+        with self._condition:
+            if not self._has_begun:
+                seconds = min(seconds, _UNUSED_SECONDS)
+            deadline = time.monotonic() + seconds
+            self._closing = True
+            self._due = self._offered is not None
+            self._condition.notify_all()
+            try:
+                while not self._ended:
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0:
+                        break
+                    self._condition.wait(remaining)
+            except KeyboardInterrupt:
+                pass
+            self._gave_up = True
+            self._condition.notify_all()
+        with self._status_lock:
+            return self._behind()
+
+    def _behind(self) -> Behind | None:
+        if self._offered is None or self._mirrored == self._offered:
+            return None
+        mirrored = None if self._mirrored is None else self._mirrored.step
+        error = self._status.error or "it takes longer"
+        return Behind(mirrored, self._offered.step, str(self.deposed or self._refused or error))
+
+    # --- the thread
+
+    def _run(self) -> None:
+        try:
+            self._own()
+            while self._wait_until_due():
+                self._until_it_works(self._mirror_newest)
+            if self._claim is not None:
+                run(release(self._claim), self._store)
+        except _GaveUp:
+            pass
+        except StoreUnavailable:
+            pass  # not released: a newcomer waits for its beat
+        except RunInUseError as error:
+            self._depose(error)
+        except StepctlError as error:
+            self._refuse(error)
+        except Exception as error:  # training goes on whatever it is
+            self._refuse(StepctlError(f"unexpected {describe_with_type(error)}"))
+        finally:
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
+            if self._writer is not None:
+                self._writer.close()
+            with self._condition:
+                self._ended = True
+                self._condition.notify_all()
+
+    def _depose(self, error: RunInUseError) -> None:
+        with self._condition:
+            if self.deposed is not None:
+                return
+            self.deposed = error
+            self.has_news = True
+            if self._in_foreground:
+                return
+        self._record("lost", str(error))
+
+    def _refuse(self, error: StepctlError) -> None:
+        with self._condition:
+            self._refused = error
+            if self._in_foreground:
+                return
+        self._record("refused", str(error))
+        self._set_status(error=str(error), failing_since=_now())
+        self._tell(f"warning: {error}; training goes on without a mirror")
+
+    def _own(self) -> None:
+        """Claim the mirror, and prepare writing to it."""
+        if self._claim is None:
+            self._until_it_works(self._make_claim)
+        claim = self._claim
+        assert claim is not None
+        self._heartbeat = Heartbeat(self._store, claim, self._depose)
+        self._set_status(epoch=claim.epoch)
+        with self._condition:
+            self._compare_with_newest(claim.newest)
+            self._writer = RunWriter(
+                self._store, claim, self._folder, self._check, upload_all=self._is_damaged
+            )
+            self._condition.notify_all()
+
+    def _compare_with_newest(self, newest: Manifest | None) -> None:
+        """Decide whether the checkpoint that the segment started from is to be mirrored."""
+        restored = self._offered
+        if restored is None:
+            return
+        if newest is None or newest.step < restored.step or self._going_back:
+            self._due = True
+        elif newest.step == restored.step:
+            self._mirrored = restored
+        else:  # the local files of a later step are damaged: its mirror is kept until it is passed
+            self._offered = None
+
+    def _make_claim(self) -> None:
+        claim = run(
+            claim_mirror(self._owner, take_over=self._take_over, announce=self._announce_wait),
+            self._store,
+            wait=self._wait_for_owner,
+        )
+        try:
+            self._check_claim(claim)
+        except StoreUnavailable:
+            raise
+        except StepctlError:
+            run(release(claim), self._store)
+            raise
+        self._claim = claim
+
+    def _announce_wait(self, message: str) -> None:
+        with self._condition:
+            self._waits_for_owner = True
+        self._tell(message)
+
+    def _wait_for_owner(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        with self._condition:
+            while not self._gave_up and time.monotonic() < deadline:
+                self._condition.wait(deadline - time.monotonic())
+        self._check()
+
+    def _wait_until_due(self) -> bool:
+        """Wait for a checkpoint that is to be mirrored; return False if the uploader is closed."""
+        with self._condition:
+            while not self._closing and not (self._due and self._has_begun):
+                self._condition.wait()
+            self._check()
+            return self._due and self._has_begun
+
+    def _mirror_newest(self) -> None:
+        writer = self._writer
+        assert writer is not None
+        with self._condition:
+            checkpoint = self._offered
+            self._due = False
+        assert checkpoint is not None
+        try:
+            writer.write(checkpoint, self._keep_last)
+        except Pruned:
+            with self._condition:
+                newer = self._offered != checkpoint
+                self._due = True
+            if newer:
+                return
+            raise StepctlError(f"the checkpoint of step {checkpoint.step} is gone") from None
+        except BaseException:
+            with self._condition:
+                self._due = True
+            raise
+        self._claim = writer.claim
+        self._mirrored = checkpoint
+        assert writer.claim.newest is not None
+        self._set_status(
+            seq=writer.claim.newest.key.seq,
+            step=checkpoint.step,
+            sha256=checkpoint.sha256,
+            time=_now(),
+        )
+
+    def _until_it_works(self, attempt: Callable[[], None]) -> None:
+        """Repeat an attempt until it succeeds; errors that no repetition can change are raised."""
+        delay = self._delays.first
+        while True:
+            try:
+                attempt()
+            except (_GaveUp, RunInUseError, ConfigError):
+                raise
+            except StepctlError as error:
+                self._fail(str(error))
+            except Exception as error:  # training goes on whatever it is
+                self._fail(f"unexpected {describe_with_type(error)}")
+            else:
+                self._succeed()
+                return
+            self._pause(delay * random.uniform(0.5, 1.5))
+            delay = min(2 * delay, self._delays.longest)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before the next attempt; the first one after `close` is made at once."""
+        deadline = time.monotonic() + seconds
+        with self._condition:
+            was_closing = self._closing
+            while not self._gave_up and self._closing == was_closing:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    break
+                self._condition.wait(remaining)
+        self._check()
+
+    def _check(self) -> None:
+        if self._gave_up:
+            raise _GaveUp
+
+    # --- reports
+
+    def _fail(self, error: str) -> None:
+        error = in_one_line(error, 300)
+        with self._condition:
+            self._waits_for_owner = False
+            self._n_failures += 1
+            self._condition.notify_all()
+        if self._n_failures <= _N_SILENT:
+            return
+        if self._status.error is None:
+            self._tell(
+                f"warning: {self._store.url}: the mirror cannot be written ({error}); training goes "
+                "on, and the upload is tried again"
+            )
+            self._record("failing", error)
+            self._set_status(error=error, failing_since=_now())
+        elif self._status.error != error:
+            self._set_status(error=error)
+
+    def _succeed(self) -> None:
+        with self._condition:
+            self._n_failures = 0
+        if self._status.error is not None:
+            self._tell(f"{self._store.url}: the mirror works again")
+            self._record("working", None)
+            self._set_status(error=None, failing_since=None)
+
+    def _tell(self, message: str) -> None:
+        with self._condition:
+            self._messages.append(message)
+            self.has_news = True
+            self._condition.notify_all()
+
+    def _record(self, state: str, error: str | None) -> None:
+        """Record a change of the mirror's state in the ledger, while the run is held."""
+        facts = {} if error is None else {"error": in_one_line(error, 300)}
+        with self._status_lock:
+            if self._gave_up:
+                return
+            with contextlib.suppress(StepctlError):  # the training thread will report it
+                self._directory.append_ledger("mirror", url=self._store.url, state=state, **facts)
+
+    def _set_status(self, **changes: object) -> None:
+        """Change `mirror.json`, while the run is held."""
+        with self._status_lock:
+            self._status = replace(self._status, **changes)  # type: ignore[arg-type]
+            if self._gave_up:
+                return
+            with contextlib.suppress(StepctlError):  # the training thread will report it
+                self._status.write(self._folder)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
