@@ -250,12 +250,13 @@ class Loop:
         if not self._directory.holds_run():
             config = _parse(yaml.Document(self._config, {(): "stepctl.loop"}))
             claimed = self._fetch(config, held)
-        if claimed is None and not self._directory.holds_run():
-            assembly = assemble_script(config, self._state, self._hooks, record_numerics=True)
-            try:
-                return held.enter_context(start_segment(assembly, self._directory, say))
-            except RunExistsError:  # another process was faster
-                pass
+            if claimed is None:
+                assembly = assemble_script(config, self._state, self._hooks, record_numerics=True)
+                try:
+                    return held.enter_context(start_segment(assembly, self._directory, say))
+                except RunExistsError:  # another process was faster
+                    if not self._directory.holds_run():
+                        raise
         records = held.enter_context(lock_records(self._directory, say))
         options = self._resume_options(records.document)._replace(claimed=claimed)
         return held.enter_context(resume_locked(records, options, say, build=self._build))
