@@ -22,6 +22,13 @@ RESTORE_CONFIG = "restore config.yaml, or pass {allow_change} to stepctl resume"
 Changes = list[KeyChange]
 
 
+class MirrorFacts(TypedDict):
+    """The mirror of a segment; `epoch` is None if it could not be claimed at the start."""
+
+    url: str
+    epoch: int | None
+
+
 class StartFacts(TypedDict, total=False):
     """Keys of a segment's first ledger line that not every segment has."""
 
@@ -34,6 +41,7 @@ class StartFacts(TypedDict, total=False):
     mode: str
     set_aside: list[str]
     run_id: str
+    mirror: MirrorFacts
 
 
 def changed_keys(ledger: Ledger, changes: Changes) -> set[str]:

@@ -30,6 +30,7 @@ from stepctl.programs.base import Metrics
 from stepctl.rundir.directory import RunDirectory
 from stepctl.rundir.json_lines import parse_row
 from stepctl.rundir.ledger import Ledger
+from stepctl.runs.compatibility import MirrorFacts
 from stepctl.runs.messages import Say
 from stepctl.state.train_state import TrainState
 from stepctl.system.shell import command
@@ -60,11 +61,11 @@ class Mirroring(Hook):
         self._training_thread = threading.get_ident()
 
     @property
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> MirrorFacts:
         """What the segment's first ledger line records."""
         claim = self._uploader.claim
         epoch = None if claim is None else claim.epoch
-        return {"mirror": {"url": self._config.url, "epoch": epoch}}
+        return {"url": self._config.url, "epoch": epoch}
 
     def offer(self, step: int, sha256: str) -> None:
         """Mirror a checkpoint that the ledger acknowledges; called from any thread."""

@@ -243,7 +243,7 @@ class Segment:
         evaluations = self._earlier_evaluations()
         number = 1 + len(self._ledger.starts)
         if mirroring is not None:
-            facts |= mirroring.facts
+            facts["mirror"] = mirroring.facts
         self._record_start(number, facts)
         if self._going_back and later:
             # recorded first: after a kill, the next resume sets aside the rest

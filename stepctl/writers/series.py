@@ -9,7 +9,8 @@ import numpy as np
 
 from stepctl.errors import ConfigError, StepctlError
 from stepctl.rundir import series
-from stepctl.rundir.series import NAME, RecordType
+from stepctl.rundir.series import RecordType
+from stepctl.rundir.series_names import NAME
 from stepctl.state.arena import Array
 from stepctl.state.values import DTYPES
 from stepctl.system.files import fsync, write_all, write_errors

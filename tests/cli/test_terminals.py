@@ -33,6 +33,8 @@ COMMANDS = {
     "verify": "verify runs/é",
     "diff": "diff runs/é runs/é",
     "prune": "prune runs/é",
+    "push": "push runs/é file:///HERE/mirror-é",
+    "pull": "pull file:///HERE/mirror fetched-é",
     "runs": "runs runs",
     "plot": "plot runs/é",
     "plot of two": "plot runs/é runs/ü",

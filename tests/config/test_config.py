@@ -177,6 +177,7 @@ POLICIES = {
     "checkpoint.keep_every": "live",
     "checkpoint.keep_best": "live",
     "checkpoint.on_error": "live",
+    "mirror": "live",
     "hooks": "live; locked with state",
     "on_nonfinite": "live",
     "check_determinism": "live",
@@ -418,6 +419,7 @@ def test_defaults_are_written_out() -> None:
             "keep_best": None,
             "on_error": "stop",
         },
+        "mirror": None,
         "hooks": [],
         "on_nonfinite": "stop",
         "check_determinism": True,
@@ -452,7 +454,17 @@ def test_paths_are_written_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
 
 
-OPTIONAL = ["log", "evaluate", "samples", "checkpoint", "hooks", "numerics", "distributed", "ema"]
+OPTIONAL = [
+    "log",
+    "evaluate",
+    "samples",
+    "checkpoint",
+    "mirror",
+    "hooks",
+    "numerics",
+    "distributed",
+    "ema",
+]
 
 
 @pytest.mark.training
