@@ -24,6 +24,7 @@ from stepctl.mirror.reading import read_kept, read_newest
 from stepctl.mirror.store import ObjectStore, StoreUnavailable
 from stepctl.mirror.transition import run
 from stepctl.rundir.directory import RunDirectory
+from stepctl.rundir.mirror_status import MirrorStatus
 from stepctl.system.files import write_all
 from stepctl.system.folder import Folder
 
@@ -125,9 +126,18 @@ def _fetch_run(store: ObjectStore, manifest: Manifest, directory: RunDirectory) 
     _fetch(store, [contents.checkpoint], directory.checkpoint_folder, checkpoint)
     ledger = contents.files.get(directory.ledger.name, ())
     _fetch(store, ledger, directory.folder, directory.ledger.name)
-    others = expected_checkpoints(directory.repair_ledger()).keys() - {manifest.step}
+    expected = expected_checkpoints(directory.repair_ledger())
+    others = expected.keys() - {manifest.step}
     if others:
         directory.append_ledger("prune", steps=sorted(others), missing=True)
+    status = MirrorStatus(
+        store.url,
+        epoch=manifest.key.epoch,
+        seq=manifest.key.seq,
+        step=manifest.step,
+        sha256=expected.get(manifest.step),
+    )
+    status.write(directory.folder)
 
 
 def _place(directory: RunDirectory, name: str) -> tuple[Folder, str]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Self
 from stepctl.errors import CheckpointError, printable
 from stepctl.mirror import names
 from stepctl.mirror.names import Key
-from stepctl.rundir import series
+from stepctl.rundir import series_names
 from stepctl.rundir.ledger import MAX_STEP
 from stepctl.rundir.lock import boot_id
 
@@ -315,7 +315,7 @@ def is_file_name(name: str) -> bool:
     """Tell whether a manifest may contain a file of this name in the run directory."""
     match = _SERIES.fullmatch(name)
     if match is not None:
-        return series.NAME.fullmatch(match[1]) is not None
+        return series_names.NAME.fullmatch(match[1]) is not None
     return name in ("ledger.jsonl", "metrics.jsonl")
 
 
