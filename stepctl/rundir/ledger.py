@@ -86,12 +86,11 @@ class ForkEvent(_Event):
 
 
 class MirrorEvent(_Event):
-    """The mirror was taken over by a segment, started to fail, or works again."""
+    """The state of the mirror changed."""
 
     event: Literal["mirror"]
     url: str
-    state: str  # "owned", "failing", "working" or "lost"
-    epoch: NotRequired[object]
+    state: str  # "failing", "working", "lost" or "refused"
     error: NotRequired[object]
 
 

@@ -19,7 +19,12 @@ from stepctl.runs.records import RunRecords, lock_records
 
 
 def push(
-    directory: RunDirectory, url: str, say: Say, *, take_over: bool, upload_all: bool
+    directory: RunDirectory,
+    url: str,
+    say: Say,
+    *,
+    take_over: bool = False,
+    upload_all: bool = False,
 ) -> Manifest:
     """Make the newest good checkpoint of a run the newest commit of a mirror, and return that.
 

@@ -9,7 +9,8 @@ _SCHEMES = ("s3", "gs", "az", "file")
 _FORM = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<host>[^/]*)(?P<path>/.*)?", re.DOTALL
 )
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_FOLDER = re.compile(r"[A-Za-z0-9!_.*'()=,+-]{1,255}")
 _MAX_LENGTH = 1000
 
 
@@ -37,22 +38,26 @@ def problem(url: str) -> str | None:
             "contains user info; remove it, and give credentials by environment variables such as "
             "AWS_ACCESS_KEY_ID"
         )
-    return _problem_of_parts(match["scheme"], match["host"], match["path"] or "", len(url))
-
-
-def _problem_of_parts(scheme: str, host: str, path: str, length: int) -> str | None:
-    if "?" in path or "#" in path or "?" in host or "#" in host:
+    place = f"{match['host']}{match['path'] or ''}"
+    if "?" in place or "#" in place:
         return "contains a query or a fragment; give the bucket and the path alone"
-    if not path.isprintable() or "\\" in path or length > _MAX_LENGTH:
-        return "has characters that a path in a store cannot have, or too many of them"
-    names = path.strip("/").split("/")
-    if any(name in (".", "..") for name in names) or "" in names[:-1]:
+    if not url.isprintable() or len(url) > _MAX_LENGTH:
+        return f"has control characters, or more than {_MAX_LENGTH} characters; give another"
+    return _problem_of_parts(
+        match["scheme"], match["host"], (match["path"] or "")[1:].removesuffix("/")
+    )
+
+
+def _problem_of_parts(scheme: str, bucket: str, path: str) -> str | None:
+    folders = path.split("/")
+    if any(folder in (".", "..") for folder in folders) or "" in folders[:-1]:
         return "has an empty part, '.' or '..' in its path; give the path itself"
     if scheme == "file":
-        if host:
-            return "is not of this machine; a file URL has three slashes: file:///PATH"
-        if not path.strip("/"):
-            return "has no path; give one: file:///PATH"
-    elif not _HOST.fullmatch(host):
+        if bucket or not path:
+            return "is not that of a directory; give an absolute path: file:///PATH"
+        return None
+    if not _BUCKET.fullmatch(bucket):
         return f"has no valid bucket; give one: {scheme}://BUCKET/PATH"
+    if path and not all(map(_FOLDER.fullmatch, folders)):
+        return "has other characters in its path than letters, digits and !_.*'()=,+-"
     return None

@@ -15,6 +15,8 @@ import pytest
 import stepctl
 from stepctl.cli.main import cli
 from stepctl.config import yaml
+from stepctl.rundir.directory import RunDirectory
+from stepctl.runs.push import push
 from tests.support.runs import BASE, make_config, train
 
 ROOT = Path(stepctl.__file__).parents[1]
@@ -33,8 +35,8 @@ COMMANDS = {
     "verify": "verify runs/é",
     "diff": "diff runs/é runs/é",
     "prune": "prune runs/é",
-    "push": "push runs/é file:///HERE/mirror-é",
-    "pull": "pull file:///HERE/mirror fetched-é",
+    "push": "push runs/é file://HERE/other-é",
+    "pull": "pull file://HERE/mirror-é fetched-é",
     "runs": "runs runs",
     "plot": "plot runs/é",
     "plot of two": "plot runs/é runs/ü",
@@ -53,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("é", "ü"):
         train(make_config(stop={"last_step": 20}), folder / "runs" / name)
     np.save(folder / "x.npy", np.zeros((2, 64)))
+    push(RunDirectory(folder / "runs" / "é"), f"file://{folder}/mirror-é", print)
     (folder / "é.yaml").write_text(yaml.dumps({**BASE, "stop": {"last_step": 2}}), encoding="utf-8")
     return folder
 
@@ -83,7 +86,8 @@ def variables(**more: str) -> dict[str, str]:
 
 
 def call(command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[bytes]:
-    line = [sys.executable, "-m", "stepctl", *command.split()]
+    words = command.replace("HERE", str(cwd)).split()
+    line = [sys.executable, "-m", "stepctl", *words]
     return subprocess.run(
         line, cwd=cwd, env=variables(**more), capture_output=True, timeout=120, check=False
     )
@@ -149,7 +153,8 @@ def test_a_path_that_is_no_text_is_printed(here: Path) -> None:
 def on_terminal(command: str, cwd: Path, **more: str) -> tuple[int, str]:
     """Run a command on a terminal; return its code and all that it wrote there."""
     master, slave = pty.openpty()
-    line = [sys.executable, "-m", "stepctl", *command.split()]
+    words = command.replace("HERE", str(cwd)).split()
+    line = [sys.executable, "-m", "stepctl", *words]
     with subprocess.Popen(
         line, cwd=cwd, env=variables(**more), stdin=slave, stdout=slave, stderr=slave
     ) as child:

@@ -100,6 +100,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert call(*arguments) == 0
     (plain / "checkpoints" / "step-00000003.h5").unlink()
     assert call("prune", plain, "--forget-missing") == 0
+    (folder / "no-folder").touch()
+    url = f"file://{folder}/no-folder/mirror"
+    more = ("--num-steps", 1, "--set", "mirror.wait_at_stop=0")
+    assert call("resume", plain, "--mirror", url, *more) == 0
     return path
 
 
@@ -109,7 +113,8 @@ def call(*arguments: object) -> int:
 
 def events(folder: Path) -> list[dict[str, Any]]:
     """Return the events of all runs in a folder."""
-    return [event for run in sorted(folder.iterdir()) for event in rows(run, "ledger.jsonl")]
+    runs = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [event for run in runs for event in rows(run, "ledger.jsonl")]
 
 
 def ledger_tables() -> dict[str, list[tuple[list[str], bool]]]:
@@ -141,6 +146,7 @@ def test_every_key_of_the_ledger_is_described(run: Path) -> None:
     assert {"changes", "config", "exact", "run_id", "set_aside"} <= keys["start"]
     assert {"parent", "child", "changes"} <= keys["fork"]
     assert "missing" in keys["prune"]
+    assert "error" in keys["mirror"]
 
 
 def test_every_typed_key_of_the_ledger_is_described() -> None:
