@@ -123,6 +123,7 @@ class Uploader:
         self._ended = False
         self._waits_for_owner = False
         self._n_failures = 0  # in a row
+        self._is_failing = False  # which was reported
         self._status = MirrorStatus(store.url)
         self._status_lock = threading.Lock()
         # a daemon: a request may hang when the process ends
@@ -146,16 +147,15 @@ class Uploader:
             error = self.deposed or self._refused
         if error is not None:
             raise error
-        if self._writer is None and self._status.error is None:
-            self._n_failures = _N_SILENT
-            self._fail(f"no answer within {seconds:g} s")
+        if self._writer is None and not self._is_failing:
+            self._fail(f"no answer within {seconds:g} s", is_silent=False)
         for message in self.take_messages():
             say(message)
 
     def _is_claiming(self, deadline: float) -> bool:
         """Wait for news of the claim; return False if there is nothing more to wait for."""
         with self._condition:
-            if self._ended or self._writer is not None or self._n_failures > _N_SILENT:
+            if self._ended or self._writer is not None or self._is_failing:
                 return False
             remaining = deadline - time.monotonic()
             if remaining <= 0 and not self._waits_for_owner:
@@ -400,19 +400,23 @@ class Uploader:
 
     # --- reports
 
-    def _fail(self, error: str) -> None:
+    def _fail(self, error: str, *, is_silent: bool = True) -> None:
+        """Count a failure; report the first one of a row, unless it may be over at once."""
         error = in_one_line(error, 300)
         with self._condition:
             self._waits_for_owner = False
             self._n_failures += 1
+            if is_silent and self._n_failures <= _N_SILENT:
+                return
+            was_failing = self._is_failing
+            self._is_failing = True
+            if not was_failing:
+                self._tell(
+                    f"warning: {self._store.url}: the mirror cannot be written ({error}); training "
+                    "goes on, and the upload is tried again"
+                )
             self._condition.notify_all()
-        if self._n_failures <= _N_SILENT:
-            return
-        if self._status.error is None:
-            self._tell(
-                f"warning: {self._store.url}: the mirror cannot be written ({error}); training goes "
-                "on, and the upload is tried again"
-            )
+        if not was_failing:
             self._record("failing", error)
             self._set_status(error=error, failing_since=_now())
         elif self._status.error != error:
@@ -421,8 +425,11 @@ class Uploader:
     def _succeed(self) -> None:
         with self._condition:
             self._n_failures = 0
-        if self._status.error is not None:
-            self._tell(f"{self._store.url}: the mirror works again")
+            was_failing = self._is_failing
+            self._is_failing = False
+            if was_failing:
+                self._tell(f"{self._store.url}: the mirror works again")
+        if was_failing:
             self._record("working", None)
             self._set_status(error=None, failing_since=None)
 
