@@ -185,8 +185,21 @@ def main() -> None:
     finally:
         drain_output()
     comm.finalize(code or Exit.DONE, failed=False)
+    _leave_requests(code or Exit.DONE)
     _limit_exit_time(code or Exit.DONE)
     sys.exit(code)
+
+
+def _leave_requests(code: int) -> None:
+    """End the process at once if a request to the store of a mirror is still in flight.
+
+    Its thread would return from the store's library into an interpreter that is shutting down.
+    """
+    if any(thread.name.startswith("mirror-") for thread in threading.enumerate()):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def _limit_exit_time(code: int) -> None:

@@ -20,9 +20,10 @@ from stepctl.mirror.store import ObjectStore, StoreUnavailable, open_store
 from stepctl.mirror.transition import run
 from stepctl.mirror.uploader import THREAD
 from stepctl.rundir.directory import RunDirectory
+from stepctl.stopping.signals import default_signal_actions
 from stepctl.system.shell import command
 
-_ANSWER_SECONDS = 5.0  # that the start of a run waits for the store
+_ANSWER_SECONDS = 3.0  # that the start of a run waits for the store
 _RELEASE_SECONDS = 5.0
 
 T = TypeVar("T")
@@ -97,10 +98,14 @@ def pulled_run(
         yield None
         return
     directory.refuse_foreign_files()
-    with claimed_mirror(store, newest.run_id, say, take_over=take_over) as claimed:
-        assert claimed.claim.newest is not None
-        manifest = commit_of(store, claimed.claim.newest, step)
-        fetched = fetch.pull(store, manifest, directory, say)
+    with contextlib.ExitStack() as held:
+        with default_signal_actions():
+            claimed = held.enter_context(
+                claimed_mirror(store, newest.run_id, say, take_over=take_over)
+            )
+            assert claimed.claim.newest is not None
+            manifest = commit_of(store, claimed.claim.newest, step)
+            fetched = fetch.pull(store, manifest, directory, say)
         if fetched.key != manifest.key:
             claimed.report_damage()
         say(f"{directory.path}: fetched step {fetched.step} from {store.url}")

@@ -402,7 +402,7 @@ class Uploader:
 
     def _fail(self, error: str, *, is_silent: bool = True) -> None:
         """Count a failure; report the first one of a row, unless it may be over at once."""
-        error = in_one_line(error, 300)
+        error = in_one_line(error.removeprefix(f"{self._store.url}: "), 300)
         with self._condition:
             self._waits_for_owner = False
             self._n_failures += 1

@@ -66,6 +66,9 @@ def fork(
     run = read_run(records)
     run.store.set_aside_all(pending_set_aside(run.ledger))
     asked = run.config if options.document is None else parse_config(options.document)
+    if _has_mirror_of(run.config, asked):
+        asked = asked.with_values({"mirror": None})
+        say("note: the fork has no mirror: give it a URL of its own with --set mirror.url=URL")
     with contextlib.ExitStack() as built:
         at = open_at_step(
             run,
@@ -98,17 +101,25 @@ def fork(
     return Forked(at.step, target, changes, stopped)
 
 
+def _has_mirror_of(parent: Config, config: Config) -> bool:
+    """Tell whether a config has the parent's mirror, which holds one run."""
+    if parent.mirror is None or config.mirror is None:
+        return False
+    return parent.mirror.url == config.mirror.url
+
+
 def copy_at(run: RunFiles, child: RunDirectory, step: int, say: Say = silent) -> None:
     """Make a run of the checkpoint of `step` alone; unlike a fork, the run `run` keeps no record."""
+    config = run.config.with_values({"mirror": None})
     at = open_at_step(
         run,
-        lambda step: assemble(run.config),
+        lambda step: assemble(config),
         step=step,
         say=say,
         may_differ=KEYS,
         skip_unfit=False,
     )
-    with contextlib.closing(at.assembly), new_run_directory(child, run.config, say) as run_id:
+    with contextlib.closing(at.assembly), new_run_directory(child, config, say) as run_id:
         _record_origin(run.directory, child, run_id, at, [])
         _publish(child, run_id, at, new_numerics=False)
 

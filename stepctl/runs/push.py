@@ -28,7 +28,7 @@ def push(
 ) -> Manifest:
     """Make the newest good checkpoint of a run the newest commit of a mirror, and return that.
 
-    With `upload_all` nothing that the mirror has is used again. Raises OwnedByAnother if another
+    With `upload_all` nothing that the mirror has is used again or kept. Raises OwnedByAnother if another
     process owns the mirror, ConfigError if it holds another run or a checkpoint that this copy of
     the run does not know, RunInUseError if a process trains the run, StoreUnavailable if the store
     does not answer.
@@ -47,7 +47,8 @@ def push(
                 upload_all = upload_all or _lacks_objects(store, mirrored)
             writer = RunWriter(store, claimed.claim, directory.folder, upload_all=upload_all)
             with contextlib.closing(writer):
-                fetch.with_attempts(lambda: writer.write(newest, _keep_last(records)))
+                keep_last = 1 if upload_all else _keep_last(records)
+                fetch.with_attempts(lambda: writer.write(newest, keep_last))
             assert writer.claim.newest is not None
             return writer.claim.newest
 
