@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -76,12 +77,16 @@ def exchange(client: HTTPConnection) -> bytes:
 
 
 def ask(
-    proxy: FaultProxy, method: str = "PUT", body: bytes | None = SENT, timeout: float = 5.0
+    proxy: FaultProxy,
+    method: str = "PUT",
+    body: bytes | None = SENT,
+    timeout: float = 5.0,
+    headers: Mapping[str, str] = {},  # noqa: B006, never changed
 ) -> tuple[int, bytes]:
     """Make a request on a connection of its own; return status and body of the reply."""
     client = HTTPConnection("127.0.0.1", proxy.port, timeout=timeout)
     try:
-        client.request(method, "/bucket/name", body)
+        client.request(method, "/bucket/name", body, headers)
         reply = client.getresponse()
         return reply.status, reply.read()
     finally:
@@ -167,6 +172,16 @@ def test_a_fault_that_breaks_the_connection(
     assert server.received == received
     proxy.listen()
     assert ask(proxy) == (200, STORED)
+
+
+def test_a_changed_body_is_refused_as_s3_does_if_its_digest_was_sent(
+    proxy: FaultProxy, server: Server
+) -> None:
+    proxy.inject(Fault.WRONG_REQUEST, at(1))
+    headers = {"X-Amz-Content-SHA256": hashlib.sha256(SENT).hexdigest()}
+    assert ask(proxy, headers=headers) == (400, error("XAmzContentSHA256Mismatch"))
+    assert ask(proxy, headers=headers) == (200, STORED)
+    assert server.received == [SENT]
 
 
 def test_refused_connections_come_again(proxy: FaultProxy) -> None:

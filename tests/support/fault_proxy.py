@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import hashlib
+import re
 import socket
 import struct
 import threading
@@ -29,6 +31,7 @@ SLOW_RATE = 10_000  # bytes per second
 PIECE = 1000  # bytes between two pauses of a slow link
 REFUSAL = 0.2  # seconds for which connections are refused
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
+_SHA256 = re.compile("[0-9a-f]{64}")
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
 
 
@@ -51,7 +54,9 @@ class Fault(enum.Enum):
     RESET_IN_REPLY = "the server acts; the connection is reset after half of the reply's body"
     TRUNCATED = "the server acts; half of the reply's body is sent, with the length of the whole"
     SHORT = "the server acts; half of the reply's body is sent, with the length of the half"
-    WRONG_REQUEST = "a byte in the middle of the request's body is changed"
+    WRONG_REQUEST = (
+        "a byte in the middle of the request's body is changed; refused if a digest was sent"
+    )
     WRONG_REPLY = "the server acts; a byte in the middle of the reply's body is changed"
     SLOW = "the bodies of request and reply are carried at a low rate"
 
@@ -301,6 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
             return _whole(_reply(200, "OK", "<html>Sign in to this network</html>"))
         if fault is Fault.WRONG_REQUEST:
             request = replace(request, body=_damaged(request.body))
+            if not _matches_digest(request):
+                return _whole(_error(400, "Bad Request", "XAmzContentSHA256Mismatch"))
         if fault is Fault.DUPLICATE:
             self._forward(request)
         reply = self._forward(request)
@@ -420,6 +427,13 @@ def _reply(status: int, reason: str, text: str) -> Reply:
 
 def _error(status: int, reason: str, code: str) -> Reply:
     return _reply(status, reason, f"<Error><Code>{code}</Code><Message>injected</Message></Error>")
+
+
+def _matches_digest(request: Request) -> bool:
+    """Tell whether the body has the sha256 that the request was signed with; S3 refuses it if not."""
+    headers = {name.lower(): value for name, value in request.headers}
+    signed = headers.get("x-amz-content-sha256", "")
+    return not _SHA256.fullmatch(signed) or hashlib.sha256(request.body).hexdigest() == signed
 
 
 def _damaged(content: bytes) -> bytes:
