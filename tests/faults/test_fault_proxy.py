@@ -81,7 +81,7 @@ def ask(
     method: str = "PUT",
     body: bytes | None = SENT,
     timeout: float = 5.0,
-    headers: Mapping[str, str] = {},  # noqa: B006, never changed
+    headers: Mapping[str, str] = {},
 ) -> tuple[int, bytes]:
     """Make a request on a connection of its own; return status and body of the reply."""
     client = HTTPConnection("127.0.0.1", proxy.port, timeout=timeout)
