@@ -119,13 +119,19 @@ def about(method: str, part: str = "") -> When:
 
 
 class FaultProxy:
-    """Forwards HTTP/1.1 from a port of its own to a server, and injects faults. Ends with its `with` block."""
+    """Forwards HTTP/1.1 from a port of its own to a server, and injects faults. Ends with its `with` block.
+
+    The server gets one request at a time: moto's conditional writes are not atomic.
+    """
 
     def __init__(self, upstream: Address, rate: int = SLOW_RATE) -> None:
         self.upstream = upstream
         self.rate = rate
         self.closed = threading.Event()
+        self.forwarding = threading.Lock()
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._in_flight = 0
         self._requests: list[Request] = []
         self._faults: list[tuple[Fault, When]] = []
         self._connections: set[socket.socket] = set()
@@ -161,6 +167,21 @@ class FaultProxy:
         """The requests so far, by number; their bodies, faults and status once they are known."""
         with self._lock:
             return list(self._requests)
+
+    @property
+    def n_requests(self) -> int:
+        """The number of requests so far."""
+        return len(self._requests)
+
+    @property
+    def n_in_flight(self) -> int:
+        """The number of requests that are not answered yet."""
+        return self._in_flight
+
+    def settle(self, seconds: float = 60.0) -> None:
+        """Wait until no request is in flight: what a killed client sent has reached the server."""
+        with self._idle:
+            assert self._idle.wait_for(lambda: self._in_flight == 0, seconds), "still in flight"
 
     def inject(self, fault: Fault, when: When) -> None:
         """Inject a fault into the requests that fulfil a condition; the first one that was set counts."""
@@ -218,13 +239,21 @@ class FaultProxy:
             fault = next((fault for fault, when in self._faults if when(request)), None)
             request = replace(request, fault=fault)
             self._requests.append(request)
+            self._in_flight += 1
         return request
 
+    def finish(self) -> None:
+        """Count a request as answered."""
+        with self._idle:
+            self._in_flight -= 1
+            self._idle.notify_all()
+
     def update(self, request: Request) -> None:
-        """Record what became known of a request."""
+        """Record what became known of a request, unless it is from before a restart."""
         with self._lock:
-            if request.number <= len(self._requests):  # else from before a restart
-                self._requests[request.number - 1] = request
+            for known in self._requests[request.number - 1 : request.number]:
+                if (known.method, known.target) == (request.method, request.target):
+                    self._requests[request.number - 1] = request
 
     def _start(self, target: Callable[..., object], *arguments: Any) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -274,13 +303,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         assert "Transfer-Encoding" not in self.headers, "a body must have a length"
         headers = list(self.headers.items())
+        request = Request(0, self.command, self.path, headers)
+        request = self.proxy.register(request, self.connection)
         try:
-            request = Request(0, self.command, self.path, headers)
-            request = self.proxy.register(request, self.connection)
             self.wfile.write(b"".join(self._answer(request)))
         except _Reset:
             _reset(self.connection)
             raise
+        finally:
+            self.proxy.finish()
 
     @property
     def proxy(self) -> FaultProxy:
@@ -376,7 +407,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, request: Request) -> Reply:
         upstream = HTTPConnection(*self.proxy.upstream)
-        try:
+        with self.proxy.forwarding, contextlib.closing(upstream):
             upstream.putrequest(
                 request.method, request.target, skip_host=True, skip_accept_encoding=True
             )
@@ -394,8 +425,6 @@ class _Handler(BaseHTTPRequestHandler):
             if request.method == "HEAD" and stated is not None:
                 length = int(stated)
             return Reply(response.status, response.reason, headers, body, length)
-        finally:
-            upstream.close()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
