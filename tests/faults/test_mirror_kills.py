@@ -16,17 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.support import series_files
 from tests.support.attack_moments import START_UP, after, inside_a_save, when_there_are
 from tests.support.fault_proxy import When, about
-from tests.support.mirror_site import Site, object_store_site, quick_mirror
+from tests.support.mirror_site import Site, assert_finished, object_store_site, quick_mirror
 from tests.support.processes import Process, start, until
-from tests.support.program_runs import rows
 from tests.support.run_checks import (
     Trial,
     assert_nothing_lost,
     checkpoints,
-    contents,
     ledger,
     make_trial,
     random_config,
@@ -35,7 +32,6 @@ from tests.support.run_checks import (
 Figure = Callable[[str, int], None]
 LEAST_INSIDE = 0.5  # of the kills, after the first commit and before the last
 BEFORE, BETWEEN, AFTER = "before the first commit", "between commits", "after the last commit"
-LAST_STEP = 200
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +50,8 @@ def test_killed_at_random_moments_a_run_goes_on_from_its_mirror(
     for place, count in places.items():
         figure(f"kills of mirrored runs {place}", count)
     figure("kills of mirrored runs", places.total())
-    assert places[BETWEEN] >= LEAST_INSIDE * kills, places
+    if kills >= 50:
+        assert places[BETWEEN] >= LEAST_INSIDE * kills, places
 
 
 def test_killed_twice_a_run_goes_on_from_its_mirror(site: Site, tmp_path: Path) -> None:
@@ -78,14 +75,17 @@ def attack(site: Site, seed: int, kills: int, folder: Path) -> Counter[str]:
 
 
 def some_config(chance: random.Random) -> dict[str, Any]:
-    """Return a config of a run of about a second: a model, or a program with two series."""
+    """Return a config of a run with five to twenty checkpoints: a model, or a program with two series."""
     config = random_config(chance)
-    config["stop"] = {"last_step": LAST_STEP}
+    last_step = 400
     if chance.random() < 0.5:
-        shared = {key: config[key] for key in ("seed", "checkpoint", "log", "numerics", "stop")}
-        shared["log"] = {"every": 1}
-        config = {"program": {"name": "tests.support.sampler:Sampler"}, **shared}
-    config["checkpoint"]["every"] = chance.randint(20, 60)
+        last_step = 10_000
+        shared = {key: config[key] for key in ("seed", "checkpoint", "numerics")}
+        program = {"name": "tests.support.sampler:Sampler"}
+        config = {"program": program, "log": {"every": 10}, **shared}
+    every = last_step // chance.randint(5, 20)
+    config["stop"] = {"last_step": last_step}
+    config["checkpoint"] = {"every": every, "keep_last": chance.choice((1, 2, 3, None))}
     return config
 
 
@@ -99,7 +99,6 @@ def broken_run(
     while True:
         site.proxy.restart()
         before = site.newest_step(url)
-        started = len(ledger(run, "start"))
         is_blank = not checkpoints(run)
         with start_process(trial, site, run, url) as child:
             if places.total() < kills:
@@ -110,16 +109,17 @@ def broken_run(
         assert site.faults(url) == []
         committed = site.newest_step(url)
         assert before is None or (committed is not None and committed >= before)
-        if is_blank and len(ledger(run, "start")) > started:
-            assert ledger(run, "start")[started]["step"] == (before or first_step(trial))
+        started = [line["step"] for line in ledger(run, "start") if line["pid"] == child.pid]
+        if is_blank and started:
+            assert started == [before or first_step(trial)]
         if code == 0:
             break
         assert code == -9, child.said()
         places[place_of_kill(trial, committed)] += 1
         if chance.random() < 0.75:
-            shutil.rmtree(run)
+            shutil.rmtree(run, ignore_errors=True)  # it may not be there yet
             run = trial.new_run(f"{name}-{places.total()}")
-        else:
+        elif not ledger(run, "prune"):  # it was not fetched
             assert_nothing_lost(run, trial.keep_last)
     assert_finished(trial, run)
     assert committed == trial.last_step
@@ -139,15 +139,6 @@ def start_process(trial: Trial, site: Site, run: Path, url: str) -> Process:
 def first_step(trial: Trial) -> int:
     step: int = trial.config.get("initial_step", 0)
     return step
-
-
-def assert_finished(trial: Trial, run: Path) -> None:
-    """Assert that a run has the last checkpoint, rows and series of the uninterrupted one."""
-    expected = trial.folder / "whole" / "run"
-    assert contents(checkpoints(run)[trial.last_step]) == trial.contents
-    assert rows(run) == rows(expected)
-    assert series_files.contents(run) == series_files.contents(expected)
-    assert not [path for path in run.rglob(".*") if path.is_file()]
 
 
 def place_of_kill(trial: Trial, committed: int | None) -> str:
@@ -180,8 +171,8 @@ def some_moment(chance: random.Random) -> Moment:
         return local(inside_a_save(chance.randint(1, 4), 0))
     then = chance.choice((0, 0.001, 0.005, 0.02)) * chance.random()
     if share < 0.5:
-        return when_requested(chance.randint(1, 60), lambda request: True, then)
-    return when_requested(chance.randint(1, 4), chance.choice(KINDS), then)
+        return when_requested(chance.randint(1, 100), lambda request: True, then)
+    return when_requested(chance.randint(2, 8), chance.choice(KINDS), then)
 
 
 def local(moment: Callable[[Process, Path], None]) -> Moment:

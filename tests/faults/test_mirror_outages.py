@@ -17,16 +17,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.fault_proxy import Fault, at, since
-from tests.support.mirror_site import Site, object_store_site, quick_mirror
+from tests.support.mirror_site import Site, assert_finished, object_store_site, quick_mirror
 from tests.support.paused_runs import GATE_AT, Gated, make_gated
 from tests.support.processes import Process, start, until
-from tests.support.program_runs import rows
-from tests.support.run_checks import Trial, checkpoints, contents, leftovers
+from tests.support.run_checks import Trial
 
 Figure = Callable[[str, int], None]
 DONE, FAILED = 0, 1
 FEW = 2  # requests of each kind of session, with --faults
-MOST_ON_TRAINING_THREAD = 0.001  # of the wall time
+MOST_ON_TRAINING_THREAD = 0.001  # of the wall time, of a run of ten seconds at least
 by_fault = pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name)
 
 
@@ -86,17 +85,11 @@ def session(gated: Gated, site: Site, url: str, name: str) -> None:
         assert child.wait() == DONE, child.said()
     wall = time.perf_counter() - began
     on_training_thread = float(seconds.read_text())
-    assert on_training_thread < MOST_ON_TRAINING_THREAD * wall
+    assert on_training_thread < MOST_ON_TRAINING_THREAD * max(wall, 10)
     assert_reports(child.said())
     assert_finished(trial, run)
     site.proxy.settle()
     assert_whole(trial, site, url)
-
-
-def assert_finished(trial: Trial, run: Path) -> None:
-    assert contents(checkpoints(run)[trial.last_step]) == trial.contents
-    assert rows(run) == rows(trial.folder / "whole" / "run")
-    assert not leftovers(run)
 
 
 def assert_reports(said: str) -> None:

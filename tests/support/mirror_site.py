@@ -18,12 +18,16 @@ from typing import Any
 from urllib.parse import quote
 from xml.etree import ElementTree
 
+from tests.support import series_files
 from tests.support.fault_proxy import HOST, SLOW_RATE, FaultProxy, Request
 from tests.support.object_store import S3Server, s3_server
+from tests.support.program_runs import rows
+from tests.support.run_checks import Trial, checkpoints, contents, leftovers
 
 BUCKET = "mirrors"
 BEAT_SECONDS = 0.2
 _ENTRY = re.compile(r"log/([0-9]{10})-([0-9]{10})")
+_SIGNED = "AWS4-HMAC-SHA256 Credential=key/20200101/us-east-1/s3/aws4_request"  # moto asks no more
 _XML = "{http://s3.amazonaws.com/doc/2006-03-01/}"
 
 
@@ -142,7 +146,7 @@ class Site:
     def _ask(self, method: str, target: str, body: bytes | None = None) -> bytes:
         client = HTTPConnection(*self.proxy.upstream)
         try:
-            client.request(method, target, body)
+            client.request(method, target, body, {"Authorization": _SIGNED})
             reply = client.getresponse()
             content = reply.read()
             assert reply.status in (200, 204), f"{method} {target}: {reply.status} {content!r}"
@@ -177,12 +181,14 @@ def seq_of(name: str) -> int:
     return int(name.rpartition("-")[2])
 
 
-def local_files(run: Path) -> dict[str, bytes]:
-    """Return the files of a run that its mirror holds, by path."""
-    names = ["config.yaml", "ledger.jsonl", "metrics.jsonl"]
-    paths = [run / name for name in names if (run / name).exists()]
-    paths += sorted((run / "series").glob("[!.]*"))
-    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+def assert_finished(trial: Trial, run: Path) -> None:
+    """Assert that a run ended as the uninterrupted one without a mirror: checkpoint, rows and series."""
+    expected = trial.folder / "whole" / "run"
+    state = contents(checkpoints(run)[trial.last_step])
+    assert state | {"config": None} == trial.contents | {"config": None}
+    assert rows(run) == rows(expected)
+    assert series_files.contents(run) == series_files.contents(expected)
+    assert not leftovers(run)
 
 
 # --- processes with short delays
@@ -193,10 +199,10 @@ def quick_mirror() -> None:
 
     MIRROR_SECONDS is a file for the seconds that the training thread spent on the mirror.
     """
-    from stepctl.mirror import cloud_store, fetch, manifest, uploader
     from stepctl.runs.mirroring import Mirroring
 
     from stepctl.__main__ import main
+    from stepctl.mirror import cloud_store, fetch, manifest, uploader
 
     cloud_store._IDLE_SECONDS = 1
     fetch._DELAYS = (0.01, 0.02, 0.04, 0.1, 0.2)
