@@ -199,10 +199,9 @@ def quick_mirror() -> None:
 
     MIRROR_SECONDS is a file for the seconds that the training thread spent on the mirror.
     """
-    from stepctl.runs.mirroring import Mirroring
-
     from stepctl.__main__ import main
     from stepctl.mirror import cloud_store, fetch, manifest, uploader
+    from stepctl.runs.mirroring import Mirroring
 
     cloud_store._IDLE_SECONDS = 1
     fetch._DELAYS = (0.01, 0.02, 0.04, 0.1, 0.2)
