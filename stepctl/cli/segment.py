@@ -34,6 +34,7 @@ def train_segment(
     run = segment.directory.path
     start = segment.start
     if segment.nothing_to_do is not None:
+        segment.mirror_finished()
         report_finished(segment.directory, segment.nothing_to_do, as_json)
         raise click.exceptions.Exit(Exit.DONE)
     if interrupt.was_received():

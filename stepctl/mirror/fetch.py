@@ -17,7 +17,9 @@ from typing import TypeVar
 
 from stepctl.checkpoint import names as checkpoint_names
 from stepctl.checkpoint.expected import expected_checkpoints
+from stepctl.checkpoint.user_block import open_verified
 from stepctl.errors import CheckpointError, StepctlError
+from stepctl.mirror import names
 from stepctl.mirror.chunks import Digest, matching_pieces
 from stepctl.mirror.manifest import Manifest, StoredObject
 from stepctl.mirror.reading import read_kept, read_newest
@@ -126,18 +128,42 @@ def _fetch_run(store: ObjectStore, manifest: Manifest, directory: RunDirectory) 
     _fetch(store, [contents.checkpoint], directory.checkpoint_folder, checkpoint)
     ledger = contents.files.get(directory.ledger.name, ())
     _fetch(store, ledger, directory.folder, directory.ledger.name)
-    expected = expected_checkpoints(directory.repair_ledger())
-    others = expected.keys() - {manifest.step}
-    if others:
-        directory.append_ledger("prune", steps=sorted(others), missing=True)
+    sha256 = _acknowledge_only(manifest, directory)
     status = MirrorStatus(
         store.url,
         epoch=manifest.key.epoch,
         seq=manifest.key.seq,
         step=manifest.step,
-        sha256=expected.get(manifest.step),
+        sha256=sha256,
     )
     status.write(directory.folder)
+
+
+def _acknowledge_only(manifest: Manifest, directory: RunDirectory) -> str:
+    """Record that the run has this checkpoint and no other, and return the sha256 in the ledger.
+
+    The ledger may be of a later moment than the checkpoint, and tell that it was pruned.
+    CheckpointError if the ledger is not that of the run, or does not know the checkpoint.
+    """
+    ledger = directory.repair_ledger()
+    event = ledger.newest_checkpoint(manifest.step)
+    name = names.log(manifest.key)
+    if ledger.run_id != manifest.run_id:
+        raise CheckpointError("mirror", f"{name} has the ledger of another run")
+    folder = directory.checkpoint_folder
+    checkpoint = open_verified(checkpoint_names.file_name(manifest.step), folder.dir_fd())
+    checkpoint.file.close()
+    sha256 = checkpoint.digest
+    if event is None or event["sha256"] != sha256:
+        raise CheckpointError("mirror", f"{name} has a checkpoint that its ledger does not know")
+    expected = expected_checkpoints(ledger)
+    if manifest.step not in expected:
+        facts = {key: value for key, value in event.items() if key not in ("event", "time")}
+        directory.append_ledger("checkpoint", **facts | {"pruned": []})
+    others = expected.keys() - {manifest.step}
+    if others:
+        directory.append_ledger("prune", steps=sorted(others), missing=True)
+    return sha256
 
 
 def _place(directory: RunDirectory, name: str) -> tuple[Folder, str]:
@@ -169,7 +195,10 @@ def _fetch(store: ObjectStore, objects: Sequence[StoredObject], folder: Folder, 
             for chunk in fetched(store, objects):
                 write_all(descriptor, chunk)
 
-    with_attempts(fetch)
+    try:
+        with_attempts(fetch)
+    except CheckpointError:  # damaged in the store, or only on the way
+        with_attempts(fetch)
 
 
 def fetched(store: ObjectStore, objects: Iterable[StoredObject]) -> Iterator[bytes]:

@@ -164,15 +164,22 @@ class Ledger:
                     return data
         return None
 
+    def newest_checkpoint(self, step: int) -> CheckpointEvent | None:
+        """Return the newest acknowledgement of a step's checkpoint."""
+        found = [
+            event
+            for event in self.events
+            if event["event"] == "checkpoint" and event["step"] == step
+        ]
+        return found[-1] if found else None
+
     def series_rows(self, step: int) -> dict[str, int]:
         """Return the number of rows of each series up to the newest checkpoint of a step."""
-        for event in reversed(self.events):
-            if event["event"] == "checkpoint" and event["step"] == step:
-                rows = event.get("series")
-                if not isinstance(rows, dict):
-                    return {}
-                return {name: n for name, n in rows.items() if type(n) is int}
-        return {}
+        event = self.newest_checkpoint(step)
+        rows = None if event is None else event.get("series")
+        if not isinstance(rows, dict):
+            return {}
+        return {name: n for name, n in rows.items() if type(n) is int}
 
     @property
     def changed_keys(self) -> set[str]:

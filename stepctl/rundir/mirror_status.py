@@ -53,3 +53,9 @@ def read_status(folder: Folder) -> MirrorStatus | None:
         if isinstance(row.get(name), str):
             known[name] = row[name]
     return MirrorStatus(**known)
+
+
+def is_mirrored(folder: Folder, url: str, sha256: str) -> bool:
+    """Tell whether the newest commit in the mirror, as far as is known here, has this checkpoint."""
+    status = read_status(folder)
+    return status is not None and (status.url, status.sha256) == (url.rstrip("/"), sha256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from stepctl.checkpoint.expected import pending_set_aside
 from stepctl.checkpoint.store import Store
 from stepctl.errors import StepctlError
+from stepctl.rundir.mirror_status import is_mirrored
 from stepctl.runs.messages import Say
 from stepctl.runs.records import RunRecords
 from stepctl.state.counters import Counters
@@ -13,14 +14,17 @@ from stepctl.stopping.rules import StopAtStep
 
 
 def describe_finished(records: RunRecords, say: Say) -> str | None:
-    """Return why a resume without options makes no step; None if it may make one.
+    """Return why a resume without options has nothing to do; None if it may have something.
 
-    A task's run that stopped before its target is recognised only if one of the config's hooks
-    stopped it: then no hook is imported.
+    It has if the last segment did not mirror the newest checkpoint. A task's run that stopped
+    before its target is recognised only if one of the config's hooks stopped it: then no hook is
+    imported.
     """
     plain = records.document.value
     target = records.ledger.target
     if not isinstance(plain, dict) or "script" in plain or target is None:
+        return None
+    if not _is_mirrored(records, plain.get("mirror")):
         return None
     at_target = _describe_target_reached(records, target)
     if at_target is not None:
@@ -28,6 +32,18 @@ def describe_finished(records: RunRecords, say: Say) -> str | None:
     if "program" not in plain:
         return _describe_stop_by_hook(records, target) if plain.get("hooks") else None
     return _describe_stopped_program(records, target, say)
+
+
+def _is_mirrored(records: RunRecords, section: object) -> bool:
+    """Tell whether the newest checkpoint is in the mirror of the config's section, if it has one."""
+    if section is None:
+        return True
+    ledger = records.ledger
+    newest = ledger.newest_checkpoint(max(ledger.acknowledged.values(), default=-1))
+    url = section.get("url") if isinstance(section, dict) else None
+    if newest is None or not isinstance(url, str):
+        return False  # the resume reports it
+    return is_mirrored(records.directory.folder, url, newest["sha256"])
 
 
 def _describe_target_reached(records: RunRecords, target: int) -> str | None:

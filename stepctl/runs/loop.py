@@ -289,6 +289,7 @@ class Loop:
     def _start(self, segment: Segment) -> None:
         """Start the segment, unless there is no step to make."""
         if segment.nothing_to_do is not None:
+            segment.mirror_finished()
             say(f"{self.path}: {segment.nothing_to_do}")
             return
         source = segment.restored or "the initial state"

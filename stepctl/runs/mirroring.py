@@ -14,7 +14,6 @@ import threading
 import time
 from typing import final
 
-from stepctl.checkpoint.expected import expected_checkpoints
 from stepctl.config.model import MirrorConfig
 from stepctl.errors import CheckpointError, ConfigError
 from stepctl.hooks.base import Hook
@@ -138,7 +137,9 @@ def start_mirroring(
     store = open_store(config.url)
     restored = None
     if start is not None:
-        restored = Checkpoint(start, expected_checkpoints(ledger)[start])
+        event = ledger.newest_checkpoint(start)
+        assert event is not None, "a restored checkpoint is acknowledged before"
+        restored = Checkpoint(start, event["sha256"])
 
     def check(claim: Claim) -> None:
         if claim.newest is not None and not going_back:

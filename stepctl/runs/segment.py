@@ -31,6 +31,7 @@ from stepctl.hooks.save import Save
 from stepctl.hooks.slow_threads import SlowThreads
 from stepctl.rundir.directory import RunDirectory
 from stepctl.rundir.ledger import Ledger
+from stepctl.rundir.mirror_status import is_mirrored
 from stepctl.rundir.series import series_folder
 from stepctl.runs.compatibility import StartFacts, report_inexact
 from stepctl.runs.messages import Messages, Say
@@ -145,6 +146,18 @@ class Segment:
         if reason is None:
             return None
         return reason.describe_nothing_to_do(self.start, self.target)
+
+    def mirror_finished(self) -> None:
+        """Mirror a run that has nothing to do, if its last segment did not: it was killed before."""
+        newest = self._ledger.newest_checkpoint(self.start)
+        if self.config.mirror is None or newest is None:
+            return
+        if is_mirrored(self.directory.folder, self.config.mirror.url, newest["sha256"]):
+            return
+        mirroring = self._start_mirroring(Messages(self._say))
+        assert mirroring is not None
+        with contextlib.closing(mirroring):
+            mirroring.start(self.state)
 
     def train(
         self,

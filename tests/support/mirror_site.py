@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import quote
 from xml.etree import ElementTree
 
@@ -203,13 +204,18 @@ def quick_mirror() -> None:
     from stepctl.mirror import cloud_store, fetch, manifest, uploader
     from stepctl.runs.mirroring import Mirroring
 
-    cloud_store._IDLE_SECONDS = 1
-    fetch._DELAYS = (0.01, 0.02, 0.04, 0.1, 0.2)
-    uploader.Uploader.__init__.__kwdefaults__["delays"] = uploader.Delays(0.02, 0.2)
-    manifest.Owner.this_process.__func__.__defaults__ = (BEAT_SECONDS,)
+    def replace(place: object, name: str, value: object) -> None:
+        mock.patch.object(place, name, value).start()
+
+    replace(cloud_store, "_IDLE_SECONDS", 1)
+    replace(fetch, "_DELAYS", (0.01, 0.02, 0.04, 0.1, 0.2))
+    defaults: Any = uploader.Uploader.__init__.__kwdefaults__
+    defaults["delays"] = uploader.Delays(0.02, 0.2)
+    own = manifest.Owner.this_process
+    replace(manifest.Owner, "this_process", lambda run_id: own(run_id, BEAT_SECONDS))
     host = os.environ.get("MIRROR_HOST")
     if host is not None:
-        manifest.boot_id = lambda: f"boot of {host}"
+        replace(manifest, "boot_id", lambda: f"boot of {host}")
     file = os.environ.get("MIRROR_SECONDS")
     if file is not None:
         close = Mirroring.close
@@ -218,7 +224,7 @@ def quick_mirror() -> None:
             Path(file).write_text(str(mirroring.seconds_on_training_thread))
             close(mirroring, seconds)
 
-        Mirroring.close = noting_close
+        replace(Mirroring, "close", noting_close)
     main()
 
 
