@@ -26,7 +26,7 @@ from tests.support.hostile_mirrors import (
 )
 from tests.support.mirror_site import quick_mirror
 from tests.support.processes import start
-from tests.support.program_runs import rows
+from tests.support.program_runs import rows, saved_state
 from tests.support.run_checks import checkpoints
 from tests.support.run_files import file_contents
 
@@ -165,7 +165,7 @@ def test_the_mirror_that_they_are_made_of_is_good(
 def assert_same_run(run: Path, expected: Path, step: int) -> None:
     """Assert that a pulled run is the expected one up to a step."""
     assert list(checkpoints(run)) == [step]
-    assert checkpoints(run)[step].read_bytes() == checkpoints(expected)[step].read_bytes()
+    assert saved_state(run, step) == saved_state(expected, step)
     assert rows(run) == [row for row in rows(expected) if row["step"] <= step]
     assert series_files.rows_to(run, step) == series_files.rows_to(expected, step)
 
