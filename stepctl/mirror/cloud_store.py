@@ -44,6 +44,11 @@ _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _OS_ERROR = re.compile(r'message: "([^"\n]{1,100})"')
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _URL = re.compile(r"\w+://\S+")
+_LOOKUP_ERROR = re.compile(r'error: "(failed to lookup address[^"\n]{1,100})"')
+_ENDPOINT = re.compile(
+    r"https?://[A-Za-z0-9.-]+(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?|https?://\[[0-9A-Fa-f:.]+\].*"
+)
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
 class CloudStore:
@@ -56,6 +61,7 @@ class CloudStore:
         self._url = f"{scheme}://{bucket}/{path}".rstrip("/")
         self._rate = _FASTEST
         self._clients: dict[tuple[float | None, bool], Any] = {}
+        self._client()  # finds wrong variables
 
     @property
     def url(self) -> str:
@@ -66,11 +72,11 @@ class CloudStore:
         """See `ObjectStore.create`."""
         from obstore.exceptions import AlreadyExistsError
 
-        try:
-            with self._sending("create", name, len(content)) as client:
+        with self._sending("create", name, len(content)) as client:
+            try:
                 self._obstore.put(client, name, content, mode="create", use_multipart=False)
-        except AlreadyExistsError:
-            return False
+            except AlreadyExistsError:
+                return False
         return True
 
     def put(self, name: str, content: bytes) -> None:
@@ -177,6 +183,8 @@ class CloudStore:
 
     def _new_client(self, limit_seconds: float | None, retries: bool) -> Any:
         scheme, bucket, path = self._place
+        if scheme == "s3":
+            self._check_endpoint()
         options: dict[str, Any] = {"connect_timeout": timedelta(seconds=_CONNECT_SECONDS)}
         if limit_seconds is None:
             options["read_timeout"] = timedelta(seconds=_IDLE_SECONDS)
@@ -206,23 +214,43 @@ class CloudStore:
                 f"{_ENVIRONMENT[scheme]}...: {_reason(error)}"
             ) from error
 
+    def _check_endpoint(self) -> None:
+        """Raise ConfigError for an endpoint with which obstore would fail at each request."""
+        for name in _ENDPOINT_VARIABLES:
+            endpoint = os.environ.get(name, "")
+            if not endpoint:
+                continue
+            if not _ENDPOINT.fullmatch(endpoint):
+                raise ConfigError(
+                    f"{self._url}: the environment variable {name} is not of the form "
+                    "https://HOST:PORT"
+                )
+            if endpoint.startswith("http:") and "AWS_ALLOW_HTTP" not in os.environ:
+                raise ConfigError(
+                    f"{self._url}: the environment variable {name} is an http:// address; use "
+                    "https://, or set AWS_ALLOW_HTTP=true to send data and requests unencrypted"
+                )
+
     @contextlib.contextmanager
     def _errors(self, operation: str, name: str) -> Iterator[None]:
-        """Raise an error of obstore as StoreUnavailable, except AlreadyExistsError."""
-        from obstore.exceptions import AlreadyExistsError, BaseError
+        """Raise an error of obstore as StoreUnavailable; that of an absent object passes."""
+        from obstore.exceptions import BaseError
 
         try:
             yield
-        except AlreadyExistsError:
-            raise
         except FileNotFoundError as error:
             if any(sign in str(error) for sign in _NO_BUCKET):
                 raise StoreUnavailable(self._message(operation, name, error)) from error
             raise
         except BaseError as error:
             raise StoreUnavailable(self._message(operation, name, error)) from error
+        except BaseException as error:
+            # a panic of obstore's own; the class cannot be imported
+            if type(error).__name__ != "PanicException":
+                raise
+            raise StoreUnavailable(self._message(operation, name, error)) from error
 
-    def _message(self, operation: str, name: str, error: Exception) -> str:
+    def _message(self, operation: str, name: str, error: BaseException) -> str:
         return f"{self._url}: cannot {operation} {name}: {_reason(error)}"
 
 
@@ -234,7 +262,7 @@ def _s3_config() -> dict[str, Any]:
     return config
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Return the reason of an error in a few words, without addresses, queries or headers."""
     text = str(error)
     status = _STATUS.search(text)
@@ -243,8 +271,9 @@ def _reason(error: Exception) -> str:
         return f"the store answered {status[1]}" + (f" ({code[1]})" if code else "")
     if "TimedOut" in text or "timed out" in text:
         return "the store did not answer in time"
-    system_error = _OS_ERROR.search(text)
+    system_error = _OS_ERROR.search(text) or _LOOKUP_ERROR.search(text)
     if system_error is not None:
         return system_error[1]
     first_line = text.partition("\n")[0]
-    return in_one_line(_URL.sub("<address>", first_line), 200)
+    reason = first_line.rpartition(" - ")[2]  # before it: the request, and how long it took
+    return in_one_line(_URL.sub("<address>", reason), 200)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from stepctl.errors import ConfigError, StepctlError, printable
+from stepctl.errors import ConfigError, StepctlError, UnreadableError, printable
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _FOLDER = re.compile(r"[A-Za-z0-9!_.*'()=,+-]{1,255}")
@@ -81,12 +81,17 @@ class ObjectStore(Protocol):
 def checked_pieces(file: BinaryIO, size: int, sha256: str, piece_bytes: int) -> Iterator[bytes]:
     """Yield the next `size` bytes of a file in pieces of `piece_bytes`; the last may be shorter.
 
-    StepctlError, before the last piece, if they do not have this sha256.
+    StepctlError, before the last piece, if they do not have this sha256, or cannot be read.
     """
     digest = hashlib.sha256()
     remaining = size
     while True:
-        piece = file.read(min(piece_bytes, remaining))
+        try:
+            piece = file.read(min(piece_bytes, remaining))
+        except OSError as error:
+            raise UnreadableError(
+                f"a file of the run cannot be read now: {error.strerror}; check the disk"
+            ) from error
         digest.update(piece)
         remaining -= len(piece)
         if not remaining or not piece:
@@ -103,7 +108,8 @@ def checked_pieces(file: BinaryIO, size: int, sha256: str, piece_bytes: int) -> 
 def open_store(url: str) -> ObjectStore:
     """Return the store of s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or file:///PATH.
 
-    No request is made. ConfigError for any other URL, and for one with credentials or a query.
+    No request is made. ConfigError for any other URL, for one with credentials or a query, if a
+    variable of the environment is wrong, and if obstore is missing.
     """
     scheme, separator, place = url.partition("://")
     if not separator or scheme not in ("s3", "gs", "az", "file"):

@@ -10,12 +10,12 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from stepctl.errors import CheckpointError, ConfigError, StepctlError
+from stepctl.errors import CheckpointError, ConfigError, StepctlError, UnreadableError
 from stepctl.mirror import cloud_store
 from stepctl.mirror.store import ObjectStore, StoreUnavailable, open_store
 from tests.support.object_store import PAGE, MemoryStore, S3Server, environment, s3_server
@@ -100,6 +100,19 @@ def test_a_file_that_changed_is_not_uploaded(store: ObjectStore, size: int, faul
     assert store.size("data/x") is None
 
 
+@pytest.mark.parametrize("size", [5, 2 * PART])
+def test_a_file_that_cannot_be_read_is_not_uploaded(store: ObjectStore, size: int) -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() == 0 and size == PART:
+                return super().read(size)
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(UnreadableError, match="Input/output error"):
+        store.upload("data/x", Failing(bytes(size)), size, _digest(bytes(size)))
+    assert store.size("data/x") is None
+
+
 def test_names_are_listed_by_prefix(store: ObjectStore) -> None:
     assert list(store.list("log/")) == []
     for number in range(5):
@@ -138,6 +151,54 @@ def test_one_of_many_creations_succeeds(store: ObjectStore) -> None:
 
 
 # --- failures of a store on the network
+
+
+def _answer(listener: socket.socket, status: str) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # the test has ended
+            return
+        with connection, contextlib.suppress(OSError):
+            while b"\r\n\r\n" not in connection.recv(10_000):
+                pass
+            head = f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            connection.sendall(head.encode())
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        "400 Bad Request",
+        "403 Forbidden",
+        "409 Conflict",
+        "412 Precondition Failed",
+        "500 Internal Server Error",
+    ],
+)
+def test_every_bad_answer_is_store_unavailable(
+    monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        _set_environment(monkeypatch, environment(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+        thread = threading.Thread(target=_answer, args=(listener, status), daemon=True)
+        thread.start()
+        store = open_store("s3://bucket/runs/digits")
+        requests: list[Callable[[], object]] = [
+            lambda: store.put("log/1", b""),
+            lambda: store.get("log/1", 1),
+            lambda: store.download("log/1", 1),
+            lambda: store.size("log/1"),
+            lambda: store.delete("log/1"),
+            lambda: list(store.list("log/")),
+        ]
+        if status[:3] not in ("409", "412"):
+            requests.append(lambda: store.create("log/1", b""))
+        for request in requests:
+            with pytest.raises(StoreUnavailable, match=f"the store answered {status[:3]}"):
+                request()
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
 
 
 @pytest.mark.process
@@ -238,9 +299,39 @@ def test_a_wrong_variable_is_a_config_error(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     _set_environment(monkeypatch, {**environment("http://127.0.0.1:1"), variable: value})
-    store = open_store("s3://bucket/runs/digits")
     with pytest.raises(ConfigError, match=f"environment variables AWS_.*{value}"):
-        store.get("log/1", 1)
+        open_store("s3://bucket/runs/digits")
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "127.0.0.1:9000",
+        "not a url",
+        "http://",
+        "ftp://host",
+        "https://user:hunter2@host",
+        "https://h/\n",
+    ],
+)
+def test_a_wrong_endpoint_is_a_config_error(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    _set_environment(monkeypatch, environment(endpoint))
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL is not of the form") as caught:
+        open_store("s3://bucket/runs/digits")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_http_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_environment(monkeypatch, environment("http://127.0.0.1:1"))
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(ConfigError, match="AWS_ALLOW_HTTP=true"):
+        open_store("s3://bucket/runs/digits")
+
+
+def test_an_unknown_host_is_store_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_environment(monkeypatch, environment("http://missing.invalid"))
+    with pytest.raises(StoreUnavailable, match="failed to lookup address information"):
+        open_store("s3://bucket/runs/digits").get("log/1", 1)
 
 
 # --- a directory
@@ -310,7 +401,8 @@ def test_a_file_system_without_links_is_refused(
         ("file:///data/runs/x//", "file:///data/runs/x"),
     ],
 )
-def test_urls(url: str, expected: str) -> None:
+def test_urls(url: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     assert open_store(url).url == expected
 
 
