@@ -163,13 +163,12 @@ def start_mirroring(
         going_back=going_back,
         is_damaged=is_damaged,
     )
-    mirroring = Mirroring(uploader, directory, config, say)
     try:
         uploader.wait_for_claim(_CLAIM_SECONDS, say)
     except BaseException:
-        mirroring.close(0)
+        uploader.close(0)
         raise
-    return mirroring
+    return Mirroring(uploader, directory, config, say)
 
 
 def refuse_unknown_checkpoint(

@@ -176,6 +176,19 @@ def test_a_store_that_does_not_answer_is_no_blank_machine(
 
 
 @pytest.mark.training
+def test_a_refused_mirror_is_one_line(here: Path) -> None:
+    assert train("--mirror", url()).code == 0
+    assert train("--run-dir", "other").code == 0
+    before = everything(here)
+    answer = stepctl("resume", "other", "--num-steps", 1, "-q", "--mirror", url())
+    assert answer.code == Exit.USAGE
+    assert "is the mirror of another run" in answer.stderr
+    assert answer.stderr.count("\n") == 1
+    del before["other/lock"]
+    assert {name: content for name, content in everything(here).items() if name in before} == before
+
+
+@pytest.mark.training
 def test_a_fork_has_no_mirror(here: Path) -> None:
     assert train("--mirror", url()).code == 0
     answer = stepctl("fork", "runs/c", "--run-dir", "fork", "--set", "seed=7", "--last-step", 9)
