@@ -11,17 +11,13 @@ AZURE_STORAGE_ACCOUNT_NAME, ...), never from the URL, and no message contains th
 """
 
 import hashlib
-import re
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from stepctl.errors import ConfigError, StepctlError, UnreadableError, printable
-
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
-_FOLDER = re.compile(r"[A-Za-z0-9!_.*'()=,+-]{1,255}")
-_FORMS = "s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or file:///PATH"
+from stepctl.errors import ConfigError, StepctlError, UnreadableError
+from stepctl.system import store_url
 
 
 class StoreUnavailable(StepctlError):
@@ -111,47 +107,23 @@ def open_store(url: str) -> ObjectStore:
     No request is made. ConfigError for any other URL, for one with credentials or a query, if a
     variable of the environment is wrong, and if obstore is missing.
     """
-    scheme, separator, place = url.partition("://")
-    if not separator or scheme not in ("s3", "gs", "az", "file"):
-        raise ConfigError(f"{_shown(url)}: is not the URL of a mirror; give {_FORMS}")
+    problem = store_url.problem(url)
+    if problem is not None:
+        raise ConfigError(f"the URL of the mirror {problem}")
+    scheme, _, place = url.partition("://")
+    bucket, _, path = place.rstrip("/").partition("/")
     if scheme == "file":
-        return _directory(place)
-    bucket, _, path = place.partition("/")
-    path = path.rstrip("/")
-    if "@" in place or "?" in place or "#" in place:
-        raise ConfigError(
-            f"{_shown(url)}: the URL of a mirror has no user, query or fragment; credentials and "
-            "settings come from environment variables"
-        )
-    if not _BUCKET.fullmatch(bucket):
-        raise ConfigError(f"{_shown(url)}: has no valid bucket name; give {_FORMS}")
-    for folder in path.split("/") if path else ():
-        if not _FOLDER.fullmatch(folder) or folder in (".", ".."):
-            raise ConfigError(
-                f"{_shown(url)}: {folder!r} cannot be a part of a mirror's path; use letters, "
-                "digits and !_.*'()=,+-"
-            )
+        return _directory(path)
     from stepctl.mirror.cloud_store import CloudStore
 
     return CloudStore(scheme, bucket, path)
 
 
-def _directory(place: str) -> ObjectStore:
-    """Return the store of file:///PATH, of which `place` is /PATH."""
-    path = urllib.parse.unquote(place)
-    folders = [folder for folder in path.split("/") if folder]
-    if not path.startswith("/") or "\0" in path or not folders or ".." in folders:
-        shown = _shown(f"file://{place}")
-        raise ConfigError(f"{shown}: is not a directory's URL; give file:///ABSOLUTE/PATH")
+def _directory(path: str) -> ObjectStore:
+    """Return the store of file:///PATH, of which `path` is PATH."""
+    decoded = urllib.parse.unquote(path)
+    if "\0" in decoded or ".." in decoded.split("/"):
+        raise ConfigError("the URL of the mirror has %00 or '..' in its path; give the path itself")
     from stepctl.mirror.file_store import FileStore
 
-    return FileStore(Path(path))
-
-
-def _shown(url: str) -> str:
-    """Return a URL that was refused, without what may be a secret."""
-    scheme, separator, place = url.partition("://")
-    host, slash, path = place.partition("/")
-    path = re.split("[?#]", path, maxsplit=1)[0]
-    host = re.split("[?#]", host, maxsplit=1)[0].rpartition("@")[2]
-    return printable(f"{scheme}{separator}{host}{slash}{path}")
+    return FileStore(Path(f"/{decoded}"))
