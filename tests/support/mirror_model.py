@@ -9,6 +9,7 @@ requests, any other writer may run; every request may fail in these ways:
 - It times out: the writer gets StoreUnavailable and repeats the transition. The request takes
   effect at any later moment, or never.
 - The writer is killed. The request takes effect at any later moment, or never.
+- A listing is empty, or a content is damaged on the way, once in a history.
 
 Every writer takes over at once, as if it had waited in vain for a beat: no clock has to be right.
 After every request, these invariants are checked:
@@ -202,6 +203,11 @@ class _Search:
         yield self._move(node, number, answered, after, n_preemptions, node.n_faults, event)
         if not node.n_faults:
             return
+        wrong = _wrong_reply(reply)
+        if wrong is not None and node.n_faults == self._model.n_faults:
+            answered = writer._replace(replies=(*writer.replies, wrong))
+            lying = f"{event} gets a wrong reply"
+            yield self._move(node, number, answered, after, n_preemptions, node.n_faults - 1, lying)
         pending = node.state.pending
         if not isinstance(request, Get | List):
             pending = tuple(sorted((*pending, request), key=_shown))
@@ -478,6 +484,15 @@ def _replayed(transition: Transition[Any], replies: tuple[Any, ...]) -> Request:
             request = transition.throw(CheckpointError("mirror", "it is too large"))
         else:
             request = transition.send(reply)
+
+
+def _wrong_reply(reply: Any) -> Any:
+    """Return a reply that a proxy may give instead, None if there is none."""
+    if isinstance(reply, tuple):
+        return ()
+    if isinstance(reply, bytes):
+        return reply[:-1]
+    return None
 
 
 def _is_local(request: Request) -> bool:
