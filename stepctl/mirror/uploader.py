@@ -12,31 +12,26 @@ it tries again, less and less often, and never gives up before it is closed.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, final
 
 from stepctl.errors import ConfigError, RunInUseError, StepctlError
 from stepctl.mirror.heartbeat import Heartbeat
+from stepctl.mirror.journal import Journal
 from stepctl.mirror.manifest import Manifest, Owner
 from stepctl.mirror.protocol import Claim, claim_mirror, release
 from stepctl.mirror.store import ObjectStore, StoreUnavailable
 from stepctl.mirror.transition import run
 from stepctl.mirror.writer import Checkpoint, Pruned, RunWriter
 from stepctl.rundir.directory import RunDirectory
-from stepctl.rundir.mirror_status import MirrorStatus
-from stepctl.system.text import in_one_line
 from stepctl.system.user_code import describe_with_type
 
 THREAD = "mirror-upload"  # name of the thread
 _UNUSED_SECONDS = 5.0  # that `close` waits for the release of a mirror that was not used
-_N_SILENT = 1  # failures in a row that are not reported: the next attempt may succeed
 
 
 class Delays(NamedTuple):
@@ -95,9 +90,8 @@ class Uploader:
         commit `is_damaged`, that too, and none of its objects is used again.
         """
         self.deposed: RunInUseError | None = None
-        self.has_news = False
         self._store = store
-        self._directory = directory
+        self._journal = Journal(directory, store.url)
         self._folder = directory.folder
         self._owner = owner
         self._keep_last = keep_last
@@ -108,7 +102,6 @@ class Uploader:
         self._is_damaged = is_damaged
         self._delays = delays
         self._condition = threading.Condition()
-        self._messages = deque[str]()
         self._claim = claim
         self._heartbeat: Heartbeat | None = None
         self._writer: RunWriter | None = None
@@ -122,10 +115,6 @@ class Uploader:
         self._gave_up = False
         self._ended = False
         self._waits_for_owner = False
-        self._n_failures = 0  # in a row
-        self._is_failing = False  # which was reported
-        self._status = MirrorStatus(store.url)
-        self._status_lock = threading.Lock()
         # a daemon: a request may hang when the process ends
         self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
         self._thread.start()
@@ -147,15 +136,15 @@ class Uploader:
             error = self.deposed or self._refused
         if error is not None:
             raise error
-        if self._writer is None and not self._is_failing:
-            self._fail(f"no answer within {seconds:g} s", is_silent=False)
+        if self._writer is None and not self._journal.is_failing:
+            self._journal.fail(f"no answer within {seconds:g} s", at_once=True)
         for message in self.take_messages():
             say(message)
 
     def _is_claiming(self, deadline: float) -> bool:
         """Wait for news of the claim; return False if there is nothing more to wait for."""
         with self._condition:
-            if self._ended or self._writer is not None or self._is_failing:
+            if self._ended or self._writer is not None or self._journal.is_failing:
                 return False
             remaining = deadline - time.monotonic()
             if remaining <= 0 and not self._waits_for_owner:
@@ -188,10 +177,14 @@ class Uploader:
             return True
         return step // self._every != before.step // self._every
 
+    @property
+    def has_news(self) -> bool:
+        """Tell whether there are messages, or another process owns the mirror."""
+        return self.deposed is not None or self._journal.has_messages
+
     def take_messages(self) -> list[str]:
         """Return the messages since the last call."""
-        self.has_news = self.deposed is not None
-        return [self._messages.popleft() for _ in range(len(self._messages))]
+        return self._journal.take_messages()
 
     def close(self, seconds: float) -> Behind | None:
         """Mirror the run's files as they are now, for at most `seconds`; return what is lacking.
@@ -215,14 +208,14 @@ class Uploader:
                 pass
             self._gave_up = True
             self._condition.notify_all()
-        with self._status_lock:
-            return self._behind()
+        self._journal.close()
+        return self._behind()
 
     def _behind(self) -> Behind | None:
         if self._offered is None or self._mirrored == self._offered:
             return None
         mirrored = None if self._mirrored is None else self._mirrored.step
-        error = self._status.error or "it takes longer"
+        error = self._journal.error or "the upload takes longer than mirror.wait_at_stop"
         return Behind(mirrored, self._offered.step, str(self.deposed or self._refused or error))
 
     # --- the thread
@@ -258,19 +251,16 @@ class Uploader:
             if self.deposed is not None:
                 return
             self.deposed = error
-            self.has_news = True
             if self._in_foreground:
                 return
-        self._record("lost", str(error))
+        self._journal.lose(error)
 
     def _refuse(self, error: StepctlError) -> None:
         with self._condition:
             self._refused = error
             if self._in_foreground:
                 return
-        self._record("refused", str(error))
-        self._set_status(error=str(error), failing_since=_now())
-        self._tell(f"warning: {error}; training goes on without a mirror")
+        self._journal.refuse(error)
 
     def _own(self) -> None:
         """Claim the mirror, and prepare writing to it."""
@@ -279,7 +269,7 @@ class Uploader:
         claim = self._claim
         assert claim is not None
         self._heartbeat = Heartbeat(self._store, claim, self._depose)
-        self._set_status(epoch=claim.epoch)
+        self._journal.own(claim, self._offered)
         with self._condition:
             self._compare_with_newest(claim.newest)
             self._writer = RunWriter(
@@ -317,7 +307,8 @@ class Uploader:
     def _announce_wait(self, message: str) -> None:
         with self._condition:
             self._waits_for_owner = True
-        self._tell(message)
+            self._journal.tell(message)
+            self._condition.notify_all()
 
     def _wait_for_owner(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -357,12 +348,7 @@ class Uploader:
         self._claim = writer.claim
         self._mirrored = checkpoint
         assert writer.claim.newest is not None
-        self._set_status(
-            seq=writer.claim.newest.key.seq,
-            step=checkpoint.step,
-            sha256=checkpoint.sha256,
-            time=_now(),
-        )
+        self._journal.commit(writer.claim.newest, checkpoint)
 
     def _until_it_works(self, attempt: Callable[[], None]) -> None:
         """Repeat an attempt until it succeeds; errors that no repetition can change are raised."""
@@ -377,10 +363,16 @@ class Uploader:
             except Exception as error:  # training goes on whatever it is
                 self._fail(f"unexpected {describe_with_type(error)}")
             else:
-                self._succeed()
+                self._journal.succeed()
                 return
             self._pause(delay * random.uniform(0.5, 1.5))
             delay = min(2 * delay, self._delays.longest)
+
+    def _fail(self, error: str) -> None:
+        self._journal.fail(error)
+        with self._condition:
+            self._waits_for_owner = False
+            self._condition.notify_all()
 
     def _pause(self, seconds: float) -> None:
         """Wait before the next attempt; the first one after `close` is made at once."""
@@ -397,66 +389,3 @@ class Uploader:
     def _check(self) -> None:
         if self._gave_up:
             raise _GaveUp
-
-    # --- reports
-
-    def _fail(self, error: str, *, is_silent: bool = True) -> None:
-        """Count a failure; report the first one of a row, unless it may be over at once."""
-        error = in_one_line(error.removeprefix(f"{self._store.url}: "), 300)
-        with self._condition:
-            self._waits_for_owner = False
-            self._n_failures += 1
-            if is_silent and self._n_failures <= _N_SILENT:
-                return
-            was_failing = self._is_failing
-            self._is_failing = True
-            if not was_failing:
-                self._tell(
-                    f"warning: {self._store.url}: the mirror cannot be written ({error}); training "
-                    "goes on, and the upload is tried again"
-                )
-            self._condition.notify_all()
-        if not was_failing:
-            self._record("failing", error)
-            self._set_status(error=error, failing_since=_now())
-        elif self._status.error != error:
-            self._set_status(error=error)
-
-    def _succeed(self) -> None:
-        with self._condition:
-            self._n_failures = 0
-            was_failing = self._is_failing
-            self._is_failing = False
-            if was_failing:
-                self._tell(f"{self._store.url}: the mirror works again")
-        if was_failing:
-            self._record("working", None)
-            self._set_status(error=None, failing_since=None)
-
-    def _tell(self, message: str) -> None:
-        with self._condition:
-            self._messages.append(message)
-            self.has_news = True
-            self._condition.notify_all()
-
-    def _record(self, state: str, error: str | None) -> None:
-        """Record a change of the mirror's state in the ledger, while the run is held."""
-        facts = {} if error is None else {"error": in_one_line(error, 300)}
-        with self._status_lock:
-            if self._gave_up:
-                return
-            with contextlib.suppress(StepctlError):  # the training thread will report it
-                self._directory.append_ledger("mirror", url=self._store.url, state=state, **facts)
-
-    def _set_status(self, **changes: object) -> None:
-        """Change `mirror.json`, while the run is held."""
-        with self._status_lock:
-            self._status = replace(self._status, **changes)  # type: ignore[arg-type]
-            if self._gave_up:
-                return
-            with contextlib.suppress(StepctlError):  # the training thread will report it
-                self._status.write(self._folder)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -23,7 +23,7 @@ from stepctl.state.arena import Array
 from stepctl.state.counters import GLOBAL_STEP
 from stepctl.state.value_decoder import parse
 from stepctl.state.value_text import value_texts
-from stepctl.system import files
+from stepctl.system import files, store_url
 
 
 class Statistics(TypedDict):
@@ -157,7 +157,7 @@ def inspect_path(path: str, pattern: str) -> Inspection:
     if ledger is not None:
         contents["segment"] = newest_segment(ledger)
         contents["parent"] = fork_origin(ledger)
-        contents["mirror"] = mirror_state(read_status(RunDirectory(path).folder), ledger)
+        contents["mirror"] = mirror_state(_mirror_status(RunDirectory(path), ledger), ledger)
     selected = {key: text for key, text in texts.items() if fnmatchcase(f"values/{key}", pattern)}
     return {"contents": contents, "value_texts": selected, "messages": messages}
 
@@ -191,6 +191,22 @@ def newest_segment(ledger: Ledger) -> SegmentSummary | None:
         summary["ended"] = _text(end.get("time"))
         summary["reason"] = end["reason"]
     return summary
+
+
+def _mirror_status(directory: RunDirectory, ledger: Ledger) -> MirrorStatus | None:
+    """Return the status of the mirror in the run's newest config; None if that has none."""
+    try:
+        config = directory.newest_config(ledger).value
+    except StepctlError:
+        return None
+    section = config.get("mirror") if isinstance(config, dict) else None
+    url = section.get("url") if isinstance(section, dict) else None
+    if not isinstance(url, str):
+        return None
+    status = read_status(directory.folder)
+    if status is None or status.url != store_url.canonical(url):
+        return MirrorStatus(url)
+    return status
 
 
 def mirror_state(status: MirrorStatus | None, ledger: Ledger) -> MirrorState | None:

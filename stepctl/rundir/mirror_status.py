@@ -5,20 +5,18 @@ The uploader of a segment publishes it after each commit, and when the store sta
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stepctl.rundir import json_lines
+from stepctl.system import store_url
 from stepctl.system.folder import Folder
 
 NAME = "mirror.json"
 _MAX_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class MirrorStatus:
+class MirrorStatus(NamedTuple):
     """The newest checkpoint in the mirror, and why a newer one is not there.
 
     `step`, its `sha256` as in the ledger, and `time` are None before the first commit; `error` and
@@ -36,7 +34,7 @@ class MirrorStatus:
 
     def write(self, folder: Folder) -> None:
         """Publish the file in the folder of a locked run."""
-        content = json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+        content = json.dumps(self._asdict()).encode() + b"\n"
         folder.publish(NAME, [content])
 
 
@@ -58,4 +56,4 @@ def read_status(folder: Folder) -> MirrorStatus | None:
 def is_mirrored(folder: Folder, url: str, sha256: str) -> bool:
     """Tell whether the newest commit in the mirror, as far as is known here, has this checkpoint."""
     status = read_status(folder)
-    return status is not None and (status.url, status.sha256) == (url.rstrip("/"), sha256)
+    return status is not None and (status.url, status.sha256) == (store_url.canonical(url), sha256)

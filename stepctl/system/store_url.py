@@ -25,6 +25,16 @@ def last_name(url: str) -> str:
     return url.rstrip("/").rpartition("/")[2]
 
 
+def canonical(url: str) -> str:
+    """Return a checked URL in the form that the store's messages and files have."""
+    if url.startswith("file://"):
+        import urllib.parse  # not at the top: `--help` needs none
+        from pathlib import Path
+
+        return Path(urllib.parse.unquote(url.removeprefix("file://"))).as_uri()
+    return url.rstrip("/")
+
+
 def problem(url: str) -> str | None:
     """Return what is wrong with a URL, and what is allowed; None if it is right."""
     match = _FORM.fullmatch(url)

@@ -323,6 +323,24 @@ def test_a_claim_that_is_refused_later_ends_the_uploads(store: Store, trained: T
     assert "training goes on without a mirror" in uploader.take_messages()[-1]
 
 
+def test_the_status_of_an_earlier_segment_is_kept(store: Store, trained: Trained) -> None:
+    uploader = start(store, trained)
+    uploader.begin()
+    uploader.offer(trained.save(1))
+    assert uploader.close(20) is None
+    before = read_status(trained.directory.folder)
+    uploader = start(store, trained, restored=trained.save(2))
+    uploader.wait_for_claim(20, ignore)
+    uploader.close(20)
+    assert read_status(trained.directory.folder) == before
+    uploader = start(store, trained, restored=trained.save(2))
+    uploader.begin()
+    assert uploader.close(20) is None
+    after = read_status(trained.directory.folder)
+    assert after is not None
+    assert (after.epoch, after.seq, after.step, after.sha256) == (3, 1, 2, f"{2:064x}")
+
+
 def live(store: Store, claim: Claim, stopped: threading.Event) -> threading.Thread:
     """Beat as another process does."""
 

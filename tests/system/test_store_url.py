@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from stepctl.mirror.store import open_store
 from stepctl.system import store_url
 
 
@@ -57,3 +58,10 @@ def test_wrong(url: str, why: str) -> None:
 )
 def test_the_last_part_names_the_run(url: str, name: str) -> None:
     assert store_url.last_name(url) == name
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/a/", "s3://bucket", "file:///tmp/a b/é/", "file:///tmp/a%20b"]
+)
+def test_the_canonical_form_is_the_store_s(url: str) -> None:
+    assert store_url.canonical(url) == open_store(url).url
