@@ -42,6 +42,13 @@ _RETRY_PART = {
 _STATUS = re.compile(r"status code: (\d{3}(?: [A-Z][A-Za-z]*)*)")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _OS_ERROR = re.compile(r'message: "([^"\n]{1,100})"')
+# Without credentials in the environment, they are requested from the cloud's machine.
+_NO_CREDENTIALS = {
+    "/latest/api/token": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (~/.aws is not read)",
+    "/latest/meta-data/": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (~/.aws is not read)",
+    "/computeMetadata/": "GOOGLE_SERVICE_ACCOUNT",
+    "/metadata/identity/": "AZURE_STORAGE_ACCOUNT_KEY",
+}
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _URL = re.compile(r"\w+://\S+")
 _LOOKUP_ERROR = re.compile(r'error: "(failed to lookup address[^"\n]{1,100})"')
@@ -265,6 +272,9 @@ def _s3_config() -> dict[str, Any]:
 def _reason(error: BaseException) -> str:
     """Return the reason of an error in a few words, without addresses, queries or headers."""
     text = str(error)
+    for path, variables in _NO_CREDENTIALS.items():
+        if path in text:
+            return f"no credentials; set {variables}"
     status = _STATUS.search(text)
     if status is not None:
         code = _CODE.search(text)

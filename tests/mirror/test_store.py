@@ -328,6 +328,17 @@ def test_http_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store("s3://bucket/runs/digits")
 
 
+def test_missing_credentials_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    _set_environment(monkeypatch, environment(f"http://127.0.0.1:{port}"))
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StoreUnavailable, match="no credentials; set AWS_ACCESS_KEY_ID and"):
+        open_store("s3://bucket/runs/digits").get("log/1", 1)
+
+
 def test_an_unknown_host_is_store_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     _set_environment(monkeypatch, environment("http://missing.invalid"))
     with pytest.raises(StoreUnavailable, match="failed to lookup address information"):
