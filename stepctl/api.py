@@ -32,9 +32,10 @@ from stepctl.rundir.directory import RunDirectory
 from stepctl.runs.at_step import ResumeOptions
 from stepctl.runs.messages import Say
 from stepctl.runs.open import create_run, resume_locked
+from stepctl.runs.open_segment import OpenSegment, Outcome
 from stepctl.runs.progress import display_for
 from stepctl.runs.records import lock_records
-from stepctl.runs.segment import OpenSegment, Outcome, Segment
+from stepctl.runs.segment import Segment
 from stepctl.state.arena import Array
 from stepctl.state.read_only import explain_read_only
 from stepctl.state.train_state import TrainState

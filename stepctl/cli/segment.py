@@ -14,7 +14,8 @@ from stepctl.system.text import local_step_note
 
 if TYPE_CHECKING:
     from stepctl.rundir.directory import RunDirectory
-    from stepctl.runs.segment import Outcome, Segment
+    from stepctl.runs.open_segment import Outcome
+    from stepctl.runs.segment import Segment
 
 
 def train_segment(

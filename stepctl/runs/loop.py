@@ -28,9 +28,10 @@ from stepctl.programs.base import Metrics, as_numbers
 from stepctl.rundir.directory import RunDirectory
 from stepctl.runs.at_step import ResumeOptions
 from stepctl.runs.open import resume_locked, start_segment
+from stepctl.runs.open_segment import OpenSegment
 from stepctl.runs.progress import show_progress
 from stepctl.runs.records import lock_records
-from stepctl.runs.segment import OpenSegment, Segment
+from stepctl.runs.segment import Segment
 from stepctl.state.arena import Array
 from stepctl.state.counters import GLOBAL_STEP, SAMPLES_SEEN
 from stepctl.state.streams import Streams
