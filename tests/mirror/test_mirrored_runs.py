@@ -32,7 +32,7 @@ from stepctl.mirror.store import open_store
 from stepctl.mirror.transition import run
 from stepctl.programs.base import Metrics
 from stepctl.reports.inspect import inspect_path
-from stepctl.reports.mirror import verify_mirror
+from stepctl.reports.mirror import newest_commit, verify_mirror
 from stepctl.reports.verify import verify
 from stepctl.rundir.directory import RunDirectory
 from stepctl.rundir.mirror_status import read_status
@@ -146,6 +146,37 @@ def test_inspect_shows_how_far_the_mirror_is(tmp_path: Path) -> None:
         "behind_seconds": 0.0,
         "error": None,
     }
+
+
+def test_a_table_of_the_rows_is_made_again(tmp_path: Path) -> None:
+    config = mirrored(tmp_path, log={"every": 7, "csv": True}, stop={"last_step": 23})
+    train(config, tmp_path / "here")
+    shutil.rmtree(tmp_path / "here")
+    resume_fetched(tmp_path, tmp_path / "there", last_step=40)
+    lines = (tmp_path / "there" / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(rows(tmp_path / "there"))
+
+
+def test_the_step_of_a_mirror_takes_few_bytes(tmp_path: Path) -> None:
+    train(mirrored(tmp_path, checkpoint={"every": 1}), tmp_path / "run")
+    store = open_store(url(tmp_path))
+    n_bytes = 0
+    get = store.get
+
+    class Counting:
+        """Counts the bytes that are read."""
+
+        url = store.url
+        list = store.list
+
+        def get(self, name: str, max_bytes: int) -> bytes | None:
+            nonlocal n_bytes
+            content = get(name, max_bytes)
+            n_bytes += len(content or b"")
+            return content
+
+    assert newest_commit(Counting()).step == 40  # type: ignore[arg-type]
+    assert 0 < n_bytes < 100_000
 
 
 # --- a store that does not work
