@@ -88,9 +88,10 @@ def claim_mirror(
     If another owner may be alive, wait for two of its beat intervals, after one line to
     `announce`; with `take_over`, do not wait.
 
-    Raises OwnedByAnother (exit 4) if it is alive or another process was faster; ConfigError (exit
-    2) if the mirror holds another run or the store has no conditional writes; CheckpointError
-    (exit 3) if no commit of a mirror that has some can be read.
+    Raises OwnedByAnother (exit 4) if it is alive or another process was faster, Deposed (exit 4) if
+    yet another one has taken over meanwhile; ConfigError (exit 2) if the mirror holds another run
+    or the store has no conditional writes; CheckpointError (exit 3) if no commit of a mirror that
+    has some can be read.
     """
     yield from _check_store(secrets.token_hex(16))
     keys = yield from read_log()
@@ -105,6 +106,8 @@ def claim_mirror(
     # Not before the owner exists: an earlier owner may have committed until then.
     newest = yield from read_newest(announce, expected=Key(epoch, 0))
     claim = Claim(epoch, owner, newest)
+    if newest is not None and newest.key.epoch > epoch:
+        raise (yield from _deposed(claim))
     try:
         yield from _refuse_another_run(owner, newest)
     except ConfigError:

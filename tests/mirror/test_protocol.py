@@ -171,6 +171,19 @@ def test_one_of_two_newcomers_is_refused(store: MemoryStore) -> None:
         run(claim_mirror(make_owner(2)), raced)
 
 
+def test_a_claim_that_was_taken_over_before_it_was_complete(store: MemoryStore) -> None:
+    class TakenOver(MemoryStore):
+        def create(self, name: str, content: bytes) -> bool:
+            created = super().create(name, content)
+            if name == names.owner(1):
+                other = run(claim_mirror(make_owner(2), take_over=True), self)
+                commit_step(other, self, 10)
+            return created
+
+    with pytest.raises(Deposed, match="taken over by process 2"):
+        run(claim_mirror(make_owner(1)), TakenOver())
+
+
 def test_a_run_that_goes_back_drops_the_later_commits(store: MemoryStore) -> None:
     claim = take_over(store, 1)
     for step in (0, 10, 20):

@@ -154,7 +154,7 @@ RULES: dict[str, tuple[list[Edit], str, Model]] = {
             (transition, CREATE, "        return created\n"),
             (protocol, "    if other != owner:\n        raise", "    raise"),
         ],
-        "writer 1 is refused by itself",
+        "writer 1 is refused by nobody",
         ALONE,
     ),
     "a commit whose name is taken by an earlier attempt gets another": (

@@ -178,7 +178,7 @@ class _Search:
     def _successors(self, node: _Node) -> Iterator[_Node]:
         state = node.state
         for number, writer in enumerate(state.writers, start=1):
-            if writer.stage in _ENDED:
+            if writer.stage in _ENDED or self._waits_for_equal(state, number):
                 continue
             can_go_on = (
                 node.running is not None and state.writers[node.running - 1].stage not in _ENDED
@@ -192,6 +192,11 @@ class _Search:
             event = f"the store performs {_shown(request)}, late"
             self._check(after, event)
             yield node._replace(state=after, history=(event, node.history))
+
+    def _waits_for_equal(self, state: _State, number: int) -> bool:
+        """Tell whether a writer has not started, and one before it, which is its equal, neither."""
+        pair = state.writers[max(number - 2, 0) : number]
+        return not self._goes_back(number) and pair == (_Writer(), _Writer())
 
     def _requests(self, node: _Node, number: int, n_preemptions: int) -> Iterator[_Node]:
         """Yield the states after the next request of a writer, and after its failure."""
@@ -401,15 +406,11 @@ class _Search:
             return "two writers own the same epoch"
         for number, writer in enumerate(state.writers, start=1):
             own = make_owner(number).to_bytes()
-            if writer.stage == "refused":
-                owners = [name for name in objects if name.endswith("-" + "0" * 10)]
-                if all(objects[name] == own for name in owners):
-                    return f"writer {number} is refused by itself"
-            if writer.stage == "deposed":
-                assert writer.held is not None
-                successor = objects.get(names.owner(writer.held.key[0] + 1))
-                if successor in (None, own):
-                    return f"writer {number} is deposed by nobody"
+            if writer.stage not in ("deposed", "refused"):
+                continue
+            first = 1 if writer.held is None else writer.held.key[0] + 1
+            if not any(_is_owner(name, first) and objects[name] != own for name in objects):
+                return f"writer {number} is {writer.stage} by nobody"
         return None
 
     def _continues(self, newest: Manifest | None, earlier: Manifest) -> bool:
@@ -498,6 +499,12 @@ def _wrong_reply(reply: Any) -> Any:
 def _is_local(request: Request) -> bool:
     """Tell whether a request is about nothing that another writer uses."""
     return isinstance(request, Locate) or names.PROBES in _shown(request)
+
+
+def _is_owner(name: str, first: int) -> bool:
+    """Tell whether a name is that of the owner of an epoch, `first` or later."""
+    key = names.parse_log(name)
+    return key is not None and key.seq == 0 and key.epoch >= first
 
 
 def _answer_locally(request: Request, objects: dict[str, bytes]) -> Any:
