@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.attack_moments import START_UP, after, inside_a_save, when_there_are
-from tests.support.fault_proxy import When, about
+from tests.support.fault_proxy import Fault, When, about
 from tests.support.mirror_site import Site, assert_finished, object_store_site, quick_mirror
 from tests.support.processes import Process, start, until
 from tests.support.run_checks import (
@@ -54,13 +54,25 @@ def test_killed_at_random_moments_a_run_goes_on_from_its_mirror(
         assert places[BETWEEN] >= LEAST_INSIDE * kills, places
 
 
+@pytest.mark.faults
+def test_killed_where_requests_fail_at_random_a_run_goes_on_from_its_mirror(
+    site: Site, tmp_path: Path, figure: Figure, pytestconfig: pytest.Config
+) -> None:
+    kills = 50 if pytestconfig.option.faults == "all" else 5
+    places = attack(site, 99, kills, tmp_path, at_random=0.03)
+    figure("kills of mirrored runs where requests fail at random", places.total())
+
+
 def test_killed_twice_a_run_goes_on_from_its_mirror(site: Site, tmp_path: Path) -> None:
     places = attack(site, 0, 2, tmp_path)
     assert places.total() == 2
 
 
-def attack(site: Site, seed: int, kills: int, folder: Path) -> Counter[str]:
-    """Kill runs of ever other configs so many times in all; return where the kills fell."""
+def attack(site: Site, seed: int, kills: int, folder: Path, at_random: float = 0.0) -> Counter[str]:
+    """Kill runs of ever other configs so many times in all; return where the kills fell.
+
+    `at_random` is the share of the requests that meet a fault.
+    """
     chance = random.Random(seed)
     places: Counter[str] = Counter()
     number = 0
@@ -69,7 +81,7 @@ def attack(site: Site, seed: int, kills: int, folder: Path) -> Counter[str]:
         for _ in range(4):
             most = min(4, kills - places.total())
             if most:
-                places += broken_run(trial, site, f"{number}", most, chance)
+                places += broken_run(trial, site, f"{number}", most, chance, at_random)
             number += 1
     return places
 
@@ -90,7 +102,7 @@ def some_config(chance: random.Random) -> dict[str, Any]:
 
 
 def broken_run(
-    trial: Trial, site: Site, name: str, kills: int, chance: random.Random
+    trial: Trial, site: Site, name: str, kills: int, chance: random.Random, at_random: float
 ) -> Counter[str]:
     """Kill a run so many times, at most, and finish it; the disk is lost at most of the kills."""
     url = site.new_url()
@@ -98,6 +110,9 @@ def broken_run(
     run = trial.new_run(f"{name}-0")
     while True:
         site.proxy.restart()
+        for fault in Fault:
+            share = at_random / len(Fault)
+            site.proxy.inject(fault, lambda request, share=share: random.random() < share)
         before = site.newest_step(url)
         is_blank = not checkpoints(run)
         with start_process(trial, site, run, url) as child:
@@ -105,6 +120,7 @@ def broken_run(
                 some_moment(chance)(child, run, site)
                 child.kill()
             code = child.wait()
+        site.proxy.restart()
         site.proxy.settle()
         assert site.faults(url) == []
         committed = site.newest_step(url)
@@ -119,7 +135,7 @@ def broken_run(
         if chance.random() < 0.75:
             shutil.rmtree(run, ignore_errors=True)  # it may not be there yet
             run = trial.new_run(f"{name}-{places.total()}")
-        elif not ledger(run, "prune"):  # it was not fetched
+        elif not (is_blank and before) and not ledger(run, "prune"):  # else it was fetched
             assert_nothing_lost(run, trial.keep_last)
     assert_finished(trial, run)
     assert committed == trial.last_step

@@ -26,6 +26,7 @@ Figure = Callable[[str, int], None]
 DONE, FAILED = 0, 1
 FEW = 2  # requests of each kind of session, with --faults
 MOST_ON_TRAINING_THREAD = 0.001  # of the wall time, of a run of ten seconds at least
+SECRETS = re.compile(b"test-secret-key|test-key-id|AWS4-HMAC|Signature")
 by_fault = pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name)
 
 
@@ -87,6 +88,7 @@ def session(gated: Gated, site: Site, url: str, name: str) -> None:
     on_training_thread = float(seconds.read_text())
     assert on_training_thread < MOST_ON_TRAINING_THREAD * max(wall, 10)
     assert_reports(child.said())
+    assert_no_secret(run)
     assert_finished(trial, run)
     site.proxy.settle()
     assert_whole(trial, site, url)
@@ -98,7 +100,13 @@ def assert_reports(said: str) -> None:
     recoveries = said.count("the mirror works again")
     assert failures == recoveries <= 2, said
     assert "Traceback" not in said
-    assert not re.search("test-secret-key|test-key-id|AWS4-HMAC|Signature", said)
+    assert not SECRETS.search(said.encode())
+
+
+def assert_no_secret(run: Path) -> None:
+    """Assert that no file of a run holds a credential."""
+    for path in run.rglob("*"):
+        assert not path.is_file() or not SECRETS.search(path.read_bytes()), path
 
 
 def assert_whole(trial: Trial, site: Site, url: str) -> None:
@@ -207,6 +215,13 @@ def pull(site: Site, url: str, run: Path) -> Process:
 
 
 # --- a fault that stays
+
+
+@pytest.mark.faults
+def test_a_link_of_10_kb_per_second_is_slow_and_works(gated: Gated, tmp_path: Path) -> None:
+    with object_store_site(rate=10_000) as slow:
+        slow.proxy.inject(Fault.SLOW, since(1))
+        session(gated, slow, slow.new_url(), tmp_path.name)
 
 
 @pytest.mark.faults

@@ -15,13 +15,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import series_files
 from tests.support.mirror_site import Site, assert_finished, object_store_site, quick_mirror, seq_of
 from tests.support.paused_runs import GATE_AT, Gated, at_the_gate, make_gated
 from tests.support.processes import Held, Process, hold, start, until
 from tests.support.run_checks import assert_nothing_lost, ledger
 
 Figure = Callable[[str, int], None]
-DONE, USAGE, IN_USE = 0, 2, 4
+DONE, USAGE, IN_USE, STOPPED = 0, 2, 4, 75
+SAMPLER = """\
+seed: 3
+program: {name: "tests.support.sampler:Sampler"}
+stop: {last_step: 100000000}
+log: {every: 1000}
+checkpoint: {every: 1000, keep_last: 1}
+mirror: {url: "URL", keep_last: 1}
+numerics: {threads: 1}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +192,43 @@ def follow_dead_owner(gated: Gated, site: Site, name: str, chance: random.Random
     assert ledger(run, "start")[-1]["step"] == GATE_AT - 1
     assert_finished(gated.trial, run)
     assert_one_run(gated, site, url)
+
+
+# --- readers
+
+
+@pytest.mark.faults
+def test_a_run_that_trains_can_be_pulled_at_any_moment(
+    site: Site, tmp_path: Path, figure: Figure, pytestconfig: pytest.Config
+) -> None:
+    pulls = 100 if pytestconfig.option.faults == "all" else 20
+    pull_while_training(site, tmp_path, pulls)
+    figure("pulls of a run that trains", pulls)
+
+
+def test_a_run_that_trains_can_be_pulled(site: Site, tmp_path: Path) -> None:
+    pull_while_training(site, tmp_path, 2)
+
+
+def pull_while_training(site: Site, folder: Path, pulls: int) -> None:
+    """Pull again and again while commits replace each other; each run that is pulled is good."""
+    url = site.new_url()
+    (folder / "config.yaml").write_text(SAMPLER.replace("URL", url))
+    trained = folder / "trained" / "run"
+    command = ["train", "--config", "config.yaml", "--run-dir", trained, "-q"]
+    with start(command, cwd=folder, env=site.environment(), call=quick_mirror) as training:
+        until(lambda: site.newest_step(url) is not None or not training.running())
+        for number in range(pulls):
+            run = folder / f"pulled-{number}" / "run"
+            run.parent.mkdir()
+            with pull(site, url, run) as child:
+                assert child.wait() == DONE, child.said()
+            with start(["verify", run], cwd=folder) as child:
+                assert child.wait() == DONE, child.said()
+            assert series_files.is_beginning(run, trained)
+        assert training.running(), training.said()
+        training.kill(signal.SIGTERM)
+        assert training.wait() == STOPPED, training.said()
 
 
 def release(processes: list[Held], chance: random.Random) -> None:
