@@ -25,7 +25,10 @@ from tests.support.run_checks import Trial
 Figure = Callable[[str, int], None]
 DONE, FAILED = 0, 1
 FEW = 2  # requests of each kind of session, with --faults
-MOST_ON_TRAINING_THREAD = 0.001  # of the wall time, of a run of ten seconds at least
+MOST_ON_TRAINING_THREAD = 0.001  # of the wall time
+LEAST_WALL = (
+    30.0  # seconds that a run is taken to last; a request that hangs takes more than 0.1 % of it
+)
 SECRETS = re.compile(b"test-secret-key|test-key-id|AWS4-HMAC|Signature")
 by_fault = pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name)
 
@@ -86,7 +89,7 @@ def session(gated: Gated, site: Site, url: str, name: str) -> None:
         assert child.wait() == DONE, child.said()
     wall = time.perf_counter() - began
     on_training_thread = float(seconds.read_text())
-    assert on_training_thread < MOST_ON_TRAINING_THREAD * max(wall, 10)
+    assert on_training_thread < MOST_ON_TRAINING_THREAD * max(wall, LEAST_WALL)
     assert_reports(child.said())
     assert_no_secret(run)
     assert_finished(trial, run)
@@ -232,7 +235,7 @@ def test_a_fault_that_stays_stops_no_training_and_a_push_fills_the_mirror(
     if fault in (Fault.DUPLICATE, Fault.SLOW):
         pytest.skip("the mirror works nevertheless")
     chance = random.Random(fault.name)
-    starts = [1, *chance.sample(range(2, 40), FEW - 1 if few else 8)]
+    starts = [chance.randint(1, 20)] if few else [1, *chance.sample(range(2, 40), 8)]
     for number in starts:
         site.proxy.restart()
         site.proxy.inject(fault, since(number))

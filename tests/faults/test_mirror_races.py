@@ -201,7 +201,7 @@ def follow_dead_owner(gated: Gated, site: Site, name: str, chance: random.Random
 def test_a_run_that_trains_can_be_pulled_at_any_moment(
     site: Site, tmp_path: Path, figure: Figure, pytestconfig: pytest.Config
 ) -> None:
-    pulls = 100 if pytestconfig.option.faults == "all" else 20
+    pulls = 100 if pytestconfig.option.faults == "all" else 8
     pull_while_training(site, tmp_path, pulls)
     figure("pulls of a run that trains", pulls)
 
