@@ -43,7 +43,11 @@ def with_attempts(action: Callable[[], T]) -> T:
             return action()
         except StoreUnavailable:
             time.sleep(delay)
-    return action()
+    try:
+        return action()
+    except StoreUnavailable as error:
+        remedy = "check the network and the credentials, then run the command again"
+        raise StoreUnavailable(f"{error}; {remedy}") from error
 
 
 def read_mirror(store: ObjectStore) -> Manifest | None:
