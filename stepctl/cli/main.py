@@ -1,5 +1,6 @@
 """`stepctl`: the group of commands, the messages of errors, and the exit of the process."""
 
+import atexit
 import contextlib
 import gc
 import os
@@ -42,6 +43,7 @@ from stepctl.system.text import in_one_line
 # within which threads and pools of a user's module must end
 EXIT_SECONDS = 60.0
 STOPPED_EXIT_SECONDS = 10.0  # where a scheduler waits for the process
+_REQUEST_SECONDS = 1.0  # for a request to a store that is in flight
 _MAX_LINE = 4000  # characters of a message
 _MAX_USAGE_LINE = 1000
 _ALL_RANKS = ("train", "resume")  # the commands that every rank of an MPI job runs
@@ -195,7 +197,11 @@ def _leave_requests(code: int) -> None:
 
     Its thread would return from the store's library into an interpreter that is shutting down.
     """
-    if any(thread.name.startswith("mirror-") for thread in threading.enumerate()):
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("mirror-")]
+    for thread in threads:
+        thread.join(_REQUEST_SECONDS)
+    if any(thread.is_alive() for thread in threads):
+        atexit._run_exitfuncs()  # which a user's module may need
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -12,6 +12,7 @@ it tries again, less and less often, and never gives up before it is closed.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -31,6 +32,7 @@ from stepctl.rundir.directory import RunDirectory
 from stepctl.system.user_code import describe_with_type
 
 THREAD = "mirror-upload"  # name of the thread
+_ANNOUNCE_SECONDS = 3.0  # that `close` waits without a word
 _UNUSED_SECONDS = 5.0  # that `close` waits for the release of a mirror that was not used
 
 
@@ -186,30 +188,35 @@ class Uploader:
         """Return the messages since the last call."""
         return self._journal.take_messages()
 
-    def close(self, seconds: float) -> Behind | None:
+    def close(
+        self, seconds: float, announce: Callable[[float], None] = lambda seconds: None
+    ) -> Behind | None:
         """Mirror the run's files as they are now, for at most `seconds`; return what is lacking.
 
-        KeyboardInterrupt ends the wait. The directory is not written to afterwards.
+        `announce` gets the seconds that are left if it takes long. KeyboardInterrupt ends the wait.
+        The directory is not written to afterwards.
         """
         with self._condition:
             if not self._has_begun:
                 seconds = min(seconds, _UNUSED_SECONDS)
-            deadline = time.monotonic() + seconds
             self._closing = True
             self._due = self._offered is not None
             self._condition.notify_all()
-            try:
-                while not self._ended:
-                    remaining = deadline - time.monotonic()
-                    if remaining <= 0:
-                        break
-                    self._condition.wait(remaining)
-            except KeyboardInterrupt:
-                pass
+        with contextlib.suppress(KeyboardInterrupt):
+            if not self._has_ended_within(min(seconds, _ANNOUNCE_SECONDS)):
+                remaining = seconds - _ANNOUNCE_SECONDS
+                if remaining > 0:
+                    announce(remaining)
+                    self._has_ended_within(remaining)
+        with self._condition:
             self._gave_up = True
             self._condition.notify_all()
         self._journal.close()
         return self._behind()
+
+    def _has_ended_within(self, seconds: float) -> bool:
+        with self._condition:
+            return self._condition.wait_for(lambda: self._ended, seconds)
 
     def _behind(self) -> Behind | None:
         if self._offered is None or self._mirrored == self._offered:

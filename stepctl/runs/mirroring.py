@@ -101,10 +101,16 @@ class Mirroring(Hook):
         self._is_closed = True
         if seconds is None:
             seconds = self._config.wait_at_stop
-        behind = self._uploader.close(seconds)
+        behind = self._uploader.close(seconds, self._announce_wait)
         self._show_messages()
         if behind is not None and not self._has_raised:
             self._say(self._describe(behind))
+
+    def _announce_wait(self, seconds: float) -> None:
+        self._show_messages()
+        self._say(
+            f"{self._directory.path}: waiting up to {seconds:g} s for the upload to {self._config.url}"
+        )
 
     def _describe(self, behind: Behind) -> str:
         path = self._directory.path

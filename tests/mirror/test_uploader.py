@@ -14,6 +14,7 @@ import pytest
 
 from stepctl.errors import ConfigError, StepctlError
 from stepctl.mirror import names
+from stepctl.mirror import uploader as uploaders
 from stepctl.mirror.manifest import Owner
 from stepctl.mirror.protocol import Claim, Deposed, OwnedByAnother, beat, claim_mirror
 from stepctl.mirror.reading import read_newest
@@ -257,6 +258,24 @@ def test_the_end_does_not_wait_for_a_store_that_hangs(store: Store, trained: Tra
     until(lambda: "mirror-upload" not in [thread.name for thread in threading.enumerate()])
     after = (trained.directory.ledger.read_bytes(), trained.directory.mirror.read_bytes())
     assert after == before
+
+
+def test_a_long_wait_is_announced(
+    store: Store, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploaders, "_ANNOUNCE_SECONDS", 0.05)
+    store.open.clear()
+    uploader = start(store, trained)
+    uploader.begin()
+    uploader.offer(trained.save(1))
+    announced: list[float] = []
+
+    def announce(seconds: float) -> None:
+        announced.append(seconds)
+        store.open.set()
+
+    assert uploader.close(20, announce) is None
+    assert announced == [19.95]
 
 
 def test_ctrl_c_ends_the_wait(store: Store, trained: Trained) -> None:
