@@ -33,6 +33,7 @@ EXTRAS = {
     "autograd": ("autograd",),
     "numba": ("numba",),
     "plot": ("matplotlib", "plotext"),
+    "remote": ("obstore",),
     "export": ("safetensors", "onnx"),
 }
 # required part -> consequence of its failure
