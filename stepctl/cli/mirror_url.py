@@ -11,6 +11,7 @@ import click
 
 from stepctl.errors import ConfigError
 from stepctl.system import store_url
+from stepctl.system.shell import command
 from stepctl.system.terminal import say
 
 if TYPE_CHECKING:
@@ -55,4 +56,4 @@ def fetched_run(
 
 def no_run(url: str) -> ConfigError:
     """Return the error of a mirror that holds no run."""
-    return ConfigError(f"{url}: no run in it; mirror one with: stepctl push RUN {url}")
+    return ConfigError(f"{url}: no run in it; mirror one with: {command('push', 'RUN', url)}")

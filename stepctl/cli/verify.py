@@ -42,7 +42,7 @@ def verify(path: str, steps: str | None, as_json: bool, command: tuple[str, ...]
     """
     if store_url.is_url(path):
         if steps is not None or command:
-            raise click.UsageError(f"--replay needs the run here: stepctl pull {path}")
+            raise click.UsageError(f"--replay needs the run here: {shell.command('pull', path)}")
         is_good = _check_mirror(check_url(path), as_json)
     elif steps is None:
         if command:
