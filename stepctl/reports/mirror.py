@@ -17,6 +17,7 @@ from stepctl.mirror.transition import run
 from stepctl.reports.sandboxed import inspect_path
 from stepctl.reports.verify import FileProblem
 from stepctl.system.sandbox import Sandbox
+from stepctl.system.shell import command
 
 
 class MirrorContents(TypedDict):
@@ -48,9 +49,8 @@ def newest_commit(store: ObjectStore) -> Manifest:
     """Return the newest commit; ConfigError if the mirror holds no run."""
     newest = fetch.read_mirror(store)
     if newest is None:
-        raise ConfigError(
-            f"{store.url}: no run in it; mirror one with: stepctl push RUN {store.url}"
-        )
+        push = command("push", "RUN", store.url)
+        raise ConfigError(f"{store.url}: no run in it; mirror one with: {push}")
     return newest
 
 
