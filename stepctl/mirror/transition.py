@@ -152,12 +152,18 @@ def get(name: str, max_bytes: int) -> Transition[bytes | None]:
 
 
 def exists(name: str) -> Transition[bool]:
-    """Tell whether there is an object."""
-    try:
-        content = yield from get(name, 0)
-    except CheckpointError:  # it is not empty
-        return True
-    return content is not None
+    """Tell whether there is an object, which is never deleted.
+
+    A faulty proxy can answer with a page of its own: a yes is asked for again.
+    """
+    for _ in range(2):
+        try:
+            content = yield from get(name, 0)
+        except CheckpointError:  # it is not empty
+            continue
+        if content is None:
+            return False
+    return True
 
 
 def holds(name: str, content: bytes) -> Transition[bool | None]:

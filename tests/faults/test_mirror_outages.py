@@ -163,12 +163,14 @@ def test_a_fault_where_a_blank_machine_continues(
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault.LOST_REPLY, Fault.STATUS_503], ids=lambda fault: fault.name
+    ("fault", "number"),
+    [(Fault.LOST_REPLY, 13), (Fault.STATUS_503, 20), (Fault.NOT_XML, 16)],
+    ids=["lost reply of a claim", "503 in an upload", "a web page as a successor"],
 )
 def test_a_fault_in_the_middle_of_an_upload(
-    fault: Fault, gated: Gated, site: Site, tmp_path: Path
+    fault: Fault, number: int, gated: Gated, site: Site, tmp_path: Path
 ) -> None:
-    assert with_fault(fault, 12, gated, site, site.new_url(), tmp_path.name)
+    assert with_fault(fault, number, gated, site, site.new_url(), tmp_path.name)
 
 
 def with_fault(fault: Fault, number: int, gated: Gated, site: Site, url: str, name: str) -> bool:
