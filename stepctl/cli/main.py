@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import threading
+import time
 from typing import Any, NoReturn
 
 import click
@@ -43,7 +44,7 @@ from stepctl.system.text import in_one_line
 # within which threads and pools of a user's module must end
 EXIT_SECONDS = 60.0
 STOPPED_EXIT_SECONDS = 10.0  # where a scheduler waits for the process
-_REQUEST_SECONDS = 1.0  # for a request to a store that is in flight
+_REQUEST_SECONDS = 1.0  # that the exit waits for requests to a store
 _MAX_LINE = 4000  # characters of a message
 _MAX_USAGE_LINE = 1000
 _ALL_RANKS = ("train", "resume")  # the commands that every rank of an MPI job runs
@@ -198,8 +199,9 @@ def _leave_requests(code: int) -> None:
     Its thread would return from the store's library into an interpreter that is shutting down.
     """
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("mirror-")]
+    deadline = time.monotonic() + _REQUEST_SECONDS
     for thread in threads:
-        thread.join(_REQUEST_SECONDS)
+        thread.join(max(deadline - time.monotonic(), 0.0))
     if any(thread.is_alive() for thread in threads):
         atexit._run_exitfuncs()  # which a user's module may need
         with contextlib.suppress(OSError):
