@@ -119,9 +119,14 @@ class Site:
         return commits[-1].step if commits else None
 
     def faults(self, url: str) -> list[str]:
-        """Return what is missing or wrong of the objects of all commits in a mirror."""
+        """Return what is missing or wrong of the objects of the newest commit and of those it keeps."""
         wrong = []
-        for commit in self.commits(url):
+        commits = {(commit.epoch, commit.seq): commit for commit in self.commits(url)}
+        if not commits:
+            return []
+        newest = commits[max(commits)]
+        kept = [commits[epoch, seq] for epoch, seq, _ in newest.fields["previous"]]
+        for commit in (newest, *kept):
             present = set(self.names(url, "data/"))
             for name, sha256, size in commit.objects():
                 if name not in present:
