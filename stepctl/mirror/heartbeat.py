@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import random
+import secrets
 import threading
 from collections.abc import Callable
 from typing import final
@@ -42,7 +42,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         # an earlier heartbeat with this claim may have counted from zero
-        for count in itertools.count(random.getrandbits(32)):
+        for count in itertools.count(secrets.randbits(32)):
             try:
                 run(beat(self._claim, count), self._store)
             except Deposed as error:

@@ -13,7 +13,7 @@ it tries again, less and less often, and never gives up before it is closed.
 from __future__ import annotations
 
 import contextlib
-import random
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +34,7 @@ from stepctl.system.user_code import describe_with_type
 THREAD = "mirror-upload"  # name of the thread
 _ANNOUNCE_SECONDS = 3.0  # that `close` waits without a word
 _UNUSED_SECONDS = 5.0  # that `close` waits for the release of a mirror that was not used
+_random = secrets.SystemRandom()  # the global generator may be part of a user's state
 
 
 class Delays(NamedTuple):
@@ -372,7 +373,7 @@ class Uploader:
             else:
                 self._journal.succeed()
                 return
-            self._pause(delay * random.uniform(0.5, 1.5))
+            self._pause(delay * _random.uniform(0.5, 1.5))
             delay = min(2 * delay, self._delays.longest)
 
     def _fail(self, error: str) -> None:
