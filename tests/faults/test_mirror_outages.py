@@ -26,9 +26,9 @@ Figure = Callable[[str, int], None]
 DONE, FAILED = 0, 1
 FEW = 2  # requests of each kind of session, with --faults
 MOST_ON_TRAINING_THREAD = 0.001  # of the wall time
-LEAST_WALL = (
-    30.0  # seconds that a run is taken to last; a request that hangs takes more than 0.1 % of it
-)
+# Seconds that a run is taken to last. A request that hangs takes more than 0.1 % of it, and a thread that waits for a
+# busy processor less; tests/bench/mirror_faults.py measures the share of longer runs.
+LEAST_WALL = 300.0
 SECRETS = re.compile(b"test-secret-key|test-key-id|AWS4-HMAC|Signature")
 by_fault = pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name)
 

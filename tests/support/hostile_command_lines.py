@@ -50,7 +50,6 @@ IMPORTS: dict[str, Attack] = {
             optimizer='{name: "builtins:int"}',
         ),
     ),
-    "antigravity:fly": Attack(named("model", "antigravity:fly")),
     "sys:exit": Attack(named("optimizer", "sys:exit", ", status: 0")),
     "a component of another family": Attack(
         named("model", "stepctl.optimizers.sgd:SGD", ", learning_rate: 0.1")
