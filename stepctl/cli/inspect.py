@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stepctl.cli.mirror_url import check_url
 from stepctl.cli.options import json_option, refuse_missing
 from stepctl.cli.output import echo, echo_json
 from stepctl.cli.parameter_types import Place
@@ -42,7 +41,7 @@ def inspect(path: str, as_json: bool, pattern: str, step_only: bool) -> None:
     be the URL of a mirror: of its newest checkpoint, which is downloaded, unless --step is given.
     """
     if store_url.is_url(path):
-        _inspect_mirror(check_url(path), pattern, as_json=as_json, step_only=step_only)
+        _inspect_mirror(path, pattern, as_json=as_json, step_only=step_only)
         return
     from stepctl.reports.sandboxed import inspect_path
     from stepctl.system.sandbox import Sandbox

@@ -11,7 +11,6 @@ import click
 
 from stepctl.errors import ConfigError
 from stepctl.system import store_url
-from stepctl.system.shell import command
 from stepctl.system.terminal import say
 
 if TYPE_CHECKING:
@@ -47,13 +46,9 @@ def fetched_run(
         yield None
         return
     from stepctl.mirror.claimed import pulled_run
+    from stepctl.mirror.fetch import no_run
 
     with pulled_run(url, directory, say, take_over=take_over, step=step) as claimed:
         if claimed is None:
             raise no_run(url)
         yield claimed
-
-
-def no_run(url: str) -> ConfigError:
-    """Return the error of a mirror that holds no run."""
-    return ConfigError(f"{url}: no run in it; mirror one with: {command('push', 'RUN', url)}")

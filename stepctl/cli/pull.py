@@ -2,7 +2,7 @@
 
 import click
 
-from stepctl.cli.mirror_url import no_run, place_of
+from stepctl.cli.mirror_url import place_of
 from stepctl.cli.options import json_option
 from stepctl.cli.output import echo_json
 from stepctl.cli.parameter_types import Place, StoreURL
@@ -31,7 +31,7 @@ def pull(url: str, run_dir: str | None, as_json: bool) -> None:
     directory.refuse_foreign_files()
     fetched = fetch.pull_newest(open_store(url), directory, say)
     if fetched is None:
-        raise no_run(url)
+        raise fetch.no_run(url)
     if as_json:
         echo_json({"run": place, "step": fetched.step, "url": url})
     resume = command("resume", place)

@@ -16,7 +16,7 @@ from stepctl.system.terminal import say
     "--all",
     "upload_all",
     is_flag=True,
-    help="Upload everything, also what the mirror has: after verify has found damage.",
+    help="Upload all objects again, even those in the mirror; for use after verify has found damage.",
 )
 @json_option("the step")
 def push(run_dir: str, url: str, take_over: bool, upload_all: bool, as_json: bool) -> None:

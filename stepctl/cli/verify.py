@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from stepctl.cli.diff import describe_difference
-from stepctl.cli.mirror_url import check_url
 from stepctl.cli.options import json_option, refuse_missing
 from stepctl.cli.output import echo, echo_json
 from stepctl.cli.parameter_types import Place
@@ -43,7 +42,7 @@ def verify(path: str, steps: str | None, as_json: bool, command: tuple[str, ...]
     if store_url.is_url(path):
         if steps is not None or command:
             raise click.UsageError(f"--replay needs the run here: {shell.command('pull', path)}")
-        is_good = _check_mirror(check_url(path), as_json)
+        is_good = _check_mirror(path, as_json)
     elif steps is None:
         if command:
             raise click.UsageError("a command is for --replay A:B: give both")

@@ -18,7 +18,7 @@ from typing import TypeVar
 from stepctl.checkpoint import names as checkpoint_names
 from stepctl.checkpoint.expected import expected_checkpoints
 from stepctl.checkpoint.user_block import open_verified
-from stepctl.errors import CheckpointError, StepctlError
+from stepctl.errors import CheckpointError, ConfigError, StepctlError
 from stepctl.mirror import names
 from stepctl.mirror.chunks import Digest, matching_pieces
 from stepctl.mirror.manifest import Manifest, StoredObject
@@ -29,6 +29,7 @@ from stepctl.rundir.directory import RunDirectory
 from stepctl.rundir.mirror_status import MirrorStatus
 from stepctl.system.files import write_all
 from stepctl.system.folder import Folder
+from stepctl.system.shell import command
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -53,6 +54,11 @@ def with_attempts(action: Callable[[], T]) -> T:
 def read_mirror(store: ObjectStore) -> Manifest | None:
     """Return the newest commit; None if the mirror holds no run."""
     return with_attempts(lambda: run(read_newest(), store))
+
+
+def no_run(url: str) -> ConfigError:
+    """Return the error of a mirror that holds no run."""
+    return ConfigError(f"{url}: no run in it; mirror one with: {command('push', 'RUN', url)}")
 
 
 def pull_newest(

@@ -25,7 +25,7 @@ from stepctl.mirror import names
 from stepctl.mirror.names import Key
 from stepctl.rundir import series_names
 from stepctl.rundir.ledger import MAX_STEP
-from stepctl.rundir.lock import boot_id
+from stepctl.rundir.lock import boot_id, is_pid_in_use
 
 MAX_OWNER_BYTES = 4096
 MAX_MANIFEST_BYTES = 1 << 22
@@ -174,13 +174,7 @@ class Owner:
         place = (self.host, self.boot_id, self.pid_namespace)
         if _UNKNOWN in place or place != (os.uname().nodename, boot_id(), _pid_namespace()):
             return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except (PermissionError, OverflowError):
-            pass
-        return False
+        return not is_pid_in_use(self.pid)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {printable(self.host)}"

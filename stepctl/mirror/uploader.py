@@ -49,7 +49,7 @@ DELAYS = Delays()
 
 @dataclass(frozen=True)
 class Behind:
-    """What a mirror lacks when its segment has ended, and why."""
+    """The checkpoint that is not mirrored when a segment ends, and the reason."""
 
     mirrored: int | None  # step; None: there is no checkpoint in the mirror
     step: int
@@ -192,7 +192,7 @@ class Uploader:
     def close(
         self, seconds: float, announce: Callable[[float], None] = lambda seconds: None
     ) -> Behind | None:
-        """Mirror the run's files as they are now, for at most `seconds`; return what is lacking.
+        """Mirror the run's files as they are now, for at most `seconds`; return what is not mirrored.
 
         `announce` gets the seconds that are left if it takes long. KeyboardInterrupt ends the wait.
         The directory is not written to afterwards.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 from stepctl.checkpoint import names
-from stepctl.errors import CheckpointError, ConfigError
+from stepctl.errors import CheckpointError
 from stepctl.mirror import fetch
 from stepctl.mirror.manifest import Manifest
 from stepctl.mirror.reading import Ownership, read_manifest, read_owner
@@ -17,7 +17,6 @@ from stepctl.mirror.transition import run
 from stepctl.reports.sandboxed import inspect_path
 from stepctl.reports.verify import FileProblem
 from stepctl.system.sandbox import Sandbox
-from stepctl.system.shell import command
 
 
 class MirrorContents(TypedDict):
@@ -49,8 +48,7 @@ def newest_commit(store: ObjectStore) -> Manifest:
     """Return the newest commit; ConfigError if the mirror holds no run."""
     newest = fetch.read_mirror(store)
     if newest is None:
-        push = command("push", "RUN", store.url)
-        raise ConfigError(f"{store.url}: no run in it; mirror one with: {push}")
+        raise fetch.no_run(store.url)
     return newest
 
 

@@ -63,15 +63,7 @@ class Holder(NamedTuple):
         """Return False only if no process of this boot of this host has the pid."""
         if self.other_host is not None or self.boot_id != boot_id():
             return True
-        if self.pid is None:
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return False
-        except PermissionError:
-            pass
-        return True
+        return self.pid is not None and is_pid_in_use(self.pid)
 
 
 class Lock:
@@ -198,6 +190,17 @@ class Lock:
                 f"{self._path}: was removed or replaced, so another process may hold the run; "
                 f"nothing more is written (continue with: {command('resume', self._display_path)})"
             )
+
+
+def is_pid_in_use(pid: int) -> bool:
+    """Tell whether this system has a process with this pid."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def boot_id() -> str:
