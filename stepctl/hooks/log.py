@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from stepctl.state.arena import Array
 from stepctl.state.counters import Counters
 from stepctl.state.train_state import TrainState
 from stepctl.stopping.base import StopReason
+from stepctl.writers.base import MetricsRow
 from stepctl.writers.row_buffer import RowBuffer
 
 
@@ -99,14 +101,20 @@ class Log(Hook):
         self._row_step = step
         self._row_time = now
         self._row_count = count
-        row: dict[str, Any] = {"step": step, "kind": "train"}
+        numbers = dict(metrics)  # a program may fill the same dict at its next step
+        if self._means:
+            numbers |= self._mean_metrics()
+        self._rows.hold(partial(self._make_row, step, count, numbers, rate, marks))
+
+    def _make_row(
+        self, step: int, count: int, numbers: Metrics, rate: float, marks: dict[str, bool]
+    ) -> MetricsRow:
+        row: MetricsRow = {"step": step, "kind": "train"}
         if self._n_samples is not None:
             row["epoch"] = count // self._n_samples
-        row |= metrics
-        if self._means:
-            row |= self._mean_metrics()
+        row |= numbers
         row[self._rate_column] = round(rate, 1)
-        self._rows.add({**row, **marks})
+        return row | marks
 
     def _count(self, counters: Counters) -> int:
         """Return the counter whose rate is shown."""

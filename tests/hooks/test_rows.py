@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ import stepctl
 from stepctl.checkpoint.store import Store
 from stepctl.cli.main import cli
 from stepctl.config import yaml
+from stepctl.config.model import LogConfig
 from stepctl.errors import StepctlError, StoppedAtOnce
 from stepctl.hooks.base import Hook
+from stepctl.hooks.log import Log
 from stepctl.programs.base import Metrics
 from stepctl.programs.supervised import Supervised
 from stepctl.reports.verify import verify
+from stepctl.state.counters import Counters
 from stepctl.state.train_state import TrainState
 from stepctl.writers.base import MetricsRow, Writer
 from stepctl.writers.row_buffer import HOLD_SECONDS, RowBuffer
@@ -39,10 +43,12 @@ class Kept(Writer):
 
     def __init__(self, fails: float = math.inf, error: BaseException | None = None) -> None:
         self.steps: list[list[int]] = []
+        self.rows: list[MetricsRow] = []
         self._fails, self._error = fails, error or StepctlError("no room")
 
     def write(self, rows: Sequence[MetricsRow]) -> None:
         self.steps.append([row["step"] for row in rows])
+        self.rows += rows
         if rows[-1]["step"] >= self._fails:
             raise self._error
 
@@ -104,13 +110,28 @@ def test_rows_that_come_soon_after_others_are_written_with_the_first_that_does_n
         [5.0, 5.0, 5.0 + HOLD_SECONDS / 2, 5.0 + 2 * HOLD_SECONDS, 9.0, 9.0]
     ):
         now[0] = seconds
-        rows.add(row(step))
+        rows.hold(partial(row, step))
     assert kept.steps == [[0], [1, 2, 3], [4]]
     rows.add(row(6, "eval"))
     assert kept.steps[3:] == [[5, 6]]
-    rows.add(row(7))
+    rows.hold(partial(row, 7))
     rows.close()
     assert kept.steps[4:] == [[7]]
+
+
+def test_a_held_row_has_the_metrics_of_its_own_step() -> None:
+    rows, kept = RowBuffer(lambda: 0.0), Kept()
+    rows.open([kept])
+    log = Log(LogConfig(every=1), rows, ["loss"], first_step=1, n_samples=None)
+    state = TrainState(Counters({"global_step": 0, "samples_seen": 0}), {})
+    metrics = {"loss": 0.0}  # the same dict at each step
+    log.start(state)
+    for step in (1, 2, 3):
+        state.counters.advance({"global_step": 1})
+        metrics["loss"] = float(step)
+        log.after_step(state, metrics)
+    rows.flush()
+    assert [(row["step"], row["loss"]) for row in kept.rows] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 @pytest.mark.parametrize("error", [StepctlError("no room"), KeyboardInterrupt()])
