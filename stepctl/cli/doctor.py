@@ -28,10 +28,10 @@ Lines = Iterator[tuple[str, str]]  # a label and its text
 def doctor(folder: str, as_json: bool) -> None:
     """Report on this machine, for a bug report.
 
-    The report has versions, CPU, BLAS, numba, HDF5, MPI, extras, and the disk. In DIR and in the folder
-    for temporary files, the operations that a run depends on are tried and their files removed:
-    fsync, flock, rename, O_EXCL, O_APPEND, and a checkpoint. Exit 1 if a problem would prevent
-    runs.
+    The report has versions, CPU, BLAS and its kernels, numba, HDF5, MPI, extras, and the disk. In
+    DIR and in the folder for temporary files, the operations that a run depends on are tried and
+    their files removed: fsync, flock, rename, O_EXCL, O_APPEND, and a checkpoint. Exit 1 if a
+    problem would prevent runs.
     """
     from stepctl.doctor.machine import examine
 
@@ -51,6 +51,7 @@ def _lines(report: Facts) -> Lines:
         "machine": _machine,
         "environment": _environment,
         "numerics": _numerics,
+        "kernels": _kernels,
         "compiled": _compiled,
         "hdf5": _hdf5,
         "mpi": _mpi,
@@ -95,6 +96,18 @@ def _numerics(part: Facts) -> Lines:
         threads = library.get("num_threads", "?")
         yield "BLAS", f"{name} {version}, kernel {kernel}, {threads} threads"
     yield "fingerprint", "  ".join(f"{name} {value}" for name, value in part["fingerprint"].items())
+
+
+def _kernels(part: Facts) -> Lines:
+    times = ", ".join(
+        f"{milliseconds:.2f} ms with {kernel}"
+        for kernel, milliseconds in part["milliseconds"].items()
+    )
+    product = " x ".join(map(str, part["shape"]))
+    advice = ""
+    if part["faster"] is not None:
+        advice = f"; faster here: --set numerics.blas_kernel={part['faster']}"
+    yield "BLAS kernels", f"a product of {product}: {times}{advice}"
 
 
 def _compiled(part: Facts) -> Lines:

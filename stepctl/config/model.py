@@ -411,9 +411,9 @@ class NumericsConfig(Section):
 
     Args:
         threads: Number of BLAS threads.
-        blas_kernel: The OpenBLAS kernel, such as Haswell or SkylakeX; auto: OpenBLAS chooses. Another
-            may be faster: on AMD Zen 4, products of 256 rows or more take about a tenth less time
-            with Haswell.
+        blas_kernel: The OpenBLAS kernel, such as Haswell or SkylakeX; auto: OpenBLAS chooses, and not
+            always the fastest: on AMD Zen 4, products of 256 rows take a tenth to a fifth less time
+            with Haswell. `stepctl doctor` compares them.
         compiled: auto: a long run compiles its updates if numba is installed (`pip install
             'stepctl[numba]'`). off: it does not. The bits are the same, so this is not replaced,
             and may change on a resume.

@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -27,10 +27,16 @@ class ChildError(Exception):
     """The function raised an error, ended its process, or did not return in time."""
 
 
-def call(function: Callable[..., Facts], *arguments: str, keep_descriptors: bool = False) -> Facts:
+def call(
+    function: Callable[..., Facts],
+    *arguments: str,
+    keep_descriptors: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Facts:
     """Call a function of a module in a child process; return its result.
 
-    `keep_descriptors` lets the child inherit all open files. Raises ChildError.
+    `keep_descriptors` lets the child inherit all open files; the variables in `environment` are
+    added to this process's. Raises ChildError.
     """
     command = [sys.executable, "-P"]
     if sys.flags.no_site:
@@ -41,6 +47,7 @@ def call(function: Callable[..., Facts], *arguments: str, keep_descriptors: bool
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env={**os.environ, **(environment or {})},
         close_fds=not keep_descriptors,
         start_new_session=True,
     ) as child:

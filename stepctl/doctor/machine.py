@@ -21,6 +21,7 @@ from stepctl import __version__
 from stepctl.distributed.mpi import describe_library
 from stepctl.doctor import child, filesystem
 from stepctl.doctor.child import Facts
+from stepctl.doctor.kernels import compare_kernels
 from stepctl.system import blas
 from stepctl.system.cpus import proc_value, usable_cpus
 
@@ -48,8 +49,8 @@ _REQUIRED = {
 def examine(runs: str) -> Facts:
     """Return the parts of the report by name, and "problems", a list of messages.
 
-    The parts are "stepctl", "machine", "environment", "numerics", "compiled", "hdf5", "mpi",
-    "extras" and "runs", the file system of the folder `runs`. A part that fails has "error", the reason.
+    The parts are "stepctl", "machine", "environment", "numerics", "kernels", "compiled", "hdf5",
+    "mpi", "extras" and "runs", the file system of the folder `runs`. A part that fails has "error", the reason.
     """
     parts: dict[str, Callable[[], Facts]] = {
         "stepctl": software,
@@ -64,7 +65,8 @@ def examine(runs: str) -> Facts:
     with ThreadPoolExecutor(len(parts)) as pool:
         reports = list(pool.map(_report, parts.values()))
     found = dict(zip(parts, reports, strict=True))
-    # last, because other work would change the times it measures
+    # last, because other work would change the times that they measure
+    found["kernels"] = _report(compare_kernels)
     found["runs"] = _report(lambda: filesystem.examine(runs))
     return found | {"problems": _problems(found)}
 

@@ -20,7 +20,7 @@ from stepctl.system.cpus import cgroup_cpus, proc_value, usable_cpus
 
 AUTO: Literal["auto"] = "auto"
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_KERNEL_VARIABLE = "OPENBLAS_CORETYPE"
+KERNEL_VARIABLE = "OPENBLAS_CORETYPE"
 # Below this, threads cost more than they save; on a busy machine a hundred times more.
 _MIN_THREADED_WORK = 1 << 24
 _PROBE_SECONDS = 0.02  # `slowdown` starts no further round after this time
@@ -114,8 +114,8 @@ def set_environment(threads: object, kernel: object, *, ranks_sharing_cores: int
         return count
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(count)
-    if isinstance(kernel, str) and kernel != AUTO and _cpu_supports(kernel):
-        os.environ[_KERNEL_VARIABLE] = kernel
+    if isinstance(kernel, str) and kernel != AUTO and cpu_supports(kernel):
+        os.environ[KERNEL_VARIABLE] = kernel
     return count
 
 
@@ -150,7 +150,8 @@ def auto_threads(work: int) -> int:
     return default_threads()
 
 
-def _cpu_supports(kernel: str) -> bool:
+def cpu_supports(kernel: str) -> bool:
+    """Tell whether the CPU has the instructions of an OpenBLAS kernel."""
     needed = _CPU_FLAGS_OF_KERNEL.get(platform.machine(), {}).get(kernel.lower())
     return needed is not None and needed <= _cpu_flags()
 

@@ -24,7 +24,7 @@ from syrupy.assertion import SnapshotAssertion
 import stepctl
 from stepctl.checkpoint import codec
 from stepctl.cli.main import cli
-from stepctl.doctor import child, filesystem, machine
+from stepctl.doctor import child, filesystem, kernels, machine
 from stepctl.system import blas
 from tests.support.messages import without_paths
 
@@ -34,6 +34,7 @@ PARTS = {
     "machine",
     "environment",
     "numerics",
+    "kernels",
     "compiled",
     "hdf5",
     "mpi",
@@ -95,6 +96,7 @@ def test_the_text_has_a_line_for_each_thing(tmp_path: Path, kernel_cache: Path) 
         "environment",
         "NumPy",
         "BLAS",
+        "BLAS kernels",
         "compiled",
         "HDF5",
         "plot",
@@ -179,6 +181,7 @@ def test_a_part_that_raises_costs_only_itself(
         "machine",
         "environment",
         "numerics",
+        "kernels",
         "compiled",
         "hdf5",
         "mpi",
@@ -395,3 +398,46 @@ def test_without_a_mount_table_the_file_system_type_is_unknown(
     monkeypatch.setattr(filesystem, "_MOUNTS", str(tmp_path / "none"))
     found = filesystem.examine(str(tmp_path))
     assert (found["type"], found["problems"]) == ("unknown", [])
+
+
+# --- which BLAS kernel is fastest
+
+
+def kernels_of(
+    monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float], used: str, supported: set[str]
+) -> dict[str, Any]:
+    """Compare kernels whose products take these times."""
+
+    def timed(function: object, threads: str, environment: dict[str, str] | None = None) -> Any:
+        kernel = (environment or {}).get(blas.KERNEL_VARIABLE, used)
+        return {"kernel": kernel, "milliseconds": milliseconds[kernel]}
+
+    monkeypatch.setattr(child, "call", timed)
+    monkeypatch.setattr(blas, "cpu_supports", supported.__contains__)
+    return kernels.compare_kernels()
+
+
+def test_a_kernel_that_is_clearly_faster_is_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"Haswell", "SkylakeX"}
+    found = kernels_of(monkeypatch, {"Haswell": 2.0, "SkylakeX": 2.5}, "SkylakeX", both)
+    assert found["milliseconds"] == {"SkylakeX": 2.5, "Haswell": 2.0}
+    assert (found["used"], found["faster"]) == ("SkylakeX", "Haswell")
+    found = kernels_of(monkeypatch, {"Haswell": 2.0, "SkylakeX": 2.05}, "SkylakeX", both)
+    assert found["faster"] is None
+
+
+def test_a_kernel_that_would_crash_here_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = kernels_of(monkeypatch, {"Haswell": 2.0}, "Haswell", {"Haswell"})
+    assert (found["milliseconds"], found["faster"]) == ({"Haswell": 2.0}, None)
+    found = kernels_of(monkeypatch, {"unknown": 2.0}, "unknown", {"Haswell"})  # another BLAS
+    assert (found["milliseconds"], found["faster"]) == ({"unknown": 2.0}, None)
+
+
+@pytest.mark.process
+def test_each_kernel_is_loaded_that_this_cpu_supports() -> None:
+    found = kernels.compare_kernels()
+    if found["used"] in ("Haswell", "SkylakeX"):
+        assert found["milliseconds"].keys() == {
+            name for name in ("Haswell", "SkylakeX") if blas.cpu_supports(name)
+        }
+    assert all(value > 0 for value in found["milliseconds"].values())
