@@ -149,10 +149,9 @@ def _fetched(
     directory: RunDirectory, document: Document, take_over: bool
 ) -> contextlib.AbstractContextManager[ClaimedMirror | None]:
     """Fetch the run of the config's mirror, if it holds one."""
-    section = document.value.get("mirror")
-    url = section.get("url") if isinstance(section, dict) else None
-    if not isinstance(url, str) or store_url.problem(url) is not None:
-        return contextlib.nullcontext()  # there is none, or the check of the config refuses it
+    url = store_url.mirror_of(document.value)
+    if url is None:
+        return contextlib.nullcontext()  # the validation of the config reports a wrong URL
     from stepctl.mirror.claimed import pulled_run
 
     return pulled_run(url, directory, say, take_over=take_over)

@@ -175,7 +175,7 @@ def _in_use(place: str, other: Owner) -> str:
     return f"{place}: in use by {other}; wait for it, stop it, or add --take-over if it has ended"
 
 
-# --- what an owner does
+# --- operations of the owner
 
 
 def upload(claim: Claim, file: BinaryIO, size: int, sha256: str) -> Transition[StoredObject]:

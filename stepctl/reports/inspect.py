@@ -199,9 +199,8 @@ def _mirror_status(directory: RunDirectory, ledger: Ledger) -> MirrorStatus | No
         config = directory.newest_config(ledger).value
     except StepctlError:
         return None
-    section = config.get("mirror") if isinstance(config, dict) else None
-    url = section.get("url") if isinstance(section, dict) else None
-    if not isinstance(url, str):
+    url = store_url.mirror_of(config)
+    if url is None:
         return None
     status = read_status(directory.folder)
     if status is None or status.url != store_url.canonical(url):

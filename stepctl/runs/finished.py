@@ -11,6 +11,7 @@ from stepctl.runs.records import RunRecords
 from stepctl.state.counters import Counters
 from stepctl.stopping.base import first_reason
 from stepctl.stopping.rules import StopAtStep
+from stepctl.system import store_url
 
 
 def describe_finished(records: RunRecords, say: Say) -> str | None:
@@ -24,7 +25,7 @@ def describe_finished(records: RunRecords, say: Say) -> str | None:
     target = records.ledger.target
     if not isinstance(plain, dict) or "script" in plain or target is None:
         return None
-    if not _is_mirrored(records, plain.get("mirror")):
+    if plain.get("mirror") is not None and not _is_mirrored(records, store_url.mirror_of(plain)):
         return None
     at_target = _describe_target_reached(records, target)
     if at_target is not None:
@@ -34,14 +35,11 @@ def describe_finished(records: RunRecords, say: Say) -> str | None:
     return _describe_stopped_program(records, target, say)
 
 
-def _is_mirrored(records: RunRecords, section: object) -> bool:
-    """Tell whether the newest checkpoint is in the mirror of the config's section, if it has one."""
-    if section is None:
-        return True
+def _is_mirrored(records: RunRecords, url: str | None) -> bool:
+    """Tell whether the newest checkpoint is in this mirror; False for a wrong URL."""
     ledger = records.ledger
     newest = ledger.newest_checkpoint(max(ledger.acknowledged.values(), default=-1))
-    url = section.get("url") if isinstance(section, dict) else None
-    if newest is None or not isinstance(url, str):
+    if newest is None or url is None:
         return False  # the resume reports it
     return is_mirrored(records.directory.folder, url, newest["sha256"])
 

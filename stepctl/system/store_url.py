@@ -20,6 +20,15 @@ def is_url(text: str) -> bool:
     return match is not None and match["scheme"] in _SCHEMES
 
 
+def mirror_of(plain: object) -> str | None:
+    """Return the mirror's URL in a config that is not validated yet; None without a valid one."""
+    section = plain.get("mirror") if isinstance(plain, dict) else None
+    url = section.get("url") if isinstance(section, dict) else None
+    if not isinstance(url, str) or problem(url) is not None:
+        return None
+    return url
+
+
 def last_name(url: str) -> str:
     """Return the last part of the path, or the bucket: the name of the run in a checked URL."""
     return url.rstrip("/").rpartition("/")[2]
