@@ -56,14 +56,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Give each test exactly one of the markers KINDS: the first that it has, or its folder's default."""
+    """Give each test one of the markers KINDS: the first that it has, or its folder's default.
+
+    A single case of a module's tests may be an attack; it keeps the marker of the module too.
+    """
     marked = {marker.name for marker in item.iter_markers()}
     default = "process" if FAULTS in item.path.parents else "unit"
     kind = next((kind for kind in KINDS if kind in marked), default)
     item.own_markers = [marker for marker in item.own_markers if marker.name not in KINDS]
     item.add_marker(kind)
     kinds = {marker.name for marker in item.iter_markers()}.intersection(KINDS)
-    if len(kinds) > 1:
+    if len(kinds) > 1 and kind != "faults":
         raise pytest.UsageError(f"{item.nodeid}: marked {kinds}; drop the marker of the module")
     if kind == "mpi":
         item.add_marker(needs_mpi)

@@ -35,6 +35,7 @@ from stepctl.state.train_state import SavedHook, TrainState
 from stepctl.system import blas
 from tests.support.messages import normalize
 from tests.support.runs import RUN_ID, file_bytes, make_config, rows, train
+from tests.support.stops import some_of
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -439,7 +440,7 @@ STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SI
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", some_of(STOPS, every=2), ids=lambda number: number.name)
 def test_a_signal_stops_with_a_durable_checkpoint_and_the_run_resumes_exactly(
     number: signal.Signals,
 ) -> None:

@@ -7,7 +7,7 @@ Every manifest has a valid digest, and is refused for what it says. An eighth is
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tests.support.processes import start
 from tests.support.program_runs import rows, saved_state
 from tests.support.run_checks import checkpoints
 from tests.support.run_files import file_contents
+from tests.support.stops import some_of
 
 Figure = Callable[[str, int], None]
 DONE, REFUSED = 0, 3
@@ -83,15 +84,7 @@ CODES = {
 }
 
 
-def an_eighth_of(table: Mapping[str, Any]) -> Iterable[Any]:
-    """Return the names in a table; seven of eight run with --faults only."""
-    return [
-        name if number % 8 == 0 else pytest.param(name, marks=pytest.mark.faults)
-        for number, name in enumerate(table)
-    ]
-
-
-@pytest.mark.parametrize("name", an_eighth_of(MANIFESTS))
+@pytest.mark.parametrize("name", some_of(MANIFESTS, every=16))
 def test_a_hostile_manifest_is_refused(
     name: str, store: Path, tmp_path: Path, figure: Figure
 ) -> None:
@@ -100,7 +93,7 @@ def test_a_hostile_manifest_is_refused(
     figure("hostile mirrors", 1)
 
 
-@pytest.mark.parametrize("name", an_eighth_of(STORES))
+@pytest.mark.parametrize("name", some_of(STORES, every=8))
 def test_a_hostile_store_is_refused(name: str, store: Path, tmp_path: Path, figure: Figure) -> None:
     STORES[name](store)
     assert_refused(store, tmp_path, code=CODES.get(name, REFUSED))
@@ -196,7 +189,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("name", some_of(DAMAGES, every=3))
 def test_a_damaged_newest_commit_is_passed_over(
     name: str, mirrored: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -270,7 +263,7 @@ CONTENTS: dict[str, tuple[str, bytes]] = {
 }
 
 
-@pytest.mark.parametrize("name", an_eighth_of(CONTENTS))
+@pytest.mark.parametrize("name", some_of(CONTENTS, every=8))
 def test_hostile_files_of_a_run_are_refused_when_it_is_resumed(
     name: str, store: Path, tmp_path: Path, figure: Figure
 ) -> None:
@@ -316,7 +309,7 @@ OWNERS: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("name", an_eighth_of(OWNERS))
+@pytest.mark.parametrize("name", some_of(OWNERS, every=8))
 def test_a_hostile_owner_is_refused_or_followed(
     name: str, mirrored: Path, store: Path, tmp_path: Path, figure: Figure
 ) -> None:

@@ -207,7 +207,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.mark.training
 @pytest.mark.parametrize("shards", [1, 4])
-@pytest.mark.parametrize("stop", some_stops(LAST, every=4))
+@pytest.mark.parametrize("stop", some_stops(LAST, every=8))
 def test_stopped_at_any_step(
     stop: int, shards: int, unbroken: dict[int, Path], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from stepctl.state.arena import Array
 from stepctl.state.train_state import TrainState
 from tests.support.flowers import FLOWERS
 from tests.support.runs import make_config, resume, rows, train
+from tests.support.stops import some_stops
 
 LAST = 40
 SGD = {
@@ -138,7 +139,7 @@ def broken_config(case: str, stop: int) -> Any:
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("stop", range(LAST + 1))
+@pytest.mark.parametrize("stop", some_stops(LAST, every=8))
 @pytest.mark.parametrize("case", AT_ANY_STEP)
 def test_stopped_at_any_step(case: str, stop: int, unbroken: Any, tmp_path: Path) -> None:
     train(broken_config(case, stop), tmp_path / "run", (Remembers(),))

@@ -31,6 +31,7 @@ from tests.support.program_states import (
     with_bits,
 )
 from tests.support.state_strategies import STATES
+from tests.support.stops import some_of
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -83,7 +84,7 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.parametrize("case", some_of(CHANGES, every=3))
 def test_a_difference_is_printed_by_its_path_and_counts(case: str, tmp_path: Path) -> None:
     change, expected = CHANGES[case]
     live = full_program()

@@ -26,6 +26,7 @@ from stepctl.runs.open import create_run
 from stepctl.system.folder import Folder
 from stepctl.writers import series as writer
 from tests.support.run_files import events
+from tests.support.stops import some_of
 
 pytestmark = [pytest.mark.training, pytest.mark.usefixtures("in_tmp_path")]
 
@@ -49,9 +50,8 @@ def files(path: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in Path(path, "series").iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("stop_in", "every"), [*((step, 5) for step in range(N)), (0, 1), (5, 1), (N - 1, 1)]
-)
+@pytest.mark.parametrize("stop_in", some_of(range(N), every=3))
+@pytest.mark.parametrize("every", [1, 5])
 def test_a_run_that_failed_in_any_step_ends_with_the_same_series(stop_in: int, every: int) -> None:
     walk("whole")
     with pytest.raises(RuntimeError):

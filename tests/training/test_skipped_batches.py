@@ -20,6 +20,7 @@ from stepctl.state.train_state import TrainState
 from stepctl.stopping.base import StopReason
 from stepctl.training.trainer import MAX_SKIPPED
 from tests.support.runs import resume, rows, silent, train
+from tests.support.stops import some_of, some_stops
 from tests.training.test_non_finite import spoiled
 
 LAST, BATCH = 24, 4
@@ -60,24 +61,31 @@ def test_every_batch_counts_as_seen_whether_it_made_a_step_or_not(unbroken: Any)
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("stop", range(LAST + 1))
+@pytest.mark.parametrize("stop", some_stops(LAST, every=4))
 def test_stopped_at_any_step(stop: int, unbroken: Any, tmp_path: Path) -> None:
     train(config(tmp_path, stop), tmp_path / "run")
     assert_as_unbroken(tmp_path / "run", resume(tmp_path / "run", last_step=LAST), unbroken)
 
 
+REFUSING = {"name": "tests.support.user_model:Refuses", "above": 1e30}
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Path]:
+    """The final state and the path of a run whose model refuses some batches itself."""
+    path = tmp_path_factory.mktemp("refusing")
+    return train(config(path, model=REFUSING), path / "run"), path / "run"
+
+
 @pytest.mark.training
-def test_stopped_before_a_batch_that_the_model_itself_refuses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", some_stops(LAST, every=6))
+def test_stopped_before_a_batch_that_the_model_itself_refuses(
+    stop: int, refusing: tuple[TrainState, Path], tmp_path: Path
+) -> None:
     """A resume tries that batch before it begins, and goes on all the same."""
-    model = {"name": "tests.support.user_model:Refuses", "above": 1e30}
-    path = tmp_path / "unbroken"
-    state = train(config(tmp_path, model=model), path)
-    assert state.counters.samples_seen > LAST * BATCH, "some batch was refused"
-    for stop in range(LAST + 1):
-        train(config(tmp_path, stop, model=model), tmp_path / str(stop))
-        assert_as_unbroken(
-            tmp_path / str(stop), resume(tmp_path / str(stop), last_step=LAST), (state, path)
-        )
+    assert refusing[0].counters.samples_seen > LAST * BATCH, "some batch was refused"
+    train(config(tmp_path, stop, model=REFUSING), tmp_path / "run")
+    assert_as_unbroken(tmp_path / "run", resume(tmp_path / "run", last_step=LAST), refusing)
 
 
 class Asked:
@@ -92,7 +100,7 @@ class Asked:
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("batches", range(LAST))
+@pytest.mark.parametrize("batches", some_of(range(LAST), every=3))
 def test_stopped_before_any_batch(batches: int, unbroken: Any, tmp_path: Path) -> None:
     with create_run(config(tmp_path), RunDirectory(tmp_path / "run"), silent) as segment:
         outcome = segment.train(stop=[Asked(batches)])
