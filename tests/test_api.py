@@ -29,6 +29,7 @@ from stepctl.state.train_state import TrainState
 from tests.support.messages import without_paths
 from tests.support.runs import BASE, make_config, rows, train
 from tests.support.runs import resume as resume_segment
+from tests.support.stops import some_of
 
 LAST = 20
 CONFIG = {**BASE, "stop": {"last_step": LAST}}
@@ -300,7 +301,7 @@ VALUES: dict[str, tuple[str, Any, Any]] = {
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("case", VALUES)
+@pytest.mark.parametrize("case", some_of(VALUES, every=2))
 def test_values_of_python_and_numpy_become_plain(case: str, tmp_path: Path) -> None:
     key, value, plain = VALUES[case]
     section, name = key.partition(".")[::2]

@@ -106,7 +106,10 @@ def _kernels(part: Facts) -> Lines:
     product = " x ".join(map(str, part["shape"]))
     advice = ""
     if part["faster"] is not None:
-        advice = f"; faster here: --set numerics.blas_kernel={part['faster']}"
+        advice = (
+            f"; faster here: --set numerics.blas_kernel={part['faster']}, or, for scripts too, "
+            f"export OPENBLAS_CORETYPE={part['faster']}"
+        )
     yield "BLAS kernels", f"a product of {product}: {times}{advice}"
 
 

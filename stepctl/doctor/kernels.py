@@ -13,7 +13,7 @@ from stepctl.system import blas
 SHAPE = (256, 1024, 1024)  # rows, inputs and outputs of a layer
 _CANDIDATES = ("Haswell", "SkylakeX")  # for AVX2 and for AVX-512; OpenBLAS has variants of them
 _MIN_GAIN = 0.03  # of the time, that is worth a recommendation
-_ROUNDS = 3  # the kernels take turns, because the speed of a shared machine changes
+_ROUNDS = 2  # the kernels take turns, because the speed of a shared machine changes
 _PRODUCTS = 10
 
 
