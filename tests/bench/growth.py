@@ -357,9 +357,17 @@ def start(bench: Bench) -> None:
 
 
 def other_bench(bench: Bench, which: str, name: str, pattern: str) -> list[str]:
-    """Run a benchmark of this folder with another stepctl, and return what it printed."""
+    """Run a benchmark of the measured checkout, whose internals it uses; return what it printed."""
+    package = subprocess.run(
+        [bench.pythons[which], "-c", "import stepctl; print(stepctl.__file__)"],
+        cwd=bench.folder,
+        env=bench.environment(which),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.strip()
     output = subprocess.run(
-        [bench.pythons[which], HERE / name],
+        [bench.pythons[which], Path(package).parents[1] / "tests" / "bench" / name],
         cwd=bench.folder,
         env=bench.environment(which),
         stdout=subprocess.PIPE,
