@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import stepctl
+from stepctl.cli.main import cli
 from stepctl.config.model import Config
 from stepctl.errors import (
     CheckpointError,
@@ -213,6 +215,15 @@ def test_training_goes_on_without_the_store_and_push_fills_it_later(
     push(RunDirectory(tmp_path / "run"), url(tmp_path), silent)
     assert newest(tmp_path).step == 40
     resume_fetched(tmp_path, tmp_path / "there", last_step=41)
+
+
+def test_the_resume_of_a_finished_run_mirrors_what_is_missing(tmp_path: Path) -> None:
+    train(mirrored(tmp_path), tmp_path / "run")
+    shutil.rmtree(tmp_path / "store")
+    (tmp_path / "run" / "mirror.json").unlink()
+    done = CliRunner().invoke(cli, ["resume", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert newest(tmp_path).step == 40
 
 
 class Unblock(Hook):

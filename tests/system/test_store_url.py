@@ -65,3 +65,23 @@ def test_the_last_part_names_the_run(url: str, name: str) -> None:
 )
 def test_the_canonical_form_is_the_store_s(url: str) -> None:
     assert store_url.canonical(url) == open_store(url).url
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        None,
+        {},
+        {"mirror": None},
+        {"mirror": "s3://bucket/x"},
+        {"mirror": {"url": 1}},
+        {"mirror": {"url": "runs/digits"}},
+        {"mirror": {"url": "s3://user:secret@bucket/x"}},
+    ],
+)
+def test_a_config_without_a_valid_url_has_no_mirror(plain: object) -> None:
+    assert store_url.mirror_of(plain) is None
+
+
+def test_the_mirror_of_a_config() -> None:
+    assert store_url.mirror_of({"mirror": {"url": "s3://bucket/x"}}) == "s3://bucket/x"
