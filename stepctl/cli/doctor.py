@@ -99,16 +99,19 @@ def _numerics(part: Facts) -> Lines:
 
 
 def _kernels(part: Facts) -> Lines:
+    from stepctl.system.blas import KERNEL_VARIABLE
+
     times = ", ".join(
         f"{milliseconds:.2f} ms with {kernel}"
         for kernel, milliseconds in part["milliseconds"].items()
     )
     product = " x ".join(map(str, part["shape"]))
     advice = ""
-    if part["faster"] is not None:
+    faster = part["faster"]
+    if faster is not None:
         advice = (
-            f"; faster here: --set numerics.blas_kernel={part['faster']}, or, for scripts too, "
-            f"export OPENBLAS_CORETYPE={part['faster']}"
+            f"; faster here: --set numerics.blas_kernel={faster}, or, for scripts too, "
+            f"export {KERNEL_VARIABLE}={faster}"
         )
     yield "BLAS kernels", f"a product of {product}: {times}{advice}"
 

@@ -1,7 +1,7 @@
 """The time of a matrix product with each OpenBLAS kernel that suits the CPU.
 
-OpenBLAS chooses a kernel by the CPU's name and instructions, and not always the fastest: on AMD
-Zen 4 its kernel for AVX-512 is slower than the one for AVX2.
+OpenBLAS chooses a kernel by the CPU's name and instructions. It is not always the fastest: on AMD
+Zen 4 it chooses the kernel for AVX-512, and the one for AVX2 is faster.
 """
 
 import time
@@ -12,7 +12,7 @@ from stepctl.system import blas
 
 SHAPE = (256, 1024, 1024)  # rows, inputs and outputs of a layer
 _CANDIDATES = ("Haswell", "SkylakeX")  # for AVX2 and for AVX-512; OpenBLAS has variants of them
-_MIN_GAIN = 0.03  # of the time, that is worth a recommendation
+_MIN_GAIN = 0.03  # fraction of the time; a smaller gain is not recommended
 _ROUNDS = 2  # the kernels take turns, because the speed of a shared machine changes
 _PRODUCTS = 10
 

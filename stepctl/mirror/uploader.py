@@ -192,7 +192,7 @@ class Uploader:
     def close(
         self, seconds: float, announce: Callable[[float], None] = lambda seconds: None
     ) -> Behind | None:
-        """Mirror the run's files as they are now, for at most `seconds`; return what is not mirrored.
+        """Upload the run's files within `seconds`; return the checkpoint that is missing, or None.
 
         `announce` gets the seconds that are left if it takes long. KeyboardInterrupt ends the wait.
         The directory is not written to afterwards.

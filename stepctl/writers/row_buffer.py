@@ -15,8 +15,8 @@ HOLD_SECONDS = 0.1
 class RowBuffer:
     """Collects rows and passes them to a segment's writers in batches.
 
-    Training rows are held for up to HOLD_SECONDS: making and writing ten rows at once takes little
-    longer than one row between two steps, which finds its code and data in no cache.
+    Training rows are held for up to HOLD_SECONDS: ten rows that are made and written together take
+    little longer than one between two steps, when its code and data are not in the CPU's cache.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

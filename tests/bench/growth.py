@@ -125,6 +125,17 @@ class Bench:
             kept["PYTHONPATH"] = str(HERE.parents[1])
         return kept
 
+    def output(self, which: str, *arguments: object) -> str:
+        """Return what a Python program of the environment `which` prints."""
+        return subprocess.run(
+            [self.pythons[which], *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment(which),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+
     def run(self, which: str, *arguments: object) -> Cost:
         """Run a Python program of the environment `which` to its end."""
         command = [self.pythons[which], *map(str, arguments)]
@@ -358,23 +369,9 @@ def start(bench: Bench) -> None:
 
 def other_bench(bench: Bench, which: str, name: str, pattern: str) -> list[str]:
     """Run a benchmark of the measured checkout, whose internals it uses; return what it printed."""
-    package = subprocess.run(
-        [bench.pythons[which], "-c", "import stepctl; print(stepctl.__file__)"],
-        cwd=bench.folder,
-        env=bench.environment(which),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    output = subprocess.run(
-        [bench.pythons[which], Path(package).parents[1] / "tests" / "bench" / name],
-        cwd=bench.folder,
-        env=bench.environment(which),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
-    return re.findall(pattern, output)
+    package = bench.output(which, "-c", "import stepctl; print(stepctl.__file__)")
+    script = Path(package.strip()).parents[1] / "tests" / "bench" / name
+    return re.findall(pattern, bench.output(which, script))
 
 
 CASES: dict[str, Callable[[Bench], None]] = {

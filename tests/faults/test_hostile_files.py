@@ -99,7 +99,7 @@ CASES = [
     case for case in HOSTILE if case not in NEEDS_HDF5_2 or h5py.version.hdf5_version_tuple >= (2,)
 ]
 
-_EVERY = 8  # of the cases, without --faults; and the first of each code
+_EVERY = 8  # without --faults, every eighth case runs, and the first of each code
 _FIRST_OF_CODE = set({HOSTILE[case].code: case for case in reversed(CASES)}.values())
 SOME_CASES = [
     case

@@ -15,6 +15,7 @@ from tests.support.hostile_parts import tampered
 from tests.support.hostile_programs import UNFIT_PROGRAMS
 from tests.support.load_attempts import ACCEPTED, MANNERS, large
 from tests.support.loader_without_check import MAX_OBJECTS, Corpus, find_difference
+from tests.support.stops import some_of
 
 Figure = Callable[[str, int], None]
 
@@ -75,14 +76,7 @@ def test_the_whole_loader_treats_every_file_as_it_should(corpus: Corpus) -> None
 CHECKS = loader_mutants.checks()
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        pytest.param(check, marks=[pytest.mark.faults] * (n % 20 != 19))
-        for n, check in enumerate(CHECKS)
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("check", some_of(CHECKS, every=20), ids=str)
 def test_a_removed_check_is_noticed(
     check: loader_mutants.Check, corpus: Corpus, figure: Figure
 ) -> None:

@@ -1,7 +1,7 @@
 """Hostile mirrors: refused with exit code 3 and one line; nothing is written outside the run directory.
 
-Every manifest has a valid digest, and is refused for what it says. An eighth is tried by default, all with
-`pytest --faults`.
+Every manifest has a valid digest, and is refused for its content. A few are tried by default, all
+with `pytest --faults`.
 """
 
 from __future__ import annotations

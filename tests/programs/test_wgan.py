@@ -82,7 +82,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TrainS
     return {variant: (train(wgan(variant), path), rows(path)) for variant, path in paths.items()}
 
 
-# each phase of each grid (of 3, 4 and 7 steps), and the ends
+# with --faults: each phase of each grid (of 3, 4 and 7 steps), and the ends
 @pytest.mark.training
 @pytest.mark.parametrize("stop", some_of([*range(1, 8), LAST - 1], every=3))
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,4 +1,4 @@
-"""What a run directory knows of its mirror decides what a resume has to do."""
+"""The mirror's state in a run directory: which checkpoint is mirrored, and its ledger lines."""
 
 from pathlib import Path
 
