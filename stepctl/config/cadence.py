@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Iterator
 from typing import final
 
@@ -41,16 +42,29 @@ class Cadence:
         self.offset = offset
         self.counter = counter
         self._first_step = first_step
-        self._next_value: float = 0 if every is not None else float("inf")
+        self._next_value: float = 0 if every is not None else math.inf
 
     def fires(self, counters: Counters) -> bool:
-        """Return whether the last update reached or passed such a value; call after every update."""
+        """Return whether the last update reached or passed such a value.
+
+        Call after the first update, then after that of `due_step` at the latest.
+        """
         value = counters[self.counter]
         if value < self._next_value:  # the usual case, which must be cheap
             return False
         self._next_value = self._grid_value_after(value)
         crossed = self._next_value > self._grid_value_after(counters.previous(self.counter))
         return crossed or counters.global_step == self._first_step
+
+    def due_step(self, step: int) -> float:
+        """Return the first global step after `step` at which it may fire; infinity if there is none."""
+        if self.counter != GLOBAL_STEP and self.every is not None:
+            return step + 1
+        if step < self._next_value:
+            return self._next_value
+        if self._next_value == 0:  # the first call of `fires` may be at `first_step`
+            return step + 1
+        return self._grid_value_after(step)
 
     def next_step(self, step: int) -> int | None:
         """Return the first firing global step after `step`; None if never, or on another counter."""

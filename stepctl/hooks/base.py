@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast, final
 
 import numpy as np
 
+from stepctl.config.cadence import Cadence
 from stepctl.errors import ConfigError
 from stepctl.programs.base import Metrics
 from stepctl.state.arena import Array, read_only
@@ -33,7 +35,7 @@ class Hook(ABC):
     """
 
     name: str
-    # called with the counters after every update: whether to call `after_step`; None: always
+    # called with the counters after an update: whether to call `after_step`; None: always
     trigger: Callable[[Counters], bool] | None = None
 
     @property
@@ -68,9 +70,31 @@ class Hook(ABC):
         """
         return None
 
+    def due_step(self, step: int) -> float:
+        """Return the first global step after `step` at which to call `after_step`: by default the next.
+
+        It is also called when another hook or a stop rule is due, and after a signal.
+        """
+        return step + 1
+
+    def due_time(self) -> float:
+        """Return the time.monotonic() at which to call `after_step`; by default there is none."""
+        return math.inf
+
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         """Run once, after the segment's last step, with its metrics (None: there was no step)."""
         return
+
+
+class PeriodicHook(Hook):
+    """A hook whose `after_step` runs where a cadence fires."""
+
+    def __init__(self, cadence: Cadence) -> None:
+        self.trigger = cadence.fires
+        self._cadence = cadence
+
+    def due_step(self, step: int) -> float:
+        return self._cadence.due_step(step)
 
 
 def has_state(hook: Hook) -> bool:

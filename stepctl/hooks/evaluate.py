@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from stepctl.config.model import EvaluateConfig
 from stepctl.data.batches import Batch
 from stepctl.errors import ConfigError
-from stepctl.hooks.base import Hook
+from stepctl.hooks.base import PeriodicHook
 from stepctl.hooks.watch import MetricWatch
 from stepctl.programs.base import Metrics, Task, as_numbers
 from stepctl.state.train_state import TrainState
@@ -15,7 +15,7 @@ from stepctl.stopping.base import StopReason
 from stepctl.writers.row_buffer import RowBuffer
 
 
-class Evaluate(Hook):
+class Evaluate(PeriodicHook):
     """Writes {"step": N, "kind": "eval", ...} where the cadence fires, and updates the watches.
 
     At a target where the cadence does not fire, the row is marked extra and the watches are not
@@ -35,7 +35,7 @@ class Evaluate(Hook):
         named: Sequence[str] = (),
     ) -> None:
         """`named` are further metrics that must be returned."""
-        self.trigger = config.cadence().fires
+        super().__init__(config.cadence())
         self._config = config
         self._task = task
         self._batches = batches

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from stepctl.config.cadence import Cadence
 from stepctl.config.model import LogConfig
-from stepctl.hooks.base import Hook
+from stepctl.hooks.base import Hook, PeriodicHook
 from stepctl.programs.base import Metrics
 from stepctl.state.train_state import TrainState
 from stepctl.writers.base import Writer
@@ -15,13 +15,13 @@ from stepctl.writers.tensorboard import TensorBoard
 _FOLDER = "params/"
 
 
-class Histograms(Hook):
+class Histograms(PeriodicHook):
     """Writes a histogram of each parameter array at the steps that `every` divides."""
 
     name = "histograms"
 
     def __init__(self, every: int, writer: TensorBoard) -> None:
-        self.trigger = Cadence(every).fires
+        super().__init__(Cadence(every))
         self._writer = writer
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:

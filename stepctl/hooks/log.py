@@ -42,9 +42,9 @@ class Log(Hook):
         n_samples: int | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._fires = config.cadence(first_step).fires
+        self._cadence = config.cadence(first_step)
         self._means = config.means
-        self.trigger = None if self._means else self._fires  # means need every step
+        self.trigger = None if self._means else self._cadence.fires  # means need every step
         self._rows = rows
         self._n_samples = n_samples
         self._clock = clock
@@ -73,9 +73,12 @@ class Log(Hook):
             self._write(state, metrics)
             return
         self._add_to_means(metrics)
-        if self._fires(state.counters):
+        if self._cadence.fires(state.counters):
             self._write(state, metrics)
             self._reset_means()
+
+    def due_step(self, step: int) -> float:
+        return step + 1 if self._means else self._cadence.due_step(step)
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         if metrics is not None and self._row_step != state.counters.global_step:

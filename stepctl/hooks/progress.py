@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -103,6 +104,12 @@ class ProgressDisplay(Hook):
         self._start_samples = _samples(state.counters)
         self._started_at = self._clock()
         self.open(Progress(self._title, self._start_step, self._target, self._start_step))
+
+    def due_step(self, step: int) -> float:
+        return math.inf
+
+    def due_time(self) -> float:
+        return self._shown_at + self._refresh
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         if self._clock() - self._shown_at >= self._refresh:
@@ -245,8 +252,11 @@ class OptionalProgress(Hook):
         self._display: ProgressDisplay | None = None
         self._metrics: Metrics | None = None
 
-    def trigger(self, counters: Counters) -> bool:
-        return self._display is not None
+    def due_step(self, step: int) -> float:
+        return math.inf
+
+    def due_time(self) -> float:
+        return math.inf if self._display is None else self._display.due_time()
 
     @contextlib.contextmanager
     def show(self, display: ProgressDisplay, state: TrainState) -> Iterator[None]:

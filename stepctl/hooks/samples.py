@@ -10,7 +10,7 @@ import numpy as np
 
 from stepctl.config.model import SamplesConfig
 from stepctl.errors import ConfigError
-from stepctl.hooks.base import Hook
+from stepctl.hooks.base import PeriodicHook
 from stepctl.programs.base import Metrics
 from stepctl.state.arena import Array, Shape
 from stepctl.state.train_state import TrainState
@@ -22,7 +22,7 @@ _GAP = 1  # pixels between two samples
 _SCALE = 4  # magnification
 
 
-class Samples(Hook):
+class Samples(PeriodicHook):
     """Writes samples/step-%08d.png: generated samples of values 0..1 in a grid, 1 is white.
 
     `generate(state, n)` returns n samples, (n, *sample_shape), made with the moving average of the
@@ -39,7 +39,7 @@ class Samples(Hook):
         *,
         sample_shape: Shape,
     ) -> None:
-        self.trigger = config.cadence().fires
+        super().__init__(config.cadence())
         self._n = config.n
         self._generate = generate
         self._folder = folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -58,7 +59,7 @@ class Save(Hook):
         target: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._fires = config.cadence().fires
+        self._cadence = config.cadence()
         self._every_seconds = config.every_seconds
         self._stop_on_error = config.on_error == "stop"
         self._publish = publish
@@ -90,6 +91,14 @@ class Save(Hook):
                 self._wait_for_previous(step)
                 self._publish_snapshot(state.snapshot())
 
+    def due_step(self, step: int) -> float:
+        if self._background.job is not None:  # whose end is reported
+            return step + 1
+        return self._cadence.due_step(step)
+
+    def due_time(self) -> float:
+        return math.inf if self._every_seconds is None else self._saved_at + self._every_seconds
+
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
         self._report_errors(self._background.finish)
         self.save_now(state)
@@ -106,8 +115,8 @@ class Save(Hook):
             self.wait()
 
     def _is_due(self, state: TrainState) -> bool:
-        # both are called at every step: a cadence needs it, and a request must not outlive its step
-        fires = self._fires(state.counters)
+        # both are called at each step: a cadence needs it, and a request must not outlive its step
+        fires = self._cadence.fires(state.counters)
         requested = self._requested()
         if fires or requested:
             return True

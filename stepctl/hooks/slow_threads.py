@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -42,6 +43,12 @@ class SlowThreads(Hook):
 
     def start(self, state: TrainState) -> None:
         self._next_probe = self._clock() + _FIRST_PROBE
+
+    def due_step(self, step: int) -> float:
+        return math.inf
+
+    def due_time(self) -> float:
+        return self._next_probe
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         started = self._clock()

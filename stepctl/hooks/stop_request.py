@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,14 +14,14 @@ from stepctl.programs.base import Metrics
 from stepctl.state.arena import Array
 from stepctl.state.counters import Counters
 from stepctl.state.train_state import TrainState
-from stepctl.stopping.base import StopReason
+from stepctl.stopping.base import StopReason, StopRule
 
 _MAX_BYTES = 256  # of a text; its array must have one size
 FORK_REMEDY = "to continue from an earlier step, fork the run"
 _HOOK_REMEDY = "to continue, change or remove the hook: --set hooks=[...]"
 
 
-class RequestedStop(Hook):
+class RequestedStop(StopRule, Hook):
     """Stops the run once it is requested.
 
     The reason is saved in checkpoints, so that a resume of a stopped run makes no step.
@@ -48,7 +49,6 @@ class RequestedStop(Hook):
             array[...] = 0
 
     def reason(self, counters: Counters) -> StopReason | None:
-        """Return the reason to stop now, or None."""
         if not self._reason[0]:
             return None
         return StopReason(_decode(self._reason), done=True, remedy=self.remedy)
@@ -63,7 +63,6 @@ class StopRequest(RequestedStop):
         super().__init__()
         self.when = when
         self._remedy = remedy
-        self.trigger = None if when is not None else _never
 
     @property
     def remedy(self) -> str:
@@ -73,9 +72,13 @@ class StopRequest(RequestedStop):
         """Stop before the next step."""
         _encode(reason, self._reason)
 
+    def due_step(self, step: int) -> float:
+        return math.inf if self.when is None else step + 1
+
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         when = self.when
-        assert when is not None
+        if when is None:
+            return
         value = metrics[when.metric]
         if when.below is not None and value < when.below:
             self.request(f"{when.metric} {value:.6g} is below {when.below:g}")
@@ -130,7 +133,3 @@ def _encode(text: str, array: Array) -> None:
 
 def _decode(array: Array) -> str:
     return array.tobytes().rstrip(b"\0").decode(errors="replace")
-
-
-def _never(counters: Counters) -> bool:
-    return False

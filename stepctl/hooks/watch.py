@@ -12,7 +12,7 @@ from stepctl.hooks.base import Hook
 from stepctl.programs.base import Metrics, Mode
 from stepctl.state.arena import Array
 from stepctl.state.counters import Counters
-from stepctl.stopping.base import StopReason
+from stepctl.stopping.base import StopReason, StopRule
 
 
 class MetricWatch(Hook):
@@ -79,7 +79,7 @@ class Best(MetricWatch):
             self._set(value=value, step=step)
 
 
-class EarlyStopping(MetricWatch):
+class EarlyStopping(StopRule, MetricWatch):
     """Stops after `patience` evaluations without an improvement (Prechelt 1998).
 
     Without a config it only counts.
@@ -102,7 +102,6 @@ class EarlyStopping(MetricWatch):
             self._set(waited=int(self._state["waited"]) + 1)
 
     def reason(self, counters: Counters) -> StopReason | None:
-        """Return the reason to stop now, or None."""
         waited = int(self._state["waited"])
         if self._config is None or waited < self._config.patience:
             return None
@@ -114,7 +113,7 @@ class EarlyStopping(MetricWatch):
         return StopReason(text, done=True, remedy=remedy)
 
 
-class TargetMetric(MetricWatch):
+class TargetMetric(StopRule, MetricWatch):
     """Stops once the best value reaches a target; without a config it only keeps the best value."""
 
     name = "target_metric"
@@ -132,7 +131,6 @@ class TargetMetric(MetricWatch):
             self._set(value=value)
 
     def reason(self, counters: Counters) -> StopReason | None:
-        """Return the reason to stop now, or None."""
         if self._config is None:
             return None
         best = float(self._state["value"])

@@ -222,6 +222,8 @@ class Loop:
         if not isinstance(reason, str) or not reason.strip("\0 "):
             raise ConfigError(f"run.stop({reason!r}): give the reason as text")
         self._assembly.stop_request.request(reason)
+        assert self._running is not None
+        self._running.trainer.look_up()
 
     def __enter__(self) -> Self:
         if self._segment is not None:
@@ -322,10 +324,11 @@ class Loop:
         counters = self._assembly.state.counters
         self._has_begun = True
         while True:
-            reason = trainer.stop_reason()
-            if reason is not None:
-                self._end(running, reason)
-                return
+            if trainer.is_due:
+                reason = trainer.stop_reason()
+                if reason is not None:
+                    self._end(running, reason)
+                    return
             step = counters.global_step
             self._begin_step(step)
             yield step

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from stepctl.state.counters import Counters
 
@@ -26,11 +28,23 @@ class StopReason(NamedTuple):
         return f"at global step {step}, target {target}: nothing to do ({why})"
 
 
-class StopRule(Protocol):
-    """A condition that is checked before every step."""
+class StopRule(ABC):
+    """A condition that is checked before a step.
 
+    It is checked before the first step, after a signal, after hooks were called, and when it is due.
+    """
+
+    @abstractmethod
     def reason(self, counters: Counters) -> StopReason | None:
         """Return why to stop now, or None."""
+
+    def due_step(self, step: int) -> float:
+        """Return the first global step after `step` at which to check it; by default there is none."""
+        return math.inf
+
+    def due_time(self) -> float:
+        """Return the time.monotonic() at which to check it; by default there is none."""
+        return math.inf
 
 
 def first_reason(rules: Iterable[StopRule], counters: Counters) -> StopReason | None:

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from stepctl.state.counters import Counters
-from stepctl.stopping.base import StopReason
+from stepctl.stopping.base import StopReason, StopRule
 from stepctl.system import interrupt, process_signals
 
 _INTERRUPTS_TO_STOP_AT_ONCE = 2
@@ -56,7 +56,7 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-class Signals:
+class Signals(StopRule):
     """A stop rule: SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGXCPU stop, and SIGUSR2 requests a save.
 
     A second SIGINT raises KeyboardInterrupt at once. Ignored signals stay ignored.
@@ -118,8 +118,11 @@ class Signals:
         return self._stop
 
     def reason(self, counters: Counters) -> StopReason | None:
-        """Return why to stop now, or None."""
         return StopReason(f"signal {self._stop.name}", done=False) if self._stop else None
+
+    def is_pending(self) -> bool:
+        """Tell whether a signal came that stops the run or requests a save."""
+        return self._save or self._stop is not None
 
     def take_save_request(self) -> bool:
         """Return whether a save was requested since the last call."""

@@ -86,7 +86,14 @@ class AsyncTrainer(Trainer):
         lead: Lead | None = None,
     ) -> None:
         super().__init__(
-            task, batches, state, stop=stop, hooks=hooks, hook_stop=hook_stop, lead=lead
+            task,
+            batches,
+            state,
+            stop=stop,
+            hooks=hooks,
+            hook_stop=hook_stop,
+            lead=lead,
+            signalled=lambda: True,  # an interval ends where a rule or a hook is due
         )
         self._one_update = task
         self._comm = comm

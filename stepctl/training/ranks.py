@@ -129,15 +129,21 @@ def leader(
     state = assembly.state
     batches = assembly.training
     hook_stop = assembly.hook_stop
-    if not isinstance(comm, MPIComm):
+    lead = None
+    if isinstance(comm, MPIComm):
+        lead = RankLead(comm, state, signals)
+        comm.set_stop_check(lambda: signals.reason(state.counters) is not None)
+    if not (isinstance(comm, MPIComm) and isinstance(task, OneUpdate) and config.is_async):
         return Trainer(
-            task, batches, state, stop=rules, hooks=hooks, hook_stop=hook_stop, skip=skip
-        )
-    lead = RankLead(comm, state, signals)
-    comm.set_stop_check(lambda: signals.reason(state.counters) is not None)
-    if not (isinstance(task, OneUpdate) and config.is_async):
-        return Trainer(
-            task, batches, state, stop=rules, hooks=hooks, hook_stop=hook_stop, skip=skip, lead=lead
+            task,
+            batches,
+            state,
+            stop=rules,
+            hooks=hooks,
+            hook_stop=hook_stop,
+            skip=skip,
+            lead=lead,
+            signalled=signals.is_pending,
         )
 
     from stepctl.training.async_trainer import AsyncTrainer, next_cut

@@ -3,13 +3,16 @@
     start -> [ stop? -> batch(samples_seen) -> update -> counters.advance -> after_step ] ... -> end
 
 `start`, `after_step` and `end` are the hooks' events, in the hooks' order. Stop rules are checked
-before a step.
+before a step. In between, until a rule or a hook is due (`due_step`, `due_time`), none is called:
+calling each after every step would take a few percent of the time of a small step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -69,12 +72,13 @@ class Trainer:
     wherever a run stops after it.
 
     `hook_stop` receives the reasons to stop that hooks return; it should be one of the stop rules.
+    `signalled` tells whether a signal came that stop rules or hooks must see.
 
     `complete` tells whether the state and the hooks' arrays belong to a completed step, so that they
     may be saved; it is true after an error that came before the first change. TornUpdate replaces
     an error that may have left the arrays half changed. `interrupted_in_step` tells that a
     KeyboardInterrupt came inside a step: no further step can be made. `last_metrics` are the last
-    update's.
+    update's. While `is_due` is false, `stop_reason` would give None.
     """
 
     def __init__(
@@ -88,6 +92,8 @@ class Trainer:
         hook_stop: HookStop | None = None,
         skip: Callable[[str], None] | None = None,
         lead: Lead | None = None,
+        signalled: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.task = task
         self.batches = batches
@@ -100,6 +106,8 @@ class Trainer:
         self._hook_stop = hook_stop or HookStop()
         self._skip = skip
         self._lead = lead
+        self._signalled = signalled
+        self._clock = clock
         self._skipped = 0
         self._skipped_in_a_row = 0
         self._skipped_samples = 0  # since the last update
@@ -110,11 +118,25 @@ class Trainer:
         )
         self._undo = Undo() if skip is not None and self._has_unseen_writes else None
         self._explain_read_only = explain_read_only(state)
+        listening = [hook for hook in hooks if type(hook).after_step is not Hook.after_step]
         self._listeners = [
             _Listener(hook.name, hook.essential, hook.trigger, hook.after_step)
-            for hook in hooks
-            if type(hook).after_step is not Hook.after_step
+            for hook in listening
         ]
+        called: list[StopRule | Hook] = [*stop, *listening]
+        self._due_steps = [
+            source.due_step
+            for source in called
+            if type(source).due_step is not StopRule.due_step  # which returns infinity
+        ]
+        self._due_times = [
+            source.due_time
+            for source in called
+            if type(source).due_time not in (StopRule.due_time, Hook.due_time)  # the same
+        ]
+        self.is_due = True
+        self._due_step: float = 0
+        self._due_time = math.inf
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -138,21 +160,34 @@ class Trainer:
         None if it ended for another reason: `n_updates` are made, or `interrupted` became true.
         """
         made = 0
+        self.is_due = True  # the caller may have changed anything
         while (n_updates is None or made < n_updates) and not interrupted():
             if self._lead is not None:
                 self._lead.receive_signals()
-            reason = self.stop_reason()
-            if reason is not None:
-                return reason
+                self.is_due = True
+            if self.is_due:
+                reason = self.stop_reason()
+                if reason is not None:
+                    return reason
             if self._lead is not None:
                 self._lead.order_step()
             if self._make_step() is not None:
                 made += 1
+            else:
+                self.is_due = True
         return None
 
     def stop_reason(self) -> StopReason | None:
         """Return why to stop now, or None."""
-        return first_reason(self._stop, self.state.counters)
+        reason = first_reason(self._stop, self.state.counters)
+        step = self.state.counters.global_step
+        self._due_step = min([due_step(step) for due_step in self._due_steps], default=math.inf)
+        self._due_time = min([due_time() for due_time in self._due_times], default=math.inf)
+        return reason
+
+    def look_up(self) -> None:
+        """Ask rules and hooks after the step in flight, whatever they said: something has changed."""
+        self._due_step = 0
 
     @_quiet
     def start(self) -> None:
@@ -184,7 +219,15 @@ class Trainer:
         self.state.counters.advance(update.increments)
         self.complete = was_complete
         self.last_metrics = update.metrics
-        self._call_listeners(update.metrics)
+        self.is_due = (
+            self.state.counters.global_step >= self._due_step
+            or self._clock() >= self._due_time
+            or self._signalled()
+        )
+        if self.is_due:
+            self._call_listeners(update.metrics)
+        else:
+            self.complete = True
 
     @_quiet
     def end(self, reason: StopReason) -> None:

@@ -67,7 +67,8 @@ def measure(options: argparse.Namespace) -> list[tuple[Stretch, Stretch]]:
         bare = Trainer(trainer.task, trainer.batches, trainer.state, stop=[])
 
         def whole() -> None:
-            trainer.stop_reason()
+            if trainer.is_due:
+                trainer.stop_reason()
             trainer.step()
 
         def stretch(part: Any) -> Stretch:

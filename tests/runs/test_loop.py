@@ -160,6 +160,16 @@ def test_the_seed_is_locked(tmp_path: Path, snapshot: SnapshotAssertion) -> None
     walk(tmp_path / "run", 4, seed=1)
 
 
+def test_run_stop_ends_the_loop_after_its_step_where_nothing_else_is_due(tmp_path: Path) -> None:
+    def body(run: Loop, state: dict[str, Any], step: int) -> None:
+        state["accepted"] += 1
+        if step == 4:
+            run.stop("converged")
+
+    walk(tmp_path / "run", 1000, body=body, checkpoint_every=None, log_every=1000)
+    assert saved(tmp_path / "run") == [0, 5]
+
+
 def test_the_run_stays_finished_after_run_stop(
     tmp_path: Path, said: Callable[[], str], snapshot: SnapshotAssertion
 ) -> None:
@@ -586,8 +596,24 @@ def test_a_signal_after_the_loop_is_the_scripts_own(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_stop_signal_ends_the_loop_after_its_step_where_nothing_else_is_due(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(SystemExit):
+        walk(
+            tmp_path / "run", 1000, body=send(signal.SIGTERM), checkpoint_every=None, log_every=1000
+        )
+    assert saved(tmp_path / "run") == [0, 5]
+
+
 def test_sigusr2_saves_and_continues(tmp_path: Path) -> None:
-    walk(tmp_path / "run", body=send(signal.SIGUSR2), checkpoint_every=None, keep_last=None)
+    walk(
+        tmp_path / "run",
+        body=send(signal.SIGUSR2),
+        checkpoint_every=None,
+        keep_last=None,
+        log_every=1000,
+    )
     assert saved(tmp_path / "run") == [0, 5, 10]
 
 

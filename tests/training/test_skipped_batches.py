@@ -17,7 +17,7 @@ from stepctl.runs.at_step import ResumeOptions
 from stepctl.runs.open import create_run, resume_run
 from stepctl.state.counters import Counters
 from stepctl.state.train_state import TrainState
-from stepctl.stopping.base import StopReason
+from stepctl.stopping.base import StopReason, StopRule
 from stepctl.training.trainer import MAX_SKIPPED
 from tests.support.runs import resume, rows, silent, train
 from tests.support.stops import some_of, some_stops
@@ -88,7 +88,7 @@ def test_stopped_before_a_batch_that_the_model_itself_refuses(
     assert_as_unbroken(tmp_path / "run", resume(tmp_path / "run", last_step=LAST), refusing)
 
 
-class Asked:
+class Asked(StopRule):
     """Stops at the n-th time it is asked: once before every batch, also after one that was skipped."""
 
     def __init__(self, n: int) -> None:
@@ -97,6 +97,9 @@ class Asked:
     def reason(self, counters: Counters) -> StopReason | None:
         self._left -= 1
         return StopReason("signal", done=False) if self._left < 0 else None
+
+    def due_step(self, step: int) -> float:
+        return step
 
 
 @pytest.mark.training
