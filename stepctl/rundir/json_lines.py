@@ -5,6 +5,7 @@ A kill or a full disk may cut the last line short. Reading skips it, `Tail.cut` 
 
 import codecs
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -84,12 +85,25 @@ def _parse_block(block: bytes) -> list[JSONRow] | None:
     if not block.endswith(b"\n"):
         return None
     try:
-        rows: list[JSONRow] = json.loads(f"[{block[:-1].decode().replace(_LINE_END, ',')}]")
+        with _garbage_collection_paused():
+            rows: list[JSONRow] = json.loads(f"[{block[:-1].decode().replace(_LINE_END, ',')}]")
     except (ValueError, RecursionError):
         return None
     if len(rows) != block.count(b"\n") or not all(isinstance(row, dict) for row in rows):
         return None
     return rows
+
+
+@contextlib.contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Create many objects without a search for garbage among them after every few hundred."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _is_unreadable(line: bytes) -> bool:

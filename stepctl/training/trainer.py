@@ -164,7 +164,7 @@ class Trainer:
         while (n_updates is None or made < n_updates) and not interrupted():
             if self._lead is not None:
                 self._lead.receive_signals()
-                self.is_due = True
+                self.is_due |= self._signalled()
             if self.is_due:
                 reason = self.stop_reason()
                 if reason is not None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from stepctl.checkpoint.background import Background
 from stepctl.config.cadence import Cadence
+from stepctl.config.model import CheckpointConfig, WhenConfig
+from stepctl.errors import StepctlError
 from stepctl.hooks.base import Hook, PeriodicHook
+from stepctl.hooks.progress import OptionalProgress, Progress, ProgressDisplay
+from stepctl.hooks.save import Save
+from stepctl.hooks.slow_threads import SlowThreads
+from stepctl.hooks.stop_request import StopRequest
 from stepctl.programs.base import Metrics
 from stepctl.state.counters import GLOBAL_STEP, SAMPLES_SEEN, Counters
 from stepctl.state.train_state import TrainState
 from stepctl.stopping.base import StopReason, StopRule
 from stepctl.stopping.rules import StopAtStep, StopFile, TimeLimit
 from stepctl.training.build import assemble
-from stepctl.training.trainer import Trainer
+from stepctl.training.trainer import Lead, Trainer
 from tests.support.runs import make_config
 from tests.support.stops import some_of
 
@@ -89,6 +98,7 @@ def make_trainer(
     *hooks: Hook,
     rules: tuple[StopRule, ...] = (),
     last_step: int = 12,
+    lead: Lead | None = None,
     signalled: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = lambda: 0.0,
 ) -> Trainer:
@@ -99,6 +109,7 @@ def make_trainer(
         assembly.state,
         stop=[StopAtStep(last_step), *rules],
         hooks=hooks,
+        lead=lead,
         signalled=signalled,
         clock=clock,
     )
@@ -135,6 +146,134 @@ def test_a_hook_that_is_due_at_a_time_is_called_at_the_first_step_after_it() -> 
     hook = Timed(6.5)
     make_trainer(hook, clock=Clock()).run()
     assert hook.steps == [7, 12], "and with others: the last step is due"
+
+
+class OtherRanks:
+    """Rank 0's link to ranks of which one receives a signal before the fifth step."""
+
+    def __init__(self) -> None:
+        self.n_ordered = 0
+        self.signalled = False
+
+    def receive_signals(self) -> None:
+        self.signalled = self.n_ordered == 4
+
+    def order_step(self) -> None:
+        self.n_ordered += 1
+
+
+@pytest.mark.training
+def test_the_signal_of_another_rank_is_seen_before_the_next_step_is_ordered() -> None:
+    rule = Checks()
+    ranks = OtherRanks()
+    make_trainer(rules=(rule,), lead=ranks, signalled=lambda: ranks.signalled).run()
+    assert rule.steps == [0, 4, 5], "and after the step that shows it again"
+
+
+class Display(ProgressDisplay):
+    """Records the steps that it shows."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(title="run", target=12, clock=lambda: clock.now, refresh=4)
+        self.steps: list[int] = []
+
+    def open(self, progress: Progress) -> None:
+        """Show nothing yet."""
+
+    def update(self, progress: Progress) -> None:
+        self.steps.append(progress.step)
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
+@pytest.mark.training
+def test_progress_is_shown_where_nothing_else_is_due() -> None:
+    clock = Clock()
+    display = Display(clock)
+    make_trainer(display, clock=clock).run()
+    assert display.steps == [1, 5, 9, 12], "at the first step, then every 4 seconds; the last one"
+
+
+@pytest.mark.training
+def test_progress_that_is_enabled_for_one_call_is_shown_in_it() -> None:
+    clock = Clock()
+    display = Display(clock)
+    optional = OptionalProgress()
+    trainer = make_trainer(optional, clock=clock)
+    trainer.start()
+    trainer.train(3)
+    with optional.show(display, trainer.state):
+        trainer.train()
+    assert display.steps == [4, 8, 12]
+
+
+@pytest.mark.training
+def test_a_probe_of_the_threads_is_made_where_nothing_else_is_due() -> None:
+    clock = Clock(by=1 / 8)
+    probed_at: list[float] = []
+
+    def probe() -> float:
+        probed_at.append(clock.now)
+        return 1.0
+
+    hook = SlowThreads(probe, warn=lambda ratio: None, clock=lambda: clock.now)
+    make_trainer(hook, last_step=60, clock=clock).run()
+    assert probed_at == [1, 6], "after a second, then every 5 seconds"
+
+
+@pytest.mark.training
+def test_a_stop_by_a_metric_ends_a_run_in_which_nothing_else_is_due() -> None:
+    request = StopRequest(WhenConfig(metric="loss", below=1e9), remedy="")
+    trainer = make_trainer(request, rules=(request,))
+    trainer.run()
+    assert trainer.state.counters.global_step == 1
+
+
+def make_save(
+    publish: Callable[[TrainState], None], clock: Clock, background: Background, **config: Any
+) -> Save:
+    return Save(
+        CheckpointConfig(**config),
+        publish,
+        flush=lambda: None,
+        background=background,
+        requested=lambda: False,
+        report=lambda: None,
+        say=lambda message: None,
+        note=lambda message: None,
+        saved_step=0,
+        target=100,
+        clock=lambda: clock.now,
+    )
+
+
+@pytest.mark.training
+def test_a_save_is_made_every_few_seconds_where_nothing_else_is_due() -> None:
+    saved: list[int] = []
+    clock = Clock()
+
+    def publish(state: TrainState) -> None:
+        saved.append(state.counters.global_step)
+
+    with contextlib.closing(Background()) as background:
+        hook = make_save(publish, clock, background, every=None, every_seconds=5)
+        make_trainer(hook, clock=clock, last_step=20).run()
+    # the trainer does not read the clock after a step that is due anyway, as that after a save is
+    assert saved == [5, 11, 17, 20]
+
+
+@pytest.mark.training
+def test_the_error_of_a_save_is_raised_after_the_next_step() -> None:
+    def publish(state: TrainState) -> None:
+        raise StepctlError("the disk is full")
+
+    with contextlib.closing(Background()) as background:
+        hook = make_save(publish, Clock(), background, every=5)
+        trainer = make_trainer(hook, last_step=50)
+        with pytest.raises(StepctlError, match="the disk is full"):
+            trainer.run()
+    assert trainer.state.counters.global_step == 6
 
 
 @pytest.mark.training
