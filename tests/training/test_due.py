@@ -13,7 +13,8 @@ import pytest
 from stepctl.checkpoint.background import Background
 from stepctl.config.cadence import Cadence
 from stepctl.config.model import CheckpointConfig, WhenConfig
-from stepctl.errors import StepctlError
+from stepctl.data.batches import Batch
+from stepctl.errors import NonFiniteError, StepctlError
 from stepctl.hooks.base import Hook, PeriodicHook
 from stepctl.hooks.progress import OptionalProgress, Progress, ProgressDisplay
 from stepctl.hooks.save import Save
@@ -338,3 +339,29 @@ def test_a_cadence_fires_at_the_same_steps_if_it_is_called_only_when_due(
 def test_a_cadence_without_every_is_never_due() -> None:
     assert Cadence(None).due_step(7) == math.inf
     assert Cadence(None, counter=SAMPLES_SEEN).due_step(7) == math.inf
+
+
+@pytest.mark.training
+def test_a_signal_is_seen_between_two_batches_that_are_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    skipped: list[str] = []
+
+    class Signal(StopRule):
+        def reason(self, counters: Counters) -> StopReason | None:
+            return StopReason("signal", done=False) if len(skipped) == 3 else None
+
+    assembly = assemble(make_config())
+    step = assembly.task.step
+
+    def refuse_the_sixth(state: TrainState, batch: Batch) -> Metrics:
+        if state.counters.global_step == 5:
+            raise NonFiniteError("the loss is nan")
+        return step(state, batch)
+
+    trainer = Trainer(
+        assembly.task, assembly.training, assembly.state, stop=[Signal()], skip=skipped.append
+    )
+    monkeypatch.setattr(assembly.task, "step", refuse_the_sixth)
+    trainer.run()
+    assert len(skipped) == 3
