@@ -31,7 +31,7 @@ class StopReason(NamedTuple):
 class StopRule(ABC):
     """A condition that is checked before a step.
 
-    It is checked before the first step, after a signal, after hooks were called, and when it is due.
+    It is checked before the first step, after a signal, after calls of hooks, and when it is due.
     """
 
     @abstractmethod

@@ -3,8 +3,8 @@
     start -> [ stop? -> batch(samples_seen) -> update -> counters.advance -> after_step ] ... -> end
 
 `start`, `after_step` and `end` are the hooks' events, in the hooks' order. Stop rules are checked
-before a step. In between, until a rule or a hook is due (`due_step`, `due_time`), none is called:
-calling each after every step would take a few percent of the time of a small step.
+before a step. Until a rule or a hook is due (`due_step`, `due_time`), none is called: calling each
+of them at every step would take a few percent of the time of a small step.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Trainer:
         return None
 
     def stop_reason(self) -> StopReason | None:
-        """Return why to stop now, or None."""
+        """Return why to stop now, or None; compute when rules and hooks are due next."""
         reason = first_reason(self._stop, self.state.counters)
         step = self.state.counters.global_step
         self._due_step = min([due_step(step) for due_step in self._due_steps], default=math.inf)
@@ -186,7 +186,7 @@ class Trainer:
         return reason
 
     def look_up(self) -> None:
-        """Ask rules and hooks after the step in flight, whatever they said: something has changed."""
+        """Make all rules and hooks due after the step in flight, because of an unforeseen change."""
         self._due_step = 0
 
     @_quiet
