@@ -123,6 +123,7 @@ class Trainer:
             _Listener(hook.name, hook.essential, hook.trigger, hook.after_step)
             for hook in listening
         ]
+        self._is_always_due = any(type(hook).due_step is Hook.due_step for hook in listening)
         called: list[StopRule | Hook] = [*stop, *listening]
         self._due_steps = [
             source.due_step
@@ -180,6 +181,8 @@ class Trainer:
     def stop_reason(self) -> StopReason | None:
         """Return why to stop now, or None; compute when rules and hooks are due next."""
         reason = first_reason(self._stop, self.state.counters)
+        if self._is_always_due:  # the due step stays 0
+            return reason
         step = self.state.counters.global_step
         self._due_step = min([due_step(step) for due_step in self._due_steps], default=math.inf)
         self._due_time = min([due_time() for due_time in self._due_times], default=math.inf)
