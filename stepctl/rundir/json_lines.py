@@ -5,7 +5,6 @@ A kill or a full disk may cut the last line short. Reading skips it, `Tail.cut` 
 
 import codecs
 import contextlib
-import gc
 import itertools
 import json
 import os
@@ -85,24 +84,11 @@ def _parse_block(block: bytes) -> list[JSONRow] | None:
     if not block.endswith(b"\n"):
         return None
     try:
-        with _garbage_collection_paused():
-            rows: list[JSONRow] = json.loads(f"[{block[:-1].decode().replace(_LINE_END, ',')}]")
+        rows: list[JSONRow] = json.loads(f"[{block[:-1].decode().replace(_LINE_END, ',')}]")
     except (ValueError, RecursionError):
         return None
     is_one_each = len(rows) == block.count(b"\n") and {*map(type, rows)} <= {dict}
     return rows if is_one_each else None
-
-
-@contextlib.contextmanager
-def _garbage_collection_paused() -> Iterator[None]:
-    """Create many objects without a search for garbage among them after every few hundred."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _is_unreadable(line: bytes) -> bool:
