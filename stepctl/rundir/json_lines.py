@@ -87,8 +87,9 @@ def _parse_block(block: bytes) -> list[JSONRow] | None:
         rows: list[JSONRow] = json.loads(f"[{block[:-1].decode().replace(_LINE_END, ',')}]")
     except (ValueError, RecursionError):
         return None
-    is_one_each = len(rows) == block.count(b"\n") and {*map(type, rows)} <= {dict}
-    return rows if is_one_each else None
+    if len(rows) != block.count(b"\n") or not all(isinstance(row, dict) for row in rows):
+        return None
+    return rows
 
 
 def _is_unreadable(line: bytes) -> bool:

@@ -96,13 +96,13 @@ class MirrorEvent(_Event):
 
 LedgerEvent = StartEvent | CheckpointEvent | EndEvent | PruneEvent | ForkEvent | MirrorEvent
 
-_REQUIRED: dict[str, list[tuple[str, type[Any]]]] = {
-    "start": [("segment", int), ("step", int), ("target", int), ("data", str)],
-    "checkpoint": [("step", int), ("sha256", str)],
-    "end": [("segment", int), ("step", int), ("reason", str)],
-    "prune": [("steps", list)],
-    "fork": [("step", int), ("sha256", str)],
-    "mirror": [("url", str), ("state", str)],
+_REQUIRED: dict[str, dict[str, type[Any]]] = {
+    "start": {"segment": int, "step": int, "target": int, "data": str},
+    "checkpoint": {"step": int, "sha256": str},
+    "end": {"segment": int, "step": int, "reason": str},
+    "prune": {"steps": list},
+    "fork": {"step": int, "sha256": str},
+    "mirror": {"url": str, "state": str},
 }
 
 
@@ -154,7 +154,7 @@ class Ledger:
         changed = [start["config"] for start in self.starts if "config" in start]
         return changed[-1] if changed else None
 
-    @functools.cached_property
+    @property
     def data(self) -> str | None:
         """The fingerprint of the data that the newest segment, or the fork, used."""
         for event in reversed(self.events):
@@ -227,14 +227,12 @@ def new_run_id() -> str:
 
 def _is_event(row: dict[str, Any]) -> bool:
     """Tell whether a line of the ledger has the keys of its event."""
-    event = row.get("event")
-    if not isinstance(event, str) or event not in _REQUIRED:
+    required = _REQUIRED.get(str(row.get("event")))
+    if required is None:
         return False
-    for name, kind in _REQUIRED[event]:
-        value = row.get(name)
-        if not isinstance(value, kind):
-            return False
-        if kind is int and not 0 <= value <= MAX_STEP:
+    for name, kind in required.items():
+        value: Any = row.get(name)
+        if not isinstance(value, kind) or (kind is int and not 0 <= value <= MAX_STEP):
             return False
     if "config" in row and not isinstance(row["config"], dict):
         return False
