@@ -124,7 +124,7 @@ class Trainer:
             for hook in listening
         ]
         self._is_always_due = any(type(hook).due_step is Hook.due_step for hook in listening)
-        called: list[StopRule | Hook] = [*stop, *listening]
+        called: list[StopRule | Hook] = [*listening, *stop]
         self._due_steps = [
             source.due_step
             for source in called
@@ -181,12 +181,18 @@ class Trainer:
     def stop_reason(self) -> StopReason | None:
         """Return why to stop now, or None; compute when rules and hooks are due next."""
         reason = first_reason(self._stop, self.state.counters)
-        if self._is_always_due:  # the due step stays 0
-            return reason
-        step = self.state.counters.global_step
-        self._due_step = min([due_step(step) for due_step in self._due_steps], default=math.inf)
-        self._due_time = min([due_time() for due_time in self._due_times], default=math.inf)
+        if not self._is_always_due:  # else the due step stays 0
+            self._find_what_is_due()
         return reason
+
+    def _find_what_is_due(self) -> None:
+        step = self.state.counters.global_step
+        self._due_step = math.inf
+        for due_step in self._due_steps:
+            self._due_step = min(self._due_step, due_step(step))
+            if self._due_step <= step + 1:
+                return  # whatever the others are due at
+        self._due_time = min([due_time() for due_time in self._due_times], default=math.inf)
 
     def look_up(self) -> None:
         """Make all rules and hooks due after the step in flight, because of an unforeseen change."""
