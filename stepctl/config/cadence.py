@@ -47,7 +47,7 @@ class Cadence:
     def fires(self, counters: Counters) -> bool:
         """Return whether the last update reached or passed such a value.
 
-        Call after the first update, then after that of `due_step` at the latest.
+        Call it after the first update, and after each that makes a `due_step`.
         """
         value = counters[self.counter]
         if value < self._next_value:  # the usual case, which must be cheap
@@ -58,11 +58,10 @@ class Cadence:
 
     def due_step(self, step: int) -> float:
         """Return the first global step after `step` at which it may fire; infinity if there is none."""
-        if self.counter != GLOBAL_STEP and self.every is not None:
-            return step + 1
-        if step < self._next_value:
-            return self._next_value
-        if self._next_value == 0:  # the first call of `fires` may be at `first_step`
+        if self.every is None:
+            return math.inf
+        is_before_first_call = self._next_value == 0  # the next step may be `first_step`
+        if is_before_first_call or self.counter != GLOBAL_STEP:
             return step + 1
         return self._grid_value_after(step)
 

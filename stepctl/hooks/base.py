@@ -71,14 +71,14 @@ class Hook(ABC):
         return None
 
     def due_step(self, step: int) -> float:
-        """Return the first global step after `step` at which to call `after_step`: by default the next.
+        """Return the first global step after `step` that needs a call of `after_step`: by default the next.
 
-        It is also called when another hook or a stop rule is due, and after a signal.
+        There are more calls: when another hook or a stop rule is due, and after a signal.
         """
         return step + 1
 
     def due_time(self) -> float:
-        """Return the time.monotonic() at which to call `after_step`; by default there is none."""
+        """Return the time.monotonic() from which a call is needed; by default infinity."""
         return math.inf
 
     def end(self, state: TrainState, metrics: Metrics | None, reason: StopReason) -> None:
@@ -95,6 +95,13 @@ class PeriodicHook(Hook):
 
     def due_step(self, step: int) -> float:
         return self._cadence.due_step(step)
+
+
+class TimedHook(Hook):
+    """A hook that is due at a time, and at no step."""
+
+    def due_step(self, step: int) -> float:
+        return math.inf
 
 
 def has_state(hook: Hook) -> bool:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from stepctl.hooks.base import Hook
+from stepctl.hooks.base import TimedHook
 from stepctl.programs.base import Metrics
 from stepctl.state.counters import SAMPLES_SEEN, Counters
 from stepctl.state.train_state import TrainState
@@ -80,7 +80,7 @@ def fitting_parts(parts: dict[str, int], width: int) -> list[str]:
     return [name for name in parts if name in chosen]
 
 
-class ProgressDisplay(Hook):
+class ProgressDisplay(TimedHook):
     """Shows a segment's progress, at most every `refresh` seconds."""
 
     name = "progress"
@@ -104,9 +104,6 @@ class ProgressDisplay(Hook):
         self._start_samples = _samples(state.counters)
         self._started_at = self._clock()
         self.open(Progress(self._title, self._start_step, self._target, self._start_step))
-
-    def due_step(self, step: int) -> float:
-        return math.inf
 
     def due_time(self) -> float:
         return self._shown_at + self._refresh
@@ -243,7 +240,7 @@ class ProgressText(ProgressDisplay):
 
 
 @final
-class OptionalProgress(Hook):
+class OptionalProgress(TimedHook):
     """Forwards the calls to a display while there is one."""
 
     name = "progress"
@@ -251,9 +248,6 @@ class OptionalProgress(Hook):
     def __init__(self) -> None:
         self._display: ProgressDisplay | None = None
         self._metrics: Metrics | None = None
-
-    def due_step(self, step: int) -> float:
-        return math.inf
 
     def due_time(self) -> float:
         return math.inf if self._display is None else self._display.due_time()

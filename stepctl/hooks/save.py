@@ -92,7 +92,7 @@ class Save(Hook):
                 self._publish_snapshot(state.snapshot())
 
     def due_step(self, step: int) -> float:
-        if self._background.job is not None:  # whose end is reported
+        if self._background.job is not None:  # its end is reported after the next step
             return step + 1
         return self._cadence.due_step(step)
 
@@ -115,7 +115,7 @@ class Save(Hook):
             self.wait()
 
     def _is_due(self, state: TrainState) -> bool:
-        # both are called at each step: a cadence needs it, and a request must not outlive its step
+        # both are called: a request must not outlive its step
         fires = self._cadence.fires(state.counters)
         requested = self._requested()
         if fires or requested:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
 
-from stepctl.hooks.base import Hook
+from stepctl.hooks.base import TimedHook
 from stepctl.programs.base import Metrics
 from stepctl.state.train_state import TrainState
 
@@ -19,7 +18,7 @@ _N_RATIOS = 10  # probes that are remembered
 _N_SLOW = 3  # slow probes among them that cause the warning
 
 
-class SlowThreads(Hook):
+class SlowThreads(TimedHook):
     """Warns once if the BLAS threads of a run are slower than one thread would be.
 
     On busy cores, BLAS waits for threads that do not get one. `probe` returns how many times longer
@@ -43,9 +42,6 @@ class SlowThreads(Hook):
 
     def start(self, state: TrainState) -> None:
         self._next_probe = self._clock() + _FIRST_PROBE
-
-    def due_step(self, step: int) -> float:
-        return math.inf
 
     def due_time(self) -> float:
         return self._next_probe

@@ -39,11 +39,11 @@ class StopRule(ABC):
         """Return why to stop now, or None."""
 
     def due_step(self, step: int) -> float:
-        """Return the first global step after `step` at which to check it; by default there is none."""
+        """Return the first global step after `step` that needs a check; by default infinity."""
         return math.inf
 
     def due_time(self) -> float:
-        """Return the time.monotonic() at which to check it; by default there is none."""
+        """Return the time.monotonic() from which a check is needed; by default infinity."""
         return math.inf
 
 

@@ -72,13 +72,13 @@ class Trainer:
     wherever a run stops after it.
 
     `hook_stop` receives the reasons to stop that hooks return; it should be one of the stop rules.
-    `signalled` tells whether a signal came that stop rules or hooks must see.
+    `signalled` tells whether a signal is pending that a stop rule or a hook handles.
 
     `complete` tells whether the state and the hooks' arrays belong to a completed step, so that they
     may be saved; it is true after an error that came before the first change. TornUpdate replaces
     an error that may have left the arrays half changed. `interrupted_in_step` tells that a
     KeyboardInterrupt came inside a step: no further step can be made. `last_metrics` are the last
-    update's. While `is_due` is false, `stop_reason` would give None.
+    update's. While `is_due` is false, no stop rule has a reason.
     """
 
     def __init__(
@@ -124,17 +124,7 @@ class Trainer:
             for hook in listening
         ]
         self._is_always_due = any(type(hook).due_step is Hook.due_step for hook in listening)
-        called: list[StopRule | Hook] = [*listening, *stop]
-        self._due_steps = [
-            source.due_step
-            for source in called
-            if type(source).due_step is not StopRule.due_step  # which returns infinity
-        ]
-        self._due_times = [
-            source.due_time
-            for source in called
-            if type(source).due_time not in (StopRule.due_time, Hook.due_time)  # the same
-        ]
+        self._called: list[StopRule | Hook] = [*listening, *stop]
         self.is_due = True
         self._due_step: float = 0
         self._due_time = math.inf
@@ -182,20 +172,21 @@ class Trainer:
         """Return why to stop now, or None; compute when rules and hooks are due next."""
         reason = first_reason(self._stop, self.state.counters)
         if not self._is_always_due:  # else the due step stays 0
-            self._find_what_is_due()
+            self._compute_next_due()
         return reason
 
-    def _find_what_is_due(self) -> None:
+    def _compute_next_due(self) -> None:
         step = self.state.counters.global_step
         self._due_step = math.inf
-        for due_step in self._due_steps:
-            self._due_step = min(self._due_step, due_step(step))
+        self._due_time = math.inf
+        for source in self._called:
+            self._due_step = min(self._due_step, source.due_step(step))
             if self._due_step <= step + 1:
-                return  # whatever the others are due at
-        self._due_time = min([due_time() for due_time in self._due_times], default=math.inf)
+                return  # nothing comes earlier
+            self._due_time = min(self._due_time, source.due_time())
 
-    def look_up(self) -> None:
-        """Make all rules and hooks due after the step in flight, because of an unforeseen change."""
+    def request_check(self) -> None:
+        """Call all rules and hooks after the step in flight, although none may be due."""
         self._due_step = 0
 
     @_quiet

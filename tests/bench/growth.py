@@ -126,7 +126,7 @@ class Bench:
         return kept
 
     def output(self, which: str, *arguments: object) -> str:
-        """Return what a Python program of the environment `which` prints."""
+        """Run a Python program in the environment `which`; return its standard output."""
         return subprocess.run(
             [self.pythons[which], *map(str, arguments)],
             cwd=self.folder,

@@ -10,13 +10,12 @@ import pytest
 
 import stepctl
 from stepctl.checkpoint.background import Background
-from stepctl.config.model import CheckpointConfig
 from stepctl.hooks import save
-from stepctl.hooks.save import Save
 from stepctl.state.arena import Arena
 from stepctl.state.counters import Counters
 from stepctl.state.train_state import TrainState
 from tests.support.runs import make_config, train
+from tests.support.saves import make_save
 
 SMALL = 100  # float32 numbers
 LARGE = save.AT_ONCE_BYTES
@@ -45,19 +44,7 @@ def at_once(n_numbers: int, seconds: list[float]) -> list[bool]:
         clock.now += next(remaining)
 
     background = Background()
-    hook = Save(
-        CheckpointConfig(every=1),
-        publish,
-        flush=lambda: None,
-        background=background,
-        requested=lambda: False,
-        report=lambda: None,
-        say=lambda message: None,
-        note=lambda message: None,
-        saved_step=0,
-        target=len(seconds) + 1,
-        clock=clock,
-    )
+    hook = make_save(publish, background, clock, every=1)
     for _ in seconds:
         state.counters.advance({"global_step": 1})
         hook.after_step(state, {})

@@ -6,18 +6,16 @@ import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from stepctl.checkpoint.background import Background
 from stepctl.config.cadence import Cadence
-from stepctl.config.model import CheckpointConfig, WhenConfig
+from stepctl.config.model import WhenConfig
 from stepctl.data.batches import Batch
 from stepctl.errors import NonFiniteError, StepctlError
-from stepctl.hooks.base import Hook, PeriodicHook
+from stepctl.hooks.base import Hook, PeriodicHook, TimedHook
 from stepctl.hooks.progress import OptionalProgress, Progress, ProgressDisplay
-from stepctl.hooks.save import Save
 from stepctl.hooks.slow_threads import SlowThreads
 from stepctl.hooks.stop_request import StopRequest
 from stepctl.programs.base import Metrics
@@ -28,6 +26,7 @@ from stepctl.stopping.rules import StopAtStep, StopFile, TimeLimit
 from stepctl.training.build import assemble
 from stepctl.training.trainer import Lead, Trainer
 from tests.support.runs import make_config
+from tests.support.saves import make_save
 from tests.support.stops import some_of
 
 
@@ -56,17 +55,17 @@ class EachStep(Hook):
         self.steps.append(state.counters.global_step)
 
 
-class Timed(EachStep):
-    """Is due at a time."""
+class Timed(TimedHook):
+    """Is due once, at a time; records the steps at which it is called."""
 
     name = "timed"
 
     def __init__(self, time: float) -> None:
-        super().__init__()
+        self.steps: list[int] = []
         self._time = time
 
-    def due_step(self, step: int) -> float:
-        return math.inf
+    def after_step(self, state: TrainState, metrics: Metrics) -> None:
+        self.steps.append(state.counters.global_step)
 
     def due_time(self) -> float:
         return math.inf if self.steps else self._time
@@ -123,6 +122,13 @@ def test_nothing_is_called_between_two_steps_of_a_cadence() -> None:
     make_trainer(hook, rules=(rule,)).run()
     assert hook.steps == [5, 10]
     assert rule.steps == [0, 1, 5, 10], "the first, then after each call of the hooks"
+
+
+@pytest.mark.training
+def test_of_several_hooks_each_is_called_when_it_is_due() -> None:
+    hooks = [Periodic(Cadence(3, offset)) for offset in (2, 1, 0)]
+    make_trainer(*hooks).run()
+    assert [hook.steps for hook in hooks] == [[2, 5, 8, 11], [1, 4, 7, 10], [3, 6, 9, 12]]
 
 
 @pytest.mark.training
@@ -231,24 +237,6 @@ def test_a_stop_by_a_metric_ends_a_run_in_which_nothing_else_is_due() -> None:
     assert trainer.state.counters.global_step == 1
 
 
-def make_save(
-    publish: Callable[[TrainState], None], clock: Clock, background: Background, **config: Any
-) -> Save:
-    return Save(
-        CheckpointConfig(**config),
-        publish,
-        flush=lambda: None,
-        background=background,
-        requested=lambda: False,
-        report=lambda: None,
-        say=lambda message: None,
-        note=lambda message: None,
-        saved_step=0,
-        target=100,
-        clock=lambda: clock.now,
-    )
-
-
 @pytest.mark.training
 def test_a_save_is_made_every_few_seconds_where_nothing_else_is_due() -> None:
     saved: list[int] = []
@@ -258,7 +246,7 @@ def test_a_save_is_made_every_few_seconds_where_nothing_else_is_due() -> None:
         saved.append(state.counters.global_step)
 
     with contextlib.closing(Background()) as background:
-        hook = make_save(publish, clock, background, every=None, every_seconds=5)
+        hook = make_save(publish, background, lambda: clock.now, every=None, every_seconds=5)
         make_trainer(hook, clock=clock, last_step=20).run()
     # the trainer does not read the clock after a step that is due anyway, as that after a save is
     assert saved == [5, 11, 17, 20]
@@ -270,7 +258,7 @@ def test_the_error_of_a_save_is_raised_after_the_next_step() -> None:
         raise StepctlError("the disk is full")
 
     with contextlib.closing(Background()) as background:
-        hook = make_save(publish, Clock(), background, every=5)
+        hook = make_save(publish, background, every=5)
         trainer = make_trainer(hook, last_step=50)
         with pytest.raises(StepctlError, match="the disk is full"):
             trainer.run()
@@ -303,12 +291,12 @@ def test_a_time_limit_ends_a_run_in_which_nothing_else_is_due() -> None:
 
 
 @pytest.mark.training
-def test_look_up_makes_all_due_after_the_step_in_flight() -> None:
+def test_a_requested_check_comes_after_the_step_in_flight() -> None:
     trainer = make_trainer()
     trainer.start()
     trainer.train(4)
     assert not trainer.is_due
-    trainer.look_up()
+    trainer.request_check()
     trainer.step()
     assert trainer.is_due
 
