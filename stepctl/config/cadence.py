@@ -27,7 +27,7 @@ class Cadence:
         every: Without it the cadence never fires.
         offset: From 0 to every - 1.
         counter: Name of the counter.
-        first_step: The first call of `fires` also returns true if the update made this global step.
+        first_step: The first global step of the run, at which it fires in any case.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Cadence:
     def fires(self, counters: Counters) -> bool:
         """Return whether the last update reached or passed such a value.
 
-        Call it after the first update, and after each that makes a `due_step`.
+        Call it after each update that makes a `due_step`; calls after others do no harm.
         """
         value = counters[self.counter]
         if value < self._next_value:  # the usual case, which must be cheap
@@ -60,10 +60,12 @@ class Cadence:
         """Return the first global step after `step` at which it may fire; infinity if there is none."""
         if self.every is None:
             return math.inf
-        is_before_first_call = self._next_value == 0  # the next step may be `first_step`
-        if is_before_first_call or self.counter != GLOBAL_STEP:
+        if self.counter != GLOBAL_STEP:
             return step + 1
-        return self._grid_value_after(step)
+        next_step = self._grid_value_after(step)
+        if self._first_step is not None and self._first_step > step:
+            next_step = min(next_step, self._first_step)
+        return next_step
 
     def next_step(self, step: int) -> int | None:
         """Return the first firing global step after `step`; None if never, or on another counter."""

@@ -73,7 +73,7 @@ class Hook(ABC):
     def due_step(self, step: int) -> float:
         """Return the first global step after `step` that needs a call of `after_step`: by default the next.
 
-        There are more calls: when another hook or a stop rule is due, and after a signal.
+        There are more calls: after the first step of a segment, and after a signal.
         """
         return step + 1
 

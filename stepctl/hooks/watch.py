@@ -7,6 +7,7 @@ from abc import abstractmethod
 
 import numpy as np
 
+from stepctl.config.cadence import Cadence
 from stepctl.config.model import EarlyStoppingConfig, TargetMetricConfig
 from stepctl.hooks.base import Hook
 from stepctl.programs.base import Metrics, Mode
@@ -79,7 +80,20 @@ class Best(MetricWatch):
             self._set(value=value, step=step)
 
 
-class EarlyStopping(StopRule, MetricWatch):
+class MetricStopRule(StopRule, MetricWatch):
+    """A watch that stops the run; it is checked after each evaluation, which `evaluations` times."""
+
+    def __init__(
+        self, metric: str, mode: Mode, evaluations: Cadence, min_delta: float = 0.0
+    ) -> None:
+        super().__init__(metric, mode, min_delta)
+        self._evaluations = evaluations
+
+    def due_step(self, step: int) -> float:
+        return self._evaluations.due_step(step)
+
+
+class EarlyStopping(MetricStopRule):
     """Stops after `patience` evaluations without an improvement (Prechelt 1998).
 
     Without a config it only counts.
@@ -87,10 +101,12 @@ class EarlyStopping(StopRule, MetricWatch):
 
     name = "early_stopping"
 
-    def __init__(self, metric: str, mode: Mode, config: EarlyStoppingConfig | None) -> None:
+    def __init__(
+        self, metric: str, mode: Mode, config: EarlyStoppingConfig | None, evaluations: Cadence
+    ) -> None:
         self._config = config
         self.in_use = config is not None
-        super().__init__(metric, mode, config.min_delta if config else 0.0)
+        super().__init__(metric, mode, evaluations, config.min_delta if config else 0.0)
 
     def reset(self) -> None:
         self._set(value=math.nan, waited=0)
@@ -113,15 +129,17 @@ class EarlyStopping(StopRule, MetricWatch):
         return StopReason(text, done=True, remedy=remedy)
 
 
-class TargetMetric(StopRule, MetricWatch):
+class TargetMetric(MetricStopRule):
     """Stops once the best value reaches a target; without a config it only keeps the best value."""
 
     name = "target_metric"
 
-    def __init__(self, metric: str, mode: Mode, config: TargetMetricConfig | None) -> None:
+    def __init__(
+        self, metric: str, mode: Mode, config: TargetMetricConfig | None, evaluations: Cadence
+    ) -> None:
         self._config = config
         self.in_use = config is not None
-        super().__init__(metric, mode)
+        super().__init__(metric, mode, evaluations)
 
     def reset(self) -> None:
         self._set(value=math.nan)

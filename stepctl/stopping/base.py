@@ -31,7 +31,8 @@ class StopReason(NamedTuple):
 class StopRule(ABC):
     """A condition that is checked before a step.
 
-    It is checked before the first step, after a signal, after calls of hooks, and when it is due.
+    It is checked before the first step, when it is due, after a signal, and after a hook or a
+    script requested a stop.
     """
 
     @abstractmethod

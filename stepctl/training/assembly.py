@@ -218,8 +218,13 @@ def build_watches(config: Config, task: Task) -> list[MetricWatch]:
     """Return the watches; those that the config does not ask for only record."""
     early = config.stop.early_stopping
     target = config.stop.target_metric
+    evaluations = config.evaluate.cadence()
     return [
         Best(*metric_and_mode(config, task, "evaluate", config.evaluate)),
-        EarlyStopping(*metric_and_mode(config, task, "stop.early_stopping", early), early),
-        TargetMetric(*metric_and_mode(config, task, "stop.target_metric", target), target),
+        EarlyStopping(
+            *metric_and_mode(config, task, "stop.early_stopping", early), early, evaluations
+        ),
+        TargetMetric(
+            *metric_and_mode(config, task, "stop.target_metric", target), target, evaluations
+        ),
     ]

@@ -3,7 +3,7 @@
     start -> [ stop? -> batch(samples_seen) -> update -> counters.advance -> after_step ] ... -> end
 
 `start`, `after_step` and `end` are the hooks' events, in the hooks' order. Stop rules are checked
-before a step. Until a rule or a hook is due (`due_step`, `due_time`), none is called: calling each
+before a step. A rule or a hook is called only when it is due (`due_step`, `due_time`): calling each
 of them at every step would take a few percent of the time of a small step.
 """
 
@@ -25,25 +25,17 @@ from stepctl.hooks.base import Hook
 from stepctl.hooks.stop_request import HookStop
 from stepctl.programs.base import Metrics, Task, as_numbers
 from stepctl.programs.undo import Undo
-from stepctl.state.counters import SAMPLES_SEEN, Counters
+from stepctl.state.counters import SAMPLES_SEEN
 from stepctl.state.read_only import explain_read_only
 from stepctl.state.train_state import TrainState
 from stepctl.stopping.base import StopReason, StopRule, first_reason
 from stepctl.system.text import in_one_line
 from stepctl.system.user_code import describe_with_type, user_location
+from stepctl.training.agenda import Agenda
 
 MAX_SKIPPED = 100  # consecutive batches
 _no_undo = contextlib.nullcontext()
 _quiet = np.errstate(all="ignore")  # non-finite values are reported by the checks, once
-
-
-class _Listener(NamedTuple):
-    """A hook that overrides `after_step`."""
-
-    name: str
-    essential: bool
-    fires: Callable[[Counters], bool] | None
-    after_step: Callable[[TrainState, Metrics], str | None]
 
 
 class Update(NamedTuple):
@@ -101,7 +93,6 @@ class Trainer:
         self.complete = False
         self.interrupted_in_step = False
         self.last_metrics: Metrics | None = None
-        self._stop = stop
         self._hooks = hooks
         self._hook_stop = hook_stop or HookStop()
         self._skip = skip
@@ -118,15 +109,14 @@ class Trainer:
         )
         self._undo = Undo() if skip is not None and self._has_unseen_writes else None
         self._explain_read_only = explain_read_only(state)
-        listening = [hook for hook in hooks if type(hook).after_step is not Hook.after_step]
-        self._listeners = [
-            _Listener(hook.name, hook.essential, hook.trigger, hook.after_step)
-            for hook in listening
-        ]
-        self._is_always_due = any(type(hook).due_step is Hook.due_step for hook in listening)
-        self._called: list[StopRule | Hook] = [*listening, *stop]
+        self._listeners = Agenda(
+            hook for hook in hooks if type(hook).after_step is not Hook.after_step
+        )
+        self._rules = Agenda(stop)
+        self._check_all_rules = False
         self.is_due = True
-        self._due_step: float = 0
+        # when the first listener or rule is due
+        self._due_step = -math.inf
         self._due_time = math.inf
 
     @property
@@ -151,7 +141,10 @@ class Trainer:
         None if it ended for another reason: `n_updates` are made, or `interrupted` became true.
         """
         made = 0
-        self.is_due = True  # the caller may have changed anything
+        self.is_due = True
+        # the caller may have changed anything
+        self._check_all_rules = True
+        self._listeners.make_all_due()
         while (n_updates is None or made < n_updates) and not interrupted():
             if self._lead is not None:
                 self._lead.receive_signals()
@@ -165,29 +158,27 @@ class Trainer:
             if self._make_step() is not None:
                 made += 1
             else:
+                self.check_all_rules()
                 self.is_due = True
         return None
 
     def stop_reason(self) -> StopReason | None:
-        """Return why to stop now, or None; compute when rules and hooks are due next."""
-        reason = first_reason(self._stop, self.state.counters)
-        if not self._is_always_due:  # else the due step stays 0
-            self._compute_next_due()
-        return reason
+        """Return why to stop now, or None; compute when a rule or a hook is due next."""
+        if self._check_all_rules or self._signalled():
+            self._check_all_rules = False
+            self._rules.make_all_due()
+        counters = self.state.counters
+        due = self._rules.take_due(counters.global_step, self._clock())
+        reason = first_reason(due, counters)
+        if reason is not None:
+            return reason
+        self._due_step = min(self._listeners.step, self._rules.step)
+        self._due_time = min(self._listeners.time, self._rules.time)
+        return None
 
-    def _compute_next_due(self) -> None:
-        step = self.state.counters.global_step
-        self._due_step = math.inf
-        self._due_time = math.inf
-        for source in self._called:
-            self._due_step = min(self._due_step, source.due_step(step))
-            if self._due_step <= step + 1:
-                return  # nothing comes earlier
-            self._due_time = min(self._due_time, source.due_time())
-
-    def request_check(self) -> None:
-        """Call all rules and hooks after the step in flight, although none may be due."""
-        self._due_step = 0
+    def check_all_rules(self) -> None:
+        """Check all stop rules after the step in flight, although none may be due."""
+        self._check_all_rules = True
 
     @_quiet
     def start(self) -> None:
@@ -219,10 +210,14 @@ class Trainer:
         self.state.counters.advance(update.increments)
         self.complete = was_complete
         self.last_metrics = update.metrics
+        signalled = self._signalled()
+        if signalled:
+            self._listeners.make_all_due()
         self.is_due = (
-            self.state.counters.global_step >= self._due_step
+            signalled
+            or self._check_all_rules
+            or self.state.counters.global_step >= self._due_step
             or self._clock() >= self._due_time
-            or self._signalled()
         )
         if self.is_due:
             self._call_listeners(update.metrics)
@@ -250,38 +245,32 @@ class Trainer:
         self.complete = True
 
     def _call_listeners(self, metrics: Metrics) -> None:
-        """Call the hooks after an update.
+        """Call the hooks that are due after an update.
 
         When a hook that is not essential fails, the essential ones are still called.
         """
         self.complete = False
-        state = self.state
-        n_called = 0
+        due = self._listeners.take_due(self.state.counters.global_step, self._clock())
         try:
             with self._explain_read_only:
-                for name, _, fires, after_step in self._listeners:
-                    if fires is None or fires(state.counters):
-                        reason = after_step(state, metrics)
-                        if reason is not None:
-                            self._request_stop(name, reason)
-                    n_called += 1
+                for hook in due:
+                    self._call(hook, metrics)
         except KeyboardInterrupt:
             raise
         except BaseException:
-            failed, *rest = self._listeners[n_called:]
-            if not failed.essential:
-                self._call_essential(rest, metrics)
+            if not hook.essential:
+                for other in due:
+                    if other.essential:
+                        self._call(other, metrics)
                 self.complete = True
             raise
         self.complete = True
 
-    def _call_essential(self, listeners: Sequence[_Listener], metrics: Metrics) -> None:
-        state = self.state
-        for name, essential, fires, after_step in listeners:
-            if essential and (fires is None or fires(state.counters)):
-                reason = after_step(state, metrics)
-                if reason is not None:
-                    self._request_stop(name, reason)
+    def _call(self, hook: Hook, metrics: Metrics) -> None:
+        if hook.trigger is None or hook.trigger(self.state.counters):
+            reason = hook.after_step(self.state, metrics)
+            if reason is not None:
+                self._request_stop(hook.name, reason)
 
     def _request_stop(self, hook: str, reason: object) -> None:
         """Stop before the next step because a hook returned a reason; ConfigError if it is no text."""
@@ -291,6 +280,7 @@ class Trainer:
                 "the reason to stop as text"
             )
         self._hook_stop.request(hook, reason)
+        self._check_all_rules = True
 
     def _update(self) -> Update | None:
         """Update the arrays from one batch; None if it was skipped.

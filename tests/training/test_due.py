@@ -17,7 +17,7 @@ from stepctl.errors import NonFiniteError, StepctlError
 from stepctl.hooks.base import Hook, PeriodicHook, TimedHook
 from stepctl.hooks.progress import OptionalProgress, Progress, ProgressDisplay
 from stepctl.hooks.slow_threads import SlowThreads
-from stepctl.hooks.stop_request import StopRequest
+from stepctl.hooks.stop_request import HookStop, StopRequest
 from stepctl.programs.base import Metrics
 from stepctl.state.counters import GLOBAL_STEP, SAMPLES_SEEN, Counters
 from stepctl.state.train_state import TrainState
@@ -25,7 +25,7 @@ from stepctl.stopping.base import StopReason, StopRule
 from stepctl.stopping.rules import StopAtStep, StopFile, TimeLimit
 from stepctl.training.build import assemble
 from stepctl.training.trainer import Lead, Trainer
-from tests.support.runs import make_config
+from tests.support.runs import make_config, train
 from tests.support.saves import make_save
 from tests.support.stops import some_of
 
@@ -56,19 +56,19 @@ class EachStep(Hook):
 
 
 class Timed(TimedHook):
-    """Is due once, at a time; records the steps at which it is called."""
+    """Is due at the times of a list; records the steps at which it is called."""
 
     name = "timed"
 
-    def __init__(self, time: float) -> None:
+    def __init__(self, *times: float) -> None:
         self.steps: list[int] = []
-        self._time = time
+        self._times = iter(times)
 
     def after_step(self, state: TrainState, metrics: Metrics) -> None:
         self.steps.append(state.counters.global_step)
 
     def due_time(self) -> float:
-        return math.inf if self.steps else self._time
+        return next(self._times, math.inf)
 
 
 class Checks(StopRule):
@@ -83,14 +83,18 @@ class Checks(StopRule):
 
 
 class Clock:
-    """A clock that advances whenever it is read."""
+    """A clock that a trainer's steps advance."""
 
-    def __init__(self, by: float = 1) -> None:
-        self.now = 0.0
-        self._by = by
+    def __init__(self, seconds_per_step: float = 1) -> None:
+        self.counters: Counters | None = None  # of the trainer
+        self._seconds_per_step = seconds_per_step
+
+    @property
+    def now(self) -> float:
+        step = 0 if self.counters is None else self.counters.global_step
+        return step * self._seconds_per_step
 
     def __call__(self) -> float:
-        self.now += self._by
         return self.now
 
 
@@ -100,15 +104,19 @@ def make_trainer(
     last_step: int = 12,
     lead: Lead | None = None,
     signalled: Callable[[], bool] = lambda: False,
-    clock: Callable[[], float] = lambda: 0.0,
+    hook_stop: HookStop | None = None,
+    clock: Clock | None = None,
 ) -> Trainer:
     assembly = assemble(make_config())
+    clock = clock or Clock(0)
+    clock.counters = assembly.state.counters
     return Trainer(
         assembly.task,
         assembly.training,
         assembly.state,
         stop=[StopAtStep(last_step), *rules],
         hooks=hooks,
+        hook_stop=hook_stop,
         lead=lead,
         signalled=signalled,
         clock=clock,
@@ -121,7 +129,7 @@ def test_nothing_is_called_between_two_steps_of_a_cadence() -> None:
     hook = Periodic(Cadence(5))
     make_trainer(hook, rules=(rule,)).run()
     assert hook.steps == [5, 10]
-    assert rule.steps == [0, 1, 5, 10], "the first, then after each call of the hooks"
+    assert rule.steps == [0]
 
 
 @pytest.mark.training
@@ -132,27 +140,79 @@ def test_of_several_hooks_each_is_called_when_it_is_due() -> None:
 
 
 @pytest.mark.training
-def test_a_hook_of_the_user_is_called_after_every_step() -> None:
+def test_a_hook_of_the_user_is_called_after_every_step_and_no_other_with_it() -> None:
     rule = Checks()
+    timed = Timed(6.5)
     hook = EachStep()
-    make_trainer(Periodic(Cadence(5)), hook, rules=(rule,)).run()
+    make_trainer(timed, hook, rules=(rule,), clock=Clock()).run()
     assert hook.steps == [*range(1, 13)]
-    assert rule.steps == [*range(12)]
+    assert timed.steps == [1, 7]
+    assert rule.steps == [0]
+
+
+@pytest.mark.training
+def test_all_rules_are_checked_after_a_hook_requested_a_stop() -> None:
+    class Stops(PeriodicHook):
+        name = "stops"
+
+        def after_step(self, state: TrainState, metrics: Metrics) -> str:
+            return "enough"
+
+    hook_stop = HookStop()
+    trainer = make_trainer(Stops(Cadence(4)), rules=(hook_stop,), hook_stop=hook_stop)
+    assert trainer.run().text == "hook stops: enough"
+    assert trainer.state.counters.global_step == 4
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("counter", [GLOBAL_STEP, SAMPLES_SEEN])
+def test_a_stop_by_a_metric_follows_the_evaluation_where_nothing_else_is_due(
+    counter: str, tmp_path: Path
+) -> None:
+    batch_size = 48
+    config = make_config(
+        log={"every": 100},
+        evaluate={"every": 4 if counter == GLOBAL_STEP else 4 * batch_size, "counter": counter},
+        checkpoint={"every": None},
+        stop={"last_step": 50, "target_metric": {"metric": "accuracy", "value": 0.0}},
+    )
+    assert train(config, tmp_path / "run").counters.global_step == 4
 
 
 @pytest.mark.training
 def test_a_signal_is_seen_after_the_step_in_flight() -> None:
     rule = Checks()
-    came = iter([False] * 6 + [True] + [False] * 100)  # after each step that is not due
-    make_trainer(rules=(rule,), signalled=lambda: next(came)).run()
+    timed = Timed()
+    clock = Clock()
+    make_trainer(timed, rules=(rule,), signalled=lambda: clock.now == 7, clock=clock).run()
     assert rule.steps == [0, 7]
+    assert timed.steps == [1, 7]
+
+
+@pytest.mark.training
+def test_a_signal_that_comes_while_hooks_are_called_is_seen_before_the_next_step() -> None:
+    signals: list[str] = []
+
+    class Slow(PeriodicHook):
+        name = "slow"
+
+        def after_step(self, state: TrainState, metrics: Metrics) -> None:
+            signals.append("came while this hook was called")
+
+    class Signal(StopRule):
+        def reason(self, counters: Counters) -> StopReason | None:
+            return StopReason("signal", done=False) if signals else None
+
+    trainer = make_trainer(Slow(Cadence(5)), rules=(Signal(),), signalled=lambda: bool(signals))
+    trainer.run()
+    assert trainer.state.counters.global_step == 5
 
 
 @pytest.mark.training
 def test_a_hook_that_is_due_at_a_time_is_called_at_the_first_step_after_it() -> None:
-    hook = Timed(6.5)
+    hook = Timed(6.5, 9)
     make_trainer(hook, clock=Clock()).run()
-    assert hook.steps == [7, 12], "and with others: the last step is due"
+    assert hook.steps == [1, 7, 9]
 
 
 class OtherRanks:
@@ -174,7 +234,7 @@ def test_the_signal_of_another_rank_is_seen_before_the_next_step_is_ordered() ->
     rule = Checks()
     ranks = OtherRanks()
     make_trainer(rules=(rule,), lead=ranks, signalled=lambda: ranks.signalled).run()
-    assert rule.steps == [0, 4, 5], "and after the step that shows it again"
+    assert rule.steps == [0, 4]
 
 
 class Display(ProgressDisplay):
@@ -212,12 +272,12 @@ def test_progress_that_is_enabled_for_one_call_is_shown_in_it() -> None:
     trainer.train(3)
     with optional.show(display, trainer.state):
         trainer.train()
-    assert display.steps == [4, 8, 12]
+    assert display.steps == [4, 8, 12, 12], "every 4 seconds, and at the end"
 
 
 @pytest.mark.training
 def test_a_probe_of_the_threads_is_made_where_nothing_else_is_due() -> None:
-    clock = Clock(by=1 / 8)
+    clock = Clock(seconds_per_step=1 / 8)
     probed_at: list[float] = []
 
     def probe() -> float:
@@ -248,8 +308,7 @@ def test_a_save_is_made_every_few_seconds_where_nothing_else_is_due() -> None:
     with contextlib.closing(Background()) as background:
         hook = make_save(publish, background, lambda: clock.now, every=None, every_seconds=5)
         make_trainer(hook, clock=clock, last_step=20).run()
-    # the trainer does not read the clock after a step that is due anyway, as that after a save is
-    assert saved == [5, 11, 17, 20]
+    assert saved == [5, 10, 15, 20]
 
 
 @pytest.mark.training
@@ -267,7 +326,7 @@ def test_the_error_of_a_save_is_raised_after_the_next_step() -> None:
 
 @pytest.mark.training
 def test_a_stop_file_ends_a_run_in_which_nothing_else_is_due(tmp_path: Path) -> None:
-    clock = Clock(by=1 / 8)
+    clock = Clock(seconds_per_step=1 / 8)
     path = tmp_path / "STOP"
 
     def touch_late() -> bool:
@@ -296,12 +355,12 @@ def test_a_requested_check_comes_after_the_step_in_flight() -> None:
     trainer.start()
     trainer.train(4)
     assert not trainer.is_due
-    trainer.request_check()
+    trainer.check_all_rules()
     trainer.step()
     assert trainer.is_due
 
 
-@pytest.mark.parametrize("first_step", [None, 1, 4])
+@pytest.mark.parametrize("first_step", [None, 1])
 @pytest.mark.parametrize("start", [0, 3, 7])
 @pytest.mark.parametrize("counter", [GLOBAL_STEP, SAMPLES_SEEN])
 @pytest.mark.parametrize("every", some_of([1, 2, 3, 5, 7, 64], every=2))
