@@ -150,6 +150,30 @@ def test_a_hook_of_the_user_is_called_after_every_step_and_no_other_with_it() ->
     assert rule.steps == [0]
 
 
+class Fails(EachStep):
+    """Fails at the first step."""
+
+    name = "fails"
+
+    def after_step(self, state: TrainState, metrics: Metrics) -> None:
+        raise ValueError("failed")
+
+
+class Essential(EachStep):
+    """Has something without which no checkpoint is complete."""
+
+    name = "essential"
+    essential = True
+
+
+@pytest.mark.training
+def test_after_a_hook_failed_only_the_essential_ones_are_called() -> None:
+    hooks = (EachStep(), Fails(), EachStep(), Essential())
+    with pytest.raises(ValueError, match="failed"):
+        make_trainer(*hooks).run()
+    assert [hook.steps for hook in hooks] == [[1], [], [], [1]]
+
+
 @pytest.mark.training
 def test_all_rules_are_checked_after_a_hook_requested_a_stop() -> None:
     class Stops(PeriodicHook):
@@ -273,6 +297,18 @@ def test_progress_that_is_enabled_for_one_call_is_shown_in_it() -> None:
     with optional.show(display, trainer.state):
         trainer.train()
     assert display.steps == [4, 8, 12, 12], "every 4 seconds, and at the end"
+
+
+@pytest.mark.training
+def test_a_stop_that_the_caller_requested_between_two_calls_is_seen() -> None:
+    request = StopRequest(None, remedy="")
+    trainer = make_trainer(request, rules=(request,))
+    trainer.start()
+    trainer.train(3)
+    request.request("enough")
+    reason = trainer.train(3)
+    assert reason is not None
+    assert trainer.state.counters.global_step == 3
 
 
 @pytest.mark.training
