@@ -173,6 +173,11 @@ def _import(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def has_user_components() -> bool:
+    """Tell whether this process resolved components of the user."""
+    return bool(_user_components)
+
+
 def user_components() -> str:
     """Return "name (file:line), ..." of the user's components that this process resolved."""
     return ", ".join(

@@ -39,7 +39,6 @@ class LossGradients:
     def __init__(self, model: LossModel) -> None:
         """Raise ConfigError if the model has no loss, or needs autograd, which is not installed."""
         self._model = model
-        self._where = f" ({defined_at(type(model))})"
         self._is_traced = not model.defines("loss_and_gradients")
         self.has_penalty = model.defines("penalty")
         if self._is_traced and not model.defines("loss"):
@@ -51,6 +50,10 @@ class LossGradients:
             self._autograd = optional.require("autograd", "autograd")
             # about a penalty that is constant; a constant loss is refused
             warnings.filterwarnings("ignore", "Output seems independent of input", UserWarning)
+
+    @property
+    def _where(self) -> str:
+        return f" ({defined_at(type(self._model))})"
 
     @property
     def needs_autograd(self) -> bool:

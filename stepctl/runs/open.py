@@ -11,7 +11,7 @@ from stepctl import __version__
 from stepctl.checkpoint.expected import pending_set_aside
 from stepctl.config.changes import find_changes, refuse_locked_changes, refuse_unknown_keys
 from stepctl.config.model import Config, ScriptConfig
-from stepctl.config.registry import user_components
+from stepctl.config.registry import has_user_components
 from stepctl.distributed.comm import SINGLE_PROCESS, Comm
 from stepctl.errors import UnreadableError
 from stepctl.hooks.base import Hook
@@ -161,7 +161,7 @@ def resume_locked(
         if options.from_step is None:  # else the newer order replaces an unfinished one
             run.store.set_aside_all(pending_set_aside(run.ledger))
         at = _restore(run, assembly, options, changes, say)
-        if changes or user_components():  # otherwise the first segment made the same trial
+        if changes or has_user_components():  # otherwise the first segment made the same trial
             assembly.trial()
         run_id, ledger = _acknowledge(run, at)
         for watch in assembly.reset_changed_watches(config_for_watches(at.header, run.config)):

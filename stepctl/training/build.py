@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from stepctl.checkpoint import codec
 from stepctl.config.model import Config, ProgramConfig, ScriptConfig, TaskConfig
-from stepctl.config.registry import user_components
+from stepctl.config.registry import has_user_components
 from stepctl.data.base import Sources
 from stepctl.data.batches import EvaluationBatches, TrainingBatches
 from stepctl.distributed.comm import SINGLE_PROCESS, Comm
@@ -170,7 +170,7 @@ def initial_state(resolved: ResolvedConfig, *, restored: bool = False) -> TrainS
     """
     config = resolved.config
     task = resolved.task
-    initialize = not restored or bool(user_components())
+    initialize = not restored or has_user_components()
     task.attach(_learners(resolved, initialize=initialize), resolved.sharing)
     try:
         state = task.initial_state(config.initial_step)

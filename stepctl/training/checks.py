@@ -82,16 +82,15 @@ def check_models(config: TaskConfig, task: Task, models: Mapping[str, Model]) ->
     """Raise ConfigError if the task loss has another model than a LossModel, or another task has one."""
     for model in models.values():
         name = type(model).__name__
-        where = f" ({defined_at(type(model))})"
         if isinstance(task, ModelLoss) and not isinstance(model, LossModel):
             raise ConfigError(
                 f"task.name: loss needs a stepctl.LossModel, but the model is {a_or_an(name)}; choose "
-                f"another task or model{where}"
+                f"another task or model ({defined_at(type(model))})"
             )
         if isinstance(model, LossModel) and not isinstance(task, ModelLoss):
             raise ConfigError(
                 f"task.name: {config.task.name} needs models with forward, but {name} is a LossModel; set "
-                f"task: {{name: loss}}{where}"
+                f"task: {{name: loss}} ({defined_at(type(model))})"
             )
 
 

@@ -236,9 +236,9 @@ def test_a_ledger_that_cannot_be_read_is_kept_aside_before_it_is_repaired(
 # --- what a checkpoint replaces
 
 
-@pytest.mark.parametrize("of_the_user", ["", "model (m.py:1)"])
+@pytest.mark.parametrize("of_the_user", [False, True])
 def test_weights_that_a_checkpoint_fills_are_not_drawn_and_not_tried(
-    of_the_user: str, run: Path, monkeypatch: pytest.MonkeyPatch
+    of_the_user: bool, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
     for owner, name in ((Dense, "initialize"), (OneModel, "trial")):
@@ -250,7 +250,7 @@ def test_weights_that_a_checkpoint_fills_are_not_drawn_and_not_tried(
 
         monkeypatch.setattr(owner, name, call)
     for module in (build, open_module):
-        monkeypatch.setattr(module, "user_components", lambda: of_the_user)
+        monkeypatch.setattr(module, "has_user_components", lambda: of_the_user)
     state = resume(run, last_step=8)
     assert set(called) == ({"initialize", "trial"} if of_the_user else set())
     assert state.same_bits(
@@ -261,6 +261,6 @@ def test_weights_that_a_checkpoint_fills_are_not_drawn_and_not_tried(
 def test_a_changed_config_is_tried(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[object] = []
     monkeypatch.setattr(OneModel, "trial", lambda self, *arguments: tried.append(self))
-    monkeypatch.setattr(open_module, "user_components", lambda: "")
+    monkeypatch.setattr(open_module, "has_user_components", lambda: False)
     resume(run, last_step=7, assignments=("log.every=2",))
     assert len(tried) == 1
