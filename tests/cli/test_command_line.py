@@ -440,7 +440,7 @@ STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SI
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number", some_of(STOPS, every=2), ids=lambda number: number.name)
+@pytest.mark.parametrize("number", some_of(STOPS, every=3), ids=lambda number: number.name)
 def test_a_signal_stops_with_a_durable_checkpoint_and_the_run_resumes_exactly(
     number: signal.Signals,
 ) -> None:
@@ -510,7 +510,9 @@ def test_nobody_need_read_the_messages() -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("command", ["runs", "plot {}", "inspect {}", "verify {}", "doctor"])
+@pytest.mark.parametrize(
+    "command", some_of(["inspect {}", "plot {}", "runs", "verify {}", "doctor"], every=2)
+)
 def test_there_need_not_be_a_stdout(command: str, tmp_path: Path) -> None:
     train(small(stop={"last_step": 3}), tmp_path / "runs" / "run")
     words = command.format(tmp_path / "runs" / "run").split()
@@ -526,7 +528,10 @@ def test_there_need_not_be_a_stdout(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    "command", ["--help", "--version", "runs", "inspect {}", "config schema", "train --help"]
+    "command",
+    some_of(
+        ["--help", "--version", "runs", "inspect {}", "config schema", "train --help"], every=2
+    ),
 )
 def test_output_that_a_full_disk_refuses_is_reported(command: str, tmp_path: Path) -> None:
     """Not by the exit code 120 that Python has for it, and a traceback."""

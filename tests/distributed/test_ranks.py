@@ -390,8 +390,8 @@ def change_ranks(seed: int, optimizers: tuple[str, ...], chain: list[int], folde
 
 @pytest.mark.mpi
 def test_a_sum_over_ranks_has_the_bits_of_the_sum_by_one(tmp_path: Path) -> None:
-    """Sizes that do not divide evenly, and fewer numbers than ranks; shards whose subtrees are of several heights."""
-    sums(3, (1, 17, 4099, 20_000), tmp_path)
+    """Fewer numbers than ranks, a size that does not divide evenly; shards whose subtrees are of several heights."""
+    sums(3, (1, 4099), tmp_path)
 
 
 @pytest.mark.faults

@@ -76,7 +76,7 @@ def test_the_whole_loader_treats_every_file_as_it_should(corpus: Corpus) -> None
 CHECKS = loader_mutants.checks()
 
 
-@pytest.mark.parametrize("check", some_of(CHECKS, every=20), ids=str)
+@pytest.mark.parametrize("check", some_of(CHECKS, every=30), ids=str)
 def test_a_removed_check_is_noticed(
     check: loader_mutants.Check, corpus: Corpus, figure: Figure
 ) -> None:

@@ -48,8 +48,8 @@ KILLED = [
     scene for scene in SCENES if scene != "saves that may fail"
 ]  # to a kill it is the first one
 A_FEW = {  # scene -> one of so many attacks
-    "saves on the grid and at the end, with pruning": 40,
-    "rows of series": 80,
+    "saves on the grid and at the end, with pruning": 60,
+    "rows of series": 120,
 }
 Figure = Callable[[str, int], None]
 Attack = Callable[[Stage, slice], tuple[int, list[str]]]

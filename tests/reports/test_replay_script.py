@@ -74,12 +74,13 @@ def test_another_script_gives_other_bits(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        ((sys.executable, "-c", "raise SystemExit(3)"), 1),
-        ((sys.executable, "-c", "pass"), 1),
-        (("./no-such-command",), 2),
-        ((), 2),
+        pytest.param(
+            (sys.executable, "-c", "raise SystemExit(3)"), 1, id="fails", marks=pytest.mark.faults
+        ),
+        pytest.param((sys.executable, "-c", "pass"), 1, id="makes no step"),
+        pytest.param(("./no-such-command",), 2, id="cannot be started"),
+        pytest.param((), 2, id="missing", marks=pytest.mark.faults),
     ],
-    ids=["fails", "makes no step", "cannot be started", "missing"],
 )
 def test_a_command_that_replays_nothing_is_refused(
     folder: Path, command: tuple[str, ...], code: int, snapshot: SnapshotAssertion
