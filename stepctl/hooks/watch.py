@@ -81,7 +81,7 @@ class Best(MetricWatch):
 
 
 class MetricStopRule(StopRule, MetricWatch):
-    """A watch that stops the run; it is checked after each evaluation, which `evaluations` times."""
+    """A watch that stops the run. It is checked after each evaluation; `evaluations` says when."""
 
     def __init__(
         self, metric: str, mode: Mode, evaluations: Cadence, min_delta: float = 0.0

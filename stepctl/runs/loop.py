@@ -223,7 +223,7 @@ class Loop:
             raise ConfigError(f"run.stop({reason!r}): give the reason as text")
         self._assembly.stop_request.request(reason)
         assert self._running is not None
-        self._running.trainer.check_all_rules()
+        self._running.trainer.request_check()
 
     def __enter__(self) -> Self:
         if self._segment is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Generic, Protocol, TypeVar, final
 
 
-class Due(Protocol):
+class Scheduled(Protocol):
     """A hook or a stop rule."""
 
     def due_step(self, step: int) -> float:
@@ -17,53 +17,56 @@ class Due(Protocol):
         """Return the time.monotonic() from which it is due."""
 
 
-DueT = TypeVar("DueT", bound=Due)
+ItemT = TypeVar("ItemT", bound=Scheduled)
 
 
-class _Entry(Generic[DueT]):
+class _Entry(Generic[ItemT]):
     __slots__ = ("item", "step", "time")
 
-    def __init__(self, item: DueT) -> None:
+    def __init__(self, item: ItemT) -> None:
         self.item = item
         self.step: float = -math.inf
         self.time: float = math.inf
 
 
 @final
-class Agenda(Generic[DueT]):
+class Agenda(Generic[ItemT]):
     """Items in a fixed order, each with the step and the time at which it is due next.
 
-    At first all are due. An item says when it is due next each time after it was used.
+    At first all are due. After each use an item is asked when it is due next.
 
     Attributes:
         step: The smallest step at which one of them is due.
         time: The smallest time at which one of them is due.
     """
 
-    def __init__(self, items: Iterable[DueT]) -> None:
+    def __init__(self, items: Iterable[ItemT]) -> None:
         self._entries = [_Entry(item) for item in items]
         self.step: float = math.inf
         self.time: float = math.inf
-        self.make_all_due()
+        self._find_earliest()
 
     def make_all_due(self) -> None:
         """Make all items due now."""
         for entry in self._entries:
             entry.step = -math.inf
-            self.step = -math.inf
+        self._find_earliest()
 
-    def take_due(self, step: int, time: float) -> Iterator[DueT]:
-        """Yield the items that are due; those that the caller did not use up stay due."""
+    def take_due(self, step: int, time: float) -> Iterator[ItemT]:
+        """Yield the items that are due. They stay due unless the caller uses all of them."""
         if step < self.step and time < self.time:
             return
-        first_step: float = math.inf
-        first_time: float = math.inf
+        due = [entry for entry in self._entries if step >= entry.step or time >= entry.time]
+        for entry in due:
+            yield entry.item
+        for entry in due:
+            entry.step = entry.item.due_step(step)
+            entry.time = entry.item.due_time()
+        self._find_earliest()
+
+    def _find_earliest(self) -> None:
+        self.step = math.inf
+        self.time = math.inf
         for entry in self._entries:
-            if step >= entry.step or time >= entry.time:
-                yield entry.item
-                entry.step = entry.item.due_step(step)
-                entry.time = entry.item.due_time()
-            first_step = min(first_step, entry.step)
-            first_time = min(first_time, entry.time)
-        self.step = first_step
-        self.time = first_time
+            self.step = min(self.step, entry.step)
+            self.time = min(self.time, entry.time)

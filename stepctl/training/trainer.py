@@ -113,7 +113,7 @@ class Trainer:
             hook for hook in hooks if type(hook).after_step is not Hook.after_step
         )
         self._rules = Agenda(stop)
-        self._check_all_rules = False
+        self._is_check_requested = False
         self.is_due = True
         # when the first listener or rule is due
         self._due_step = -math.inf
@@ -143,7 +143,7 @@ class Trainer:
         made = 0
         self.is_due = True
         # the caller may have changed anything
-        self._check_all_rules = True
+        self._is_check_requested = True
         self._listeners.make_all_due()
         while (n_updates is None or made < n_updates) and not interrupted():
             if self._lead is not None:
@@ -158,14 +158,14 @@ class Trainer:
             if self._make_step() is not None:
                 made += 1
             else:
-                self.check_all_rules()
+                self.request_check()
                 self.is_due = True
         return None
 
     def stop_reason(self) -> StopReason | None:
         """Return why to stop now, or None; compute when a rule or a hook is due next."""
-        if self._check_all_rules or self._signalled():
-            self._check_all_rules = False
+        if self._is_check_requested or self._signalled():
+            self._is_check_requested = False
             self._rules.make_all_due()
         counters = self.state.counters
         due = self._rules.take_due(counters.global_step, self._clock())
@@ -176,9 +176,9 @@ class Trainer:
         self._due_time = min(self._listeners.time, self._rules.time)
         return None
 
-    def check_all_rules(self) -> None:
-        """Check all stop rules after the step in flight, although none may be due."""
-        self._check_all_rules = True
+    def request_check(self) -> None:
+        """Have all stop rules checked after the step in flight, although none may be due."""
+        self._is_check_requested = True
 
     @_quiet
     def start(self) -> None:
@@ -215,7 +215,7 @@ class Trainer:
             self._listeners.make_all_due()
         self.is_due = (
             signalled
-            or self._check_all_rules
+            or self._is_check_requested
             or self.state.counters.global_step >= self._due_step
             or self._clock() >= self._due_time
         )
@@ -280,7 +280,7 @@ class Trainer:
                 "the reason to stop as text"
             )
         self._hook_stop.request(hook, reason)
-        self._check_all_rules = True
+        self._is_check_requested = True
 
     def _update(self) -> Update | None:
         """Update the arrays from one batch; None if it was skipped.

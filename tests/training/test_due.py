@@ -174,6 +174,24 @@ def test_after_a_hook_failed_only_the_essential_ones_are_called() -> None:
     assert [hook.steps for hook in hooks] == [[1], [], [], [1]]
 
 
+class CannotTell(EachStep):
+    """Does not know when it is due next."""
+
+    name = "cannot_tell"
+
+    def due_step(self, step: int) -> float:
+        raise ValueError("no idea")
+
+
+@pytest.mark.training
+def test_a_hook_that_cannot_tell_when_it_is_due_keeps_no_other_from_being_called() -> None:
+    hooks = (CannotTell(), Essential())
+    trainer = make_trainer(*hooks)
+    with pytest.raises(ValueError, match="no idea"):
+        trainer.run()
+    assert [hook.steps for hook in hooks] == [[1], [1]]
+
+
 @pytest.mark.training
 def test_all_rules_are_checked_after_a_hook_requested_a_stop() -> None:
     class Stops(PeriodicHook):
@@ -391,7 +409,7 @@ def test_a_requested_check_comes_after_the_step_in_flight() -> None:
     trainer.start()
     trainer.train(4)
     assert not trainer.is_due
-    trainer.check_all_rules()
+    trainer.request_check()
     trainer.step()
     assert trainer.is_due
 
