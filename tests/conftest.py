@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 from collections import defaultdict
@@ -79,12 +78,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         attacks = [item for item in items if item.get_closest_marker("faults")]
         config.hook.pytest_deselected(items=attacks)
         items[:] = [item for item in items if item not in attacks]
-
-
-def pytest_collection_finish() -> None:
-    """Exclude what pytest keeps of each test from the garbage collections that tests cause."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

@@ -109,6 +109,15 @@ SOME_CASES = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Exclude what is there already from the garbage collections of these tests."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("case", SOME_CASES)
 def test_a_hostile_file_is_refused_by_name_at_once_and_no_other_is_opened(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
