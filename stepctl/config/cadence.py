@@ -47,7 +47,7 @@ class Cadence:
     def fires(self, counters: Counters) -> bool:
         """Return whether the last update reached or passed such a value.
 
-        Call it after each update that makes a `due_step`; calls after others do no harm.
+        It must be called at each `due_step`; calls at other steps do no harm.
         """
         value = counters[self.counter]
         if value < self._next_value:  # the usual case, which must be cheap

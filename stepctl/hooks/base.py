@@ -71,9 +71,9 @@ class Hook(ABC):
         return None
 
     def due_step(self, step: int) -> float:
-        """Return the first global step after `step` that needs a call of `after_step`: by default the next.
+        """Return the next global step after `step` that needs a call; by default step + 1.
 
-        There are more calls: after the first step of a segment, and after a signal.
+        `after_step` is also called after the first step of a segment, and after a signal.
         """
         return step + 1
 

@@ -81,7 +81,7 @@ class Best(MetricWatch):
 
 
 class MetricStopRule(StopRule, MetricWatch):
-    """A watch that stops the run. It is checked after each evaluation; `evaluations` says when."""
+    """A watch that can stop the run. `evaluations` is the cadence at which its metric is evaluated."""
 
     def __init__(
         self, metric: str, mode: Mode, evaluations: Cadence, min_delta: float = 0.0

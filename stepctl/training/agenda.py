@@ -53,7 +53,7 @@ class Agenda(Generic[ItemT]):
         self._find_earliest()
 
     def take_due(self, step: int, time: float) -> Iterator[ItemT]:
-        """Yield the items that are due. They stay due unless the caller uses all of them."""
+        """Yield the items that are due. If the caller stops before the end, all of them stay due."""
         if step < self.step and time < self.time:
             return
         due = [entry for entry in self._entries if step >= entry.step or time >= entry.time]

@@ -141,9 +141,9 @@ class Trainer:
         None if it ended for another reason: `n_updates` are made, or `interrupted` became true.
         """
         made = 0
-        self.is_due = True
         # the caller may have changed anything
-        self._is_check_requested = True
+        self.is_due = True
+        self.request_check()
         self._listeners.make_all_due()
         while (n_updates is None or made < n_updates) and not interrupted():
             if self._lead is not None:
@@ -280,7 +280,7 @@ class Trainer:
                 "the reason to stop as text"
             )
         self._hook_stop.request(hook, reason)
-        self._is_check_requested = True
+        self.request_check()
 
     def _update(self) -> Update | None:
         """Update the arrays from one batch; None if it was skipped.

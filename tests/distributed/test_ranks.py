@@ -390,7 +390,7 @@ def change_ranks(seed: int, optimizers: tuple[str, ...], chain: list[int], folde
 
 @pytest.mark.mpi
 def test_a_sum_over_ranks_has_the_bits_of_the_sum_by_one(tmp_path: Path) -> None:
-    """Fewer numbers than ranks, a size that does not divide evenly; shards whose subtrees are of several heights."""
+    """One number, which is fewer than ranks, and a size that does not divide evenly."""
     sums(3, (1, 4099), tmp_path)
 
 

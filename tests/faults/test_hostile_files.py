@@ -111,7 +111,7 @@ SOME_CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
-    """Exclude what is there already from the garbage collections of these tests."""
+    """Let the garbage collections in these tests ignore earlier objects: they take too long."""
     gc.collect()
     gc.freeze()
     yield
