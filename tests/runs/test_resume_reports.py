@@ -258,6 +258,18 @@ def test_weights_that_a_checkpoint_fills_are_not_drawn_and_not_tried(
     )
 
 
+def test_a_model_of_the_user_is_tried_on_every_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code may have changed since the checkpoint."""
+    model = {"name": "tests.support.loss_models:Softmax"}
+    train(make_config(**{**SMALL, "task": {"name": "loss"}, "model": model}), tmp_path / "run")
+    tried: list[object] = []
+    monkeypatch.setattr(OneModel, "trial", lambda self, *arguments: tried.append(self))
+    resume(tmp_path / "run", last_step=8)
+    assert len(tried) == 1
+
+
 def test_a_changed_config_is_tried(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[object] = []
     monkeypatch.setattr(OneModel, "trial", lambda self, *arguments: tried.append(self))

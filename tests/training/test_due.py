@@ -257,6 +257,13 @@ def test_a_hook_that_is_due_at_a_time_is_called_at_the_first_step_after_it() -> 
     assert hook.steps == [1, 7, 9]
 
 
+@pytest.mark.training
+def test_of_several_hooks_each_is_called_at_its_time() -> None:
+    hooks = [Timed(6.5), Timed(3.5), Timed(8.5)]
+    make_trainer(*hooks, clock=Clock()).run()
+    assert [hook.steps for hook in hooks] == [[1, 7], [1, 4], [1, 9]]
+
+
 class OtherRanks:
     """Rank 0's link to ranks of which one receives a signal before the fifth step."""
 
